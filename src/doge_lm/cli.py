@@ -1,0 +1,87 @@
+"""The command `doge-lm`: subcommands and nothing else.
+
+Each subcommand is a module with `add_arguments(parser)` and `run(args) -> int`. It is imported only when it is
+called for, so that `doge-lm --help` is quick and data preparation does not wait for torch.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from . import __version__
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its name, the module that holds it, and its line in the help."""
+
+    name: str
+    module: str
+    summary: str
+
+
+COMMANDS = (
+    Command("download_datasets", "doge_lm.data.download", "fetch the datasets, or take files of your own"),
+    Command("tokenizer", "doge_lm.data.tokenizer", "build the published tokenizer, or train a new one"),
+    Command("preprocess_datasets", "doge_lm.data.preprocess", "tokenize the datasets and pack them into samples"),
+    Command("merge_datasets", "doge_lm.data.merge", "merge, shuffle and split the tokenized datasets"),
+    Command("train", "doge_lm.training.pretrain", "pre-train a model"),
+    Command("generate", "doge_lm.inference.generate", "continue a text with a trained model"),
+    Command("demo", "doge_lm.demo", "the whole path on a small embedded corpus, without a network"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; the exit status is 0, 1 for an error the user can mend, 2 for wrong usage."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # `doge-lm preprocess-datasets` is as good as `doge-lm preprocess_datasets`.
+    if arguments and not arguments[0].startswith("-"):
+        arguments[0] = arguments[0].replace("-", "_")
+    command = next((command for command in COMMANDS if arguments and command.name == arguments[0]), None)
+    if not arguments:
+        _overview().print_help()
+        return 2
+    if command is None:
+        _overview().parse_args(arguments)  # prints help or the version, or complains, and exits
+        raise AssertionError("no command was named, yet the arguments were accepted")
+    try:
+        module = import_module(command.module)
+        parser = argparse.ArgumentParser(prog=f"doge-lm {command.name}", description=command.summary)
+        module.add_arguments(parser)
+        return module.run(parser.parse_args(arguments[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("doge_lm"):
+            raise
+        print(
+            f"error: doge-lm {command.name} needs the package {error.name!r}, which is not installed; "
+            "install the extra that brings it: pip install 'doge-lm[all]'",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _overview() -> argparse.ArgumentParser:
+    width = max(len(command.name) for command in COMMANDS)
+    lines = "\n".join(f"  {command.name:{width}}  {command.summary}" for command in COMMANDS)
+    parser = argparse.ArgumentParser(
+        prog="doge-lm",
+        description="Train a small language model of the Doge architecture, from raw text to a chat model.",
+        epilog=f"commands:\n{lines}\n\n`doge-lm COMMAND --help` lists a command's flags.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"doge-lm {__version__}")
+    parser.add_argument("command", choices=[command.name for command in COMMANDS], metavar="COMMAND")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""The retrieval and the experts of the Cross Domain Mixture of Experts (arXiv 2407.16958).
+
+Shapes, the one legend of this file; a tensor's name ends in its shape where it helps:
+
+    M  tokens (batch and sequence as one)     e  expert size: the width of c and of a query
+    H  expert heads                           d  hidden size
+    N  experts, N = n1·n2                     K  experts of a token over all heads, K = H·k
+    k  experts per head                       n1, n2  rows of the first and the second key table, n1 ≤ n2
+
+`cdmoe_route` chooses experts, `cdmoe` computes them: one entry point over the paths in `_PATHS`. Every path
+takes the same choice and computes the same sum; they differ in what they read and keep.
+"""
+
+from collections.abc import Callable
+from math import isqrt
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Activation = Callable[[Tensor], Tensor]
+
+PATHS = ("auto", "gather", "dense")
+
+# Where "auto" stops computing all N experts for every token. The two matrix products of the dense path cost
+# 2·M·N·(e + d) operations each way; the gather path reads and, in the backward pass, adds up 2·M·K rows.
+DENSE_MAX_EXPERTS = 2048
+# With fewer tokens than this (decoding), the dense path would read all N rows to use K of them a token.
+DENSE_MIN_TOKENS = 32
+
+
+def key_table_sizes(num_experts: int) -> tuple[int, int]:
+    """Factor `num_experts` into n1·n2 with n1 ≤ n2, as near square as it goes. A prime gives (1, N)."""
+    n1 = next(n for n in range(isqrt(num_experts), 0, -1) if num_experts % n == 0)
+    return n1, num_experts // n1
+
+
+def cdmoe_route(queries_MHe: Tensor, keys: Tensor, n1: int, k: int) -> tuple[Tensor, Tensor]:
+    """Choose the k best of the N = n1·n2 experts for each token and head, exactly (product keys).
+
+    The score of expert (i, j) is the sum of two: the query's first half with row i of the first key table and its
+    second half with row j of the second. An expert among the k best has its i among the k best of the first table
+    and its j among the k best of the second, so k·k sums are enough.
+
+    Args:
+        queries_MHe: (M, H, e).
+        keys: (H, n1 + n2, e/2), the first table's rows first.
+        n1: rows of the first table.
+        k: experts to choose, at most n1·n2.
+
+    Returns:
+        weights (M, H, k): softmax of the chosen scores, in float32 or better, the best first;
+        experts (M, H, k): int64, expert (i, j) as i·n2 + j.
+    """
+    n2 = keys.shape[1] - n1
+    first_MHe, second_MHe = queries_MHe.chunk(2, dim=-1)
+    score_type = torch.promote_types(queries_MHe.dtype, torch.float32)
+    first_MHn = torch.einsum("mhe,hne->mhn", first_MHe, keys[:, :n1]).to(score_type)
+    second_MHn = torch.einsum("mhe,hne->mhn", second_MHe, keys[:, n1:]).to(score_type)
+    best_first, i = first_MHn.topk(min(k, n1), dim=-1)
+    best_second, j = second_MHn.topk(min(k, n2), dim=-1)
+    sums = (best_first.unsqueeze(-1) + best_second.unsqueeze(-2)).flatten(-2)
+    scores, pair = sums.topk(k, dim=-1)
+    width = best_second.shape[-1]
+    experts = i.gather(-1, pair // width) * n2 + j.gather(-1, pair % width)
+    return scores.softmax(dim=-1), experts
+
+
+def cdmoe(
+    c_Me: Tensor,
+    weights_MHk: Tensor,
+    experts_MHk: Tensor,
+    down_embed: Tensor,
+    up_embed: Tensor,
+    act: Activation,
+    path: str = "auto",
+) -> Tensor:
+    """Sum the chosen experts: Σ over heads and experts of σ(w · (c·D_expert)) U_expert.
+
+    Args:
+        c_Me: (M, e), the input of the experts.
+        weights_MHk, experts_MHk: (M, H, k), from `cdmoe_route`.
+        down_embed: D, (N, e).
+        up_embed: U, (N, d).
+        act: σ.
+        path: "gather", "dense", or "auto" to choose by size.
+
+    Returns:
+        (M, d), in the type of the matrix products (that of autocast, or of the arguments).
+
+    Raises:
+        ValueError: for an unknown path.
+    """
+    if path not in PATHS:
+        raise ValueError(f"path is {path!r}; it must be one of {', '.join(PATHS)}")
+    num_tokens, num_experts = c_Me.shape[0], down_embed.shape[0]
+    if path == "auto":
+        path = "dense" if num_experts <= DENSE_MAX_EXPERTS and num_tokens >= DENSE_MIN_TOKENS else "gather"
+    weights_MK, experts_MK = weights_MHk.flatten(1), experts_MHk.flatten(1)
+    return _PATHS[path](c_Me, weights_MK, experts_MK, down_embed, up_embed, act)
+
+
+def _gather(
+    c_Me: Tensor, weights_MK: Tensor, experts_MK: Tensor, down_embed: Tensor, up_embed: Tensor, act: Activation
+) -> Tensor:
+    """Read the K rows of each token: the least reading for few tokens, right in any precision."""
+    down_MKe = F.embedding(experts_MK, down_embed)
+    up_MKd = F.embedding(experts_MK, up_embed)
+    inner_MK = torch.einsum("me,mke->mk", c_Me, down_MKe)
+    hidden_MK = act(weights_MK * inner_MK)
+    return torch.einsum("mk,mkd->md", hidden_MK.to(inner_MK.dtype), up_MKd)
+
+
+def _dense(
+    c_Me: Tensor, weights_MK: Tensor, experts_MK: Tensor, down_embed: Tensor, up_embed: Tensor, act: Activation
+) -> Tensor:
+    """Score all experts with one matrix product, keep the chosen, and sum with a second.
+
+    Both passes are matrix products, so no two tokens ever add to the same row of a gradient, which is what makes
+    the backward pass of `_gather` slow. An expert that two heads of a token choose is added up, hence scatter_add.
+    """
+    inner_MN = F.linear(c_Me, down_embed)
+    hidden_MK = act(weights_MK * inner_MN.gather(1, experts_MK))
+    hidden_MN = torch.zeros_like(inner_MN).scatter_add(1, experts_MK, hidden_MK.to(inner_MN.dtype))
+    return F.linear(hidden_MN, up_embed.t())
+
+
+_PATHS = {"gather": _gather, "dense": _dense}

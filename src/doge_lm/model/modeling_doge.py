@@ -1,0 +1,461 @@
+"""The Doge model of *Wonderful Matrices* (arXiv 2407.16958): Inner Function Attention and a Cross Domain Mixture
+of Experts in a pre-norm Transformer decoder.
+
+Shapes, the one legend of this file; a tensor's name ends in its shape where it helps:
+
+    B  batch                   h  attention heads          e  expert size
+    T  tokens                  f  features of a head, d/h  H  expert heads
+    S  keys, with the cache    n  inner values             k  experts per head
+    d  hidden size             r  retrieval size           M  tokens of the batch as one, B·T
+
+Weights are meant to be in float32 and the computation in bfloat16 by autocast; norms, softmax and the loss are
+computed in float32 (in float64 for a float64 model).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cdmoe import cdmoe, cdmoe_route, key_table_sizes
+from .configuration_doge import DogeConfig
+
+INNER_VALUE_STD = 0.02
+
+
+class DogeRotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary embedding, in float32, for any scaling type of transformers."""
+
+    inv_freq: Tensor
+    original_inv_freq: Tensor
+
+    def __init__(self, config: DogeConfig):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_parameters: dict = config.rope_parameters or {}
+        self.rope_type = self.rope_parameters["rope_type"]
+        inv_freq, self.attention_scaling = self.initial_frequencies()
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    def initial_frequencies(self) -> tuple[Tensor, float]:
+        """The inverse frequencies (f/2,) and the factor on cosine and sine."""
+        if self.rope_type != "default":
+            return ROPE_INIT_FUNCTIONS[self.rope_type](self.config)
+        size = self.config.hidden_size // self.config.num_attention_heads
+        exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
+        return self.rope_parameters["rope_theta"] ** -exponents, 1.0
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "DogeRotaryEmbedding":
+        """Follow a move to another device but not to another type: in bfloat16, late positions would be lost."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+    @torch.no_grad()
+    @dynamic_rope_update  # the types whose frequencies depend on the length
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions (B or 1, T) to cosine and sine, each (B or 1, T, f); `x` gives the device."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float32)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+
+
+def rotate(x_BhTf: Tensor, cos_BTf: Tensor, sin_BTf: Tensor) -> Tensor:
+    """Rotate queries or keys; feature i of a head pairs with feature i + f/2, as in Llama."""
+    first, second = x_BhTf.chunk(2, dim=-1)
+    turned_BhTf = torch.cat((-second, first), dim=-1)
+    rotated_BhTf = x_BhTf * cos_BTf.unsqueeze(1) + turned_BhTf * sin_BTf.unsqueeze(1)
+    return rotated_BhTf.to(x_BhTf.dtype)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: object,
+) -> tuple[Tensor, Tensor]:
+    """Attention in plain PyTorch, the reference of the other backends: the one that returns its weights.
+
+    Takes query (B, h, T, f), key and value (B, h, S, f) and an additive mask; returns the output (B, T, h, f)
+    and the weights (B, h, T, S).
+    """
+    scores_BhTS = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores_BhTS = scores_BhTS + attention_mask
+    weights_BhTS = scores_BhTS.softmax(dim=-1, dtype=_at_least_float32(query)).to(query.dtype)
+    weights_BhTS = nn.functional.dropout(weights_BhTS, p=dropout, training=module.training)
+    return (weights_BhTS @ value).transpose(1, 2).contiguous(), weights_BhTS
+
+
+class DogeInnerFuncAttn(nn.Module):
+    """Inner Function Attention: the value is a function of the input that is chosen for each token.
+
+    q = RoPE(W_q x) and k = RoPE(W_k x); s = K_v (W_s x), j = argmax s and v = x ⊙ E[j], cut into heads;
+    the output is W_o (softmax(q kᵀ/√f + mask) v).
+    """
+
+    def __init__(self, config: DogeConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True
+        d, bias = config.hidden_size, config.hidden_bias
+        self.head_dim = d // config.num_attention_heads
+        self.num_key_value_groups = 1
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(d, d, bias=bias)
+        self.k_proj = nn.Linear(d, d, bias=bias)
+        self.v_queries = nn.Linear(d, config.inner_values_retrieval_size, bias=bias)
+        self.v_keys = nn.Parameter(torch.empty(config.num_inner_values, config.inner_values_retrieval_size))
+        self.v_embed = nn.Embedding(config.num_inner_values, d)
+        self.o_proj = nn.Linear(d, d, bias=bias)
+
+    def inner_values(self, x_BTd: Tensor) -> Tensor:
+        """v = x ⊙ E[argmax s], (B, T, d).
+
+        The choice is hard in the forward pass; in the backward pass its gradient is that of softmax(s)
+        (straight-through). E and the product stay in float32: rows that start at 1 + N(0, 0.02) would lose their
+        noise in bfloat16, whose steps near 1 are 0.0078.
+        """
+        scores_BTn = nn.functional.linear(self.v_queries(x_BTd), self.v_keys)
+        hard_BTn = nn.functional.one_hot(scores_BTn.argmax(dim=-1), self.config.num_inner_values)
+        soft_BTn = scores_BTn.softmax(dim=-1, dtype=_at_least_float32(x_BTd))
+        # The difference is exactly 0, so the sum is exactly one-hot.
+        choice_BTn = hard_BTn.to(soft_BTn.dtype) + (soft_BTn - soft_BTn.detach())
+        with torch.autocast(x_BTd.device.type, enabled=False):
+            # A product with n columns: a look-up's backward pass would add all tokens to the same few rows.
+            gains_BTd = choice_BTn @ self.v_embed.weight.to(choice_BTn.dtype)
+        return x_BTd * gains_BTd
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T, d) to (B, T, d), and the weights (B, h, T, S) where the backend returns them."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        cos_BTf, sin_BTf = position_embeddings
+        query_BhTf = rotate(self.q_proj(hidden_states).view(shape).transpose(1, 2), cos_BTf, sin_BTf)
+        key_BhSf = rotate(self.k_proj(hidden_states).view(shape).transpose(1, 2), cos_BTf, sin_BTf)
+        value_BhSf = self.inner_values(hidden_states).to(key_BhSf.dtype).view(shape).transpose(1, 2)
+        if past_key_values is not None:
+            key_BhSf, value_BhSf = past_key_values.update(key_BhSf, value_BhSf, self.layer_idx)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output_BThf, weights_BhTS = attention(
+            self, query_BhTf, key_BhSf, value_BhSf, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(output_BThf.reshape(hidden_states.shape)), weights_BhTS
+
+
+class DogeCDMoE(nn.Module):
+    """Cross Domain Mixture of Experts: c = W_down σ(W_up x) is shared by all domains; product keys retrieve,
+    for each token and head, k of N experts of one hidden unit each, and only these reach the output.
+
+    y = Σ over heads and chosen experts of σ(w · (c·D_expert)) U_expert.
+    """
+
+    def __init__(self, config: DogeConfig):
+        super().__init__()
+        d, e, bias = config.hidden_size, config.private_expert_intermediate_size, config.hidden_bias
+        self.num_heads = config.num_cdmmoe_heads
+        self.experts_per_head = config.num_cdmmoe_experts_per_head
+        self.path = config.cdmoe_path
+        self.n1, n2 = key_table_sizes(config.num_cdmmoe_experts)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.shared_up_proj = nn.Linear(d, config.cross_domain_intermediate_size, bias=bias)
+        self.shared_down_proj = nn.Linear(config.cross_domain_intermediate_size, e, bias=bias)
+        self.queries = nn.Linear(e, self.num_heads * e, bias=bias)
+        self.keys = nn.Parameter(torch.empty(self.num_heads, self.n1 + n2, e // 2))
+        self.down_embed = nn.Embedding(config.num_cdmmoe_experts, e)
+        self.up_embed = nn.Embedding(config.num_cdmmoe_experts, d)
+
+    def route(self, c_Me: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and indices of the chosen experts, each (M, H, k)."""
+        queries_MHe = self.queries(c_Me).unflatten(-1, (self.num_heads, -1))
+        return cdmoe_route(queries_MHe, self.keys, self.n1, self.experts_per_head)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        c_BTe = self.shared_down_proj(self.act_fn(self.shared_up_proj(hidden_states)))
+        c_Me = c_BTe.flatten(0, 1)
+        weights_MHk, experts_MHk = self.route(c_Me)
+        output_Md = cdmoe(
+            c_Me, weights_MHk, experts_MHk, self.down_embed.weight, self.up_embed.weight, self.act_fn, self.path
+        )
+        return output_Md.view(hidden_states.shape)
+
+
+class DogeDecoderLayer(GradientCheckpointingLayer):
+    """x += attn(RMSNorm(x)); x += feed_forward(RMSNorm(x)), with dropout on both branches."""
+
+    def __init__(self, config: DogeConfig, layer_idx: int):
+        super().__init__()
+        self.hidden_dropout = config.hidden_dropout
+        self.in_attn_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attn = DogeInnerFuncAttn(config, layer_idx)
+        self.in_ff_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.feed_forward = DogeCDMoE(config)
+
+    def forward(self, hidden_states: Tensor, **kwargs: object) -> Tensor:
+        """(B, T, d) to (B, T, d); the keyword arguments are those of `DogeInnerFuncAttn.forward`."""
+        branch, _ = self.attn(self.in_attn_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + self._dropout(branch)
+        branch = self.feed_forward(self.in_ff_layernorm(hidden_states))
+        return hidden_states + self._dropout(branch)
+
+    def _dropout(self, branch: Tensor) -> Tensor:
+        return nn.functional.dropout(branch, p=self.hidden_dropout, training=self.training)
+
+
+class DogePreTrainedModel(PreTrainedModel):
+    """What `DogeModel` and `DogeForCausalLM` share: initialization, and what they tell transformers."""
+
+    config_class = DogeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DogeDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": DogeDecoderLayer, "attentions": DogeInnerFuncAttn}
+
+    def save_pretrained(self, *args: object, **kwargs: object) -> None:
+        """Save as transformers does, with every Auto class pointed at the code that is saved beside the weights.
+
+        transformers records only the class that is saved; `AutoModel` would then take its own `DogeConfig`, which
+        has the same name, for this one.
+        """
+        classes = {"AutoModel": "modeling_doge.DogeModel", "AutoModelForCausalLM": "modeling_doge.DogeForCausalLM"}
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **classes}
+        super().save_pretrained(*args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Start the weights of one module; children come before their parents.
+
+        `weight_init = "normal"`: matrices, embeddings and keys N(0, initializer_range). `"fan_in"`: matrices
+        N(0, 1/√inputs), keys 1/√(their width), D 1/√e and U 1/√d. Keys never start at 0, so the first choice
+        already spreads over all experts and all inner values, and the router has a gradient. E follows
+        `inner_value_init`: its rows differ, since equal rows would cancel the straight-through gradient.
+        """
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=self._std(module.in_features))
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, DogeInnerFuncAttn):
+            init.normal_(module.v_keys, std=self._std(module.v_keys.shape[1]))
+            mean = 1.0 if self.config.inner_value_init == "identity" else 0.0
+            init.normal_(module.v_embed.weight, mean=mean, std=INNER_VALUE_STD)
+        elif isinstance(module, DogeCDMoE):
+            init.normal_(module.keys, std=self._std(module.keys.shape[2]))
+            init.normal_(module.down_embed.weight, std=self._std(module.down_embed.embedding_dim))
+            init.normal_(module.up_embed.weight, std=self._std(module.up_embed.embedding_dim))
+        elif isinstance(module, DogeRotaryEmbedding):
+            # Not in checkpoints, so they must be made again after loading onto the meta device.
+            inv_freq, module.attention_scaling = module.initial_frequencies()
+            init.copy_(module.inv_freq, inv_freq)
+            init.copy_(module.original_inv_freq, inv_freq)
+
+    def _std(self, fan_in: int) -> float:
+        return fan_in**-0.5 if self.config.weight_init == "fan_in" else self.config.initializer_range
+
+
+class DogeModel(DogePreTrainedModel):
+    """The decoder without a head: token ids to hidden states after the final norm."""
+
+    def __init__(self, config: DogeConfig):
+        super().__init__(config)
+        # No padding_idx: the pad token shares id 0 with <unk>, whose embedding must train.
+        self.word_embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary_emb = DogeRotaryEmbedding(config)
+        self.layers = nn.ModuleList(DogeDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.final_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embedding (transformers' name for it)."""
+        return self.word_embed
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding."""
+        self.word_embed = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: object,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids: (B, T) int64; or else `inputs_embeds`, (B, T, d).
+            attention_mask: (B, S), 0 at padding; or a mask of the backend's own, (B, 1, T, S).
+            position_ids: (B, T). Without `attention_mask` and cache, positions that start over mark the
+                documents of a packed batch, and attention stays within them.
+            past_key_values: keys (rotated) and values of earlier tokens.
+            use_cache: whether to return them for this call's tokens; `config.use_cache` if None.
+
+        Raises:
+            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x_BTd = self.word_embed(input_ids) if inputs_embeds is None else inputs_embeds
+        # Made before the cache: transformers looks for packed documents only where there is none, and a cache
+        # that is still empty must not let documents see each other.
+        mask = self._attention_mask(x_BTd, attention_mask, position_ids, past_key_values)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            start = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(x_BTd.shape[1], device=x_BTd.device) + start).unsqueeze(0)
+        position_embeddings = self.rotary_emb(x_BTd, position_ids)
+        for layer in self.layers:
+            x_BTd = layer(
+                x_BTd,
+                position_embeddings=position_embeddings,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.final_layernorm(x_BTd), past_key_values=past_key_values)
+
+    def _attention_mask(
+        self,
+        x_BTd: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> object:
+        """The mask of the backend in use; None where plain causal attention needs none.
+
+        The plain case is decided here, not by transformers, which may write out a T×T mask under `torch.compile`
+        (its `sdpa_mask` says so of PyTorch before 2.14): SDPA with a mask leaves the flash kernel.
+        """
+        plain = attention_mask is None and position_ids is None and past_key_values is None
+        if plain and self.config._attn_implementation not in ("eager", "flex_attention"):
+            return None
+        return create_causal_mask(
+            config=self.config,
+            inputs_embeds=x_BTd,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+
+
+class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
+    """Doge with a linear head over the vocabulary."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.word_embed.weight"}
+
+    def __init__(self, config: DogeConfig):
+        super().__init__(config)
+        self.model = DogeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embedding (transformers' name for it)."""
+        return self.model.word_embed
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding."""
+        self.model.word_embed = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: object,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, vocabulary), and the loss where `labels` are given.
+
+        Args:
+            labels: (B, T), the tokens themselves, -100 where a token is no target; the model shifts them.
+            logits_to_keep: compute logits for the last so many positions only (0: all), or for these positions.
+            num_items_in_batch (in `kwargs`): divide the summed loss by it instead of by this batch's targets.
+
+        The other arguments are those of `DogeModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+__all__ = ["DogeForCausalLM", "DogeModel", "DogePreTrainedModel"]
