@@ -1,0 +1,29 @@
+# `make demo` and `make test` set up all they need in .venv, from Python 3.11 to 3.13 and pip.
+# README.md has the same steps for Windows, where there is no make.
+
+PYTHON ?= python3
+# Flags for the demo: make demo DEMO_FLAGS="--steps 20"
+DEMO_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint install
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/doge-lm demo $(DEMO_FLAGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest

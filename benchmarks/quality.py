@@ -1,0 +1,218 @@
+"""Loss of Doge beside a Llama of equal total parameters, by the project's own trainer, data order and evaluation.
+
+    python benchmarks/quality.py --dataset_path DIR --tokenizer_path DIR --output_dir OUT RUN [RUN …]
+
+A RUN is a row of the protocol, e.g. `doge:inner_value_init=identity,seed=1` or `llama:learning_rate=2e-3`: what
+stands behind the colon are settings of the preset doge_25M, changed. The protocol of docs/evidence is the default
+under them: T = 1,024, 64K tokens a step, cosine over 60M tokens, peak learning rate 3e-3, 1/√fan_in init.
+Prints a table and appends each row to OUT/quality.jsonl.
+"""
+
+import argparse
+import gc
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from doge_lm.data.dataset import load_prepared
+from doge_lm.errors import UserError
+from doge_lm.model.configuration_doge import DogeConfig
+from doge_lm.model.modeling_doge import DogeCDMoE, DogeForCausalLM, DogeInnerFuncAttn
+from doge_lm.training import pretrain
+from doge_lm.training.callbacks import LOG_NAME
+from doge_lm.training.plan import count_model
+from doge_lm.training.settings import TrainSettings
+
+SEQUENCE_LENGTH = 1024
+TOKENS_PER_STEP = 65536
+PROTOCOL = {
+    "learning_rate": "3e-3",
+    "weight_init": "fan_in",
+    "document_mask": "false",
+    "eval_steps": "1000000",
+    "save_steps": "1000000",
+    "per_device_eval_batch_size": "16",
+    "logging_steps": "10",
+}
+
+
+def llama_like(config: DogeConfig) -> LlamaConfig:
+    """A Llama of the same width and depth, its MLP as wide as brings it nearest to the same total parameters."""
+    d, layers = config.hidden_size, config.num_hidden_layers
+    total = count_model(config).total
+    outside = (1 if config.tie_word_embeddings else 2) * config.vocab_size * d + d
+    width = round(((total - outside) / layers - 4 * d * d - 2 * d) / (3 * d))
+    return LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=d,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=config.num_attention_heads,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_theta=config.rope_theta,
+        tie_word_embeddings=config.tie_word_embeddings,
+        pad_token_id=config.pad_token_id,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+    )
+
+
+def build_llama(config: DogeConfig, train: TrainSettings) -> PreTrainedModel:
+    """The Llama beside a Doge, initialized by the same rule (`weight_init`)."""
+    model = LlamaForCausalLM._from_config(
+        llama_like(config), attn_implementation=train.attn_implementation, dtype=torch.float32
+    )
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            std = module.in_features**-0.5 if config.weight_init == "fan_in" else config.initializer_range
+            torch.nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, torch.nn.Embedding):
+            torch.nn.init.normal_(module.weight, std=config.initializer_range)
+    return model
+
+
+BUILDERS = {"doge": pretrain.build_model, "llama": build_llama}
+
+
+def run_row(row: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Train and evaluate one row; returns its figures."""
+    architecture, _, changes = row.partition(":")
+    if architecture not in BUILDERS:
+        raise UserError(f"run {row!r}: the architecture must be one of {', '.join(BUILDERS)}")
+    steps = round(args.tokens / TOKENS_PER_STEP)
+    epochs = math.ceil(args.tokens / args.epoch_tokens)
+    settings = {
+        **PROTOCOL,
+        "sequence_length": str(args.sequence_length),
+        "sequences_per_step": str(TOKENS_PER_STEP // args.sequence_length),
+        "num_train_epochs": str(epochs),
+        "per_epoch_max_steps": str(round(steps / epochs)),
+        **dict(change.split("=", 1) for change in changes.split(",") if change),
+    }
+    place = args.output_dir / row.replace(":", "-").replace(",", "-").replace("=", "")
+    parser = argparse.ArgumentParser()
+    pretrain.add_arguments(parser)
+    flags = ["--config_path", args.preset, "--dataset_path", args.dataset_path, "--tokenizer_path", args.tokenizer_path]
+    flags += ["--logging_dir", str(place / "log"), "--output_dir", str(place / "model"), "--overwrite"]
+    for key, value in settings.items():
+        flags += ["--set", f"{key}={value}"]
+    begun = time.perf_counter()
+    pretrain.run(parser.parse_args(flags), build_model=BUILDERS[architecture])
+    seconds = time.perf_counter() - begun
+    lines = [json.loads(line) for line in (place / "log" / LOG_NAME).read_text(encoding="utf-8").splitlines()]
+    figures = {"run": row, "seconds": round(seconds, 1), **summarize(lines)}
+    if architecture == "doge":
+        figures.update(usage(place / "model", args.dataset_path))
+    return figures
+
+
+@torch.no_grad()
+def usage(model_dir: Path, dataset_path: str, rows: int = 64) -> dict[str, list[float]]:
+    """How the choices of a trained Doge spread over the first rows of the test set, layer by layer.
+
+    `experts_used` is the share of the N experts that at least one token takes, `experts_effective` is exp(entropy)
+    of their use over N, and `value_share` the share of tokens that take the commonest inner value.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = DogeForCausalLM.from_pretrained(model_dir).to(device).eval()
+    experts = [watch_experts(layer.feed_forward, model.config.num_cdmmoe_experts) for layer in model.model.layers]
+    values = [watch_values(layer.attn, model.config.num_inner_values) for layer in model.model.layers]
+    test = load_prepared(Path(dataset_path)).test
+    for index in range(min(rows, len(test))):
+        ids = torch.as_tensor(test[index]["input_ids"].astype("int64"), device=device)
+        model(input_ids=ids[None], use_cache=False)
+    shares = [counts.double() / counts.sum() for counts in experts]
+    return {
+        "experts_used": [round((share > 0).double().mean().item(), 3) for share in shares],
+        "experts_effective": [round(torch.special.entr(share).sum().exp().item() / len(share), 3) for share in shares],
+        "value_share": [round((counts.max() / counts.sum()).item(), 3) for counts in values],
+    }
+
+
+def watch_experts(feed_forward: DogeCDMoE, num_experts: int) -> torch.Tensor:
+    """Counts of the experts that the layer takes from now on, (N,), filled as it runs."""
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=feed_forward.keys.device)
+    route = feed_forward.route
+
+    def counting(c_Me: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, experts = route(c_Me)
+        counts.add_(experts.flatten().bincount(minlength=num_experts))
+        return weights, experts
+
+    feed_forward.route = counting
+    return counts
+
+
+def watch_values(attention: DogeInnerFuncAttn, num_values: int) -> torch.Tensor:
+    """Counts of the inner values that the layer takes from now on, (n,), filled as it runs."""
+    counts = torch.zeros(num_values, dtype=torch.int64, device=attention.v_keys.device)
+
+    def count(_module: torch.nn.Module, _inputs: tuple, queries_BTr: torch.Tensor) -> None:
+        chosen = torch.nn.functional.linear(queries_BTr, attention.v_keys).argmax(dim=-1)
+        counts.add_(chosen.flatten().bincount(minlength=num_values))
+
+    attention.v_queries.register_forward_hook(count)
+    return counts
+
+
+def summarize(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of a run's log: the last evaluation, and the median speed of its second half."""
+    evaluation = next(line for line in reversed(lines) if "eval_loss" in line)
+    training = [line for line in lines if "tokens_per_second" in line]
+    rates = [line["tokens_per_second"] for line in training[len(training) // 2 :]]
+    curve = {line["tokens_seen"]: round(line["loss"], 4) for line in training}
+    return {
+        "tokens": training[-1]["tokens_seen"],
+        **{name: round(value, 4) for name, value in evaluation.items() if name.startswith("eval_")},
+        "tokens_per_second": round(statistics.median(rates)),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None,
+        "curve": curve,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--preset", default="doge_25M")
+    parser.add_argument("--dataset_path", required=True)
+    parser.add_argument("--tokenizer_path", required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--sequence_length", type=int, default=SEQUENCE_LENGTH)
+    parser.add_argument("--tokens", type=float, default=60e6)
+    parser.add_argument("--epoch_tokens", type=float, default=20e6, help="the plan is cut into epochs of at most this")
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for row in args.runs:
+        torch._dynamo.reset()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        rows.append(run_row(row, args))
+        with (args.output_dir / "quality.jsonl").open("a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+        print(json.dumps({key: value for key, value in rows[-1].items() if key != "curve"}), flush=True)
+    print(f"\n{'run':44} {'loss':>7} {'bits/byte':>9} {'Mtok/s':>7} {'GiB':>6}")
+    for row in rows:
+        print(
+            f"{row['run']:44} {row['eval_loss']:7.4f} {row['eval_bits_per_byte']:9.4f} "
+            f"{row['tokens_per_second'] / 1e6:7.3f} {row['peak_gib'] or 0:6.2f}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,152 @@
+"""The prepared set that training reads, and the collator that makes batches of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset, load_from_disk
+
+from doge_lm.data.manifest import KINDS, MANIFEST_NAME, Manifest
+from doge_lm.data.storage import check_files
+from doge_lm.errors import UserError
+
+IGNORED_LABEL = -100
+_HOW_TO_MAKE = (
+    "make it with `doge-lm preprocess_datasets` and then `doge-lm merge_datasets` (`doge-lm download_datasets` comes "
+    "before them; see --help of each)"
+)
+_COUNT_ROWS = 2**14
+
+
+@dataclass(frozen=True)
+class PreparedSet:
+    """A training set and its test set, in numpy format, with the columns of `doge_lm.data.storage.row_features`."""
+
+    train: Dataset
+    test: Dataset
+    manifest: Manifest
+
+
+def load_prepared(path: str | Path) -> PreparedSet:
+    """Opens what `merge_datasets` wrote, as memory maps.
+
+    Args:
+        path: `SAVE_DIR/pretrain` or `SAVE_DIR/finetune`.
+
+    Raises:
+        UserError: if it is missing, is not a prepared set, is of another format version, or a file is damaged.
+    """
+    directory = Path(path)
+    if not directory.exists():
+        raise UserError(f"there is no prepared data set at {directory}; {_HOW_TO_MAKE}")
+    if not (directory / MANIFEST_NAME).is_file():
+        inside = [directory / kind for kind in KINDS if (directory / kind / MANIFEST_NAME).is_file()]
+        hint = f"did you mean {inside[0]}?" if inside else _HOW_TO_MAKE
+        raise UserError(f"{directory} is not a prepared data set (no {MANIFEST_NAME} in it); {hint}")
+    manifest = Manifest.read(directory)
+    if manifest.stage != "merged":
+        raise UserError(
+            f"{directory} is a tokenized source, not a prepared data set; run `doge-lm merge_datasets` and give its "
+            "result"
+        )
+    check_files(directory, manifest.files)
+    try:
+        loaded = load_from_disk(str(directory), keep_in_memory=False)
+        train, test = loaded["train"], loaded["test"]
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory} is damaged ({error}); run `doge-lm merge_datasets` again") from error
+    return PreparedSet(train.with_format("numpy"), test.with_format("numpy"), manifest)
+
+
+def count_tokens(dataset: Dataset) -> int:
+    """Real tokens of a prepared split (padding left out), without a loop over rows."""
+    return sum(int(_flat(batch, "document_lengths").sum()) for batch in _batches(dataset, ["document_lengths"]))
+
+
+def count_targets(dataset: Dataset) -> int:
+    """Tokens of a prepared split that the loss covers, without a loop over rows."""
+    total = 0
+    for batch in _batches(dataset, ["document_lengths", "context_spans"]):
+        lengths = _flat(batch, "document_lengths")
+        spans = _flat(batch, "context_spans")
+        total += int(lengths.sum()) - len(lengths) - int((spans[1::2] - spans[::2]).sum())
+    return total
+
+
+def _batches(dataset: Dataset, columns: list[str]) -> Any:
+    return dataset.select_columns(columns).with_format("arrow").iter(batch_size=_COUNT_ROWS)
+
+
+def _flat(table: pa.Table, column: str) -> np.ndarray:
+    values = table.column(column).combine_chunks()
+    values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    return values.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class PackedCollator:
+    """Rows of a prepared set -> a batch of fixed shape.
+
+    Labels follow transformers' convention: the model shifts them, so `labels[b, t]` is `input_ids[b, t]` where token
+    t is a target, and -100 where it is the first of its piece, context, or padding. There is no attention mask:
+    padding stands to the right, where a causal model does not look.
+
+    Attributes:
+        pad_token_id: fills up rows that are shorter than `sequence_length`.
+        sequence_length: T, the same for every batch.
+        document_mask: also give `position_ids` that restart at 0 at every piece (and once more where the padding
+            begins), by which attention can be kept within documents.
+    """
+
+    pad_token_id: int
+    sequence_length: int
+    document_mask: bool = False
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Makes a batch.
+
+        Args:
+            rows: B rows with `input_ids`, `document_lengths` and `context_spans`.
+
+        Returns:
+            `input_ids` and `labels`, and with `document_mask` `position_ids`: int64, (B, T).
+
+        Raises:
+            ValueError: if a row is longer than `sequence_length`.
+        """
+        T = self.sequence_length
+        ids_BT = np.full((len(rows), T), self.pad_token_id, np.int64)
+        # One extra column takes the ends of stretches that reach the end of a row.
+        context_BT1 = np.zeros((len(rows), T + 1), np.int32)
+        first_BT1 = np.zeros((len(rows), T + 1), np.bool_)
+        for b, row in enumerate(rows):
+            ids = row["input_ids"]
+            if len(ids) > T:
+                raise ValueError(f"a row of {len(ids)} tokens does not fit into sequence_length {T}")
+            ids_BT[b, : len(ids)] = ids
+            ends = np.cumsum(row["document_lengths"], dtype=np.int64)
+            first_BT1[b, 0] = True
+            first_BT1[b, ends] = True  # beginnings of the pieces behind the first, and of the padding
+            spans = np.asarray(row["context_spans"], np.int64)
+            context_BT1[b, spans[::2]] = 1
+            context_BT1[b, spans[1::2]] -= 1  # where one span ends and the next begins, the two cancel
+            filled = int(ends[-1]) if len(ends) else 0
+            context_BT1[b, filled] += 1  # padding: open to the end
+        ignored_BT = (np.cumsum(context_BT1, axis=1)[:, :T] > 0) | first_BT1[:, :T]
+        batch = {
+            "input_ids": torch.from_numpy(ids_BT),
+            "labels": torch.from_numpy(np.where(ignored_BT, IGNORED_LABEL, ids_BT)),
+        }
+        if self.document_mask:
+            batch["position_ids"] = torch.from_numpy(_positions(first_BT1[:, :T]))
+        return batch
+
+
+def _positions(first_BT: np.ndarray) -> np.ndarray:
+    """Counts from 0 anew at every True; the first column is True."""
+    index_BT = np.broadcast_to(np.arange(first_BT.shape[1], dtype=np.int64), first_BT.shape)
+    return index_BT - np.maximum.accumulate(np.where(first_BT, index_BT, 0), axis=1)

@@ -1,0 +1,499 @@
+"""What lies beside every result of the data path: manifests, token accounting, and directories that appear whole.
+
+Three kinds of directory are made, and each says what it is in one JSON file:
+
+- `raw/NAME/source.json` (`RawSource`): the files of a source, downloaded or the user's own;
+- `tokenized/NAME/manifest.json` and `pretrain/manifest.json` (`Manifest`): settings, tokenizer, inputs, files with
+  their sizes and hashes, and the token accounting.
+
+`atomic_directory` writes a directory beside its place and renames it when it is whole.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from doge_lm.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+SOURCE_NAME = "source.json"
+RAW_FOLDER = "raw"
+TOKENIZED_FOLDER = "tokenized"
+
+Kind = Literal["pretrain", "finetune"]
+KINDS: tuple[Kind, ...] = ("pretrain", "finetune")
+
+_Record = TypeVar("_Record")
+
+
+class AccountingError(RuntimeError):
+    """The tokens that went in are not the tokens that came out: a bug in this package, never the user's fault."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Token accounting
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Dropped:
+    """What was left out for one reason. `times` counts documents, turns or pieces, whichever the reason is about."""
+
+    times: int = 0
+    bytes: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class SampleCounts:
+    """What lies in written rows, counted from the rows themselves."""
+
+    samples: int = 0
+    tokens: int = 0  # real tokens: everything but padding
+    pieces: int = 0  # documents, or parts of documents that were cut
+    targets: int = 0
+    context: int = 0
+    padding: int = 0
+    text_bytes: int = 0
+
+    def add(self, other: "SampleCounts") -> None:
+        """Adds another count to this one."""
+        for entry in fields(self):
+            setattr(self, entry.name, getattr(self, entry.name) + getattr(other, entry.name))
+
+
+@dataclass
+class SourceAccounting:
+    """The token accounting of one source, from the documents' side.
+
+    Every token of a document is a target, the first token of its document, context, or dropped. `overlap` counts
+    the tokens that stand twice (the first token of a piece that continues a document), which is why rows hold more
+    tokens than documents do. Bytes are UTF-8 bytes of the documents' words; `joiner_bytes` were added between
+    turns that had to be joined.
+    """
+
+    documents_in: int = 0
+    documents_kept: int = 0
+    documents_cut: int = 0
+    bytes_in: int = 0
+    joiner_bytes: int = 0
+    bytes_trained: int = 0
+    bytes_context: int = 0
+    tokens_in: int = 0
+    targets: int = 0
+    first_tokens: int = 0
+    context: int = 0
+    overlap: int = 0
+    dropped: dict[str, Dropped] = field(default_factory=dict)
+    repaired: dict[str, int] = field(default_factory=dict)
+
+    def drop(self, reason: str, *, times: int = 0, bytes_: int = 0, tokens: int = 0) -> None:
+        """Counts something that was left out."""
+        entry = self.dropped.setdefault(reason, Dropped())
+        entry.times += times
+        entry.bytes += bytes_
+        entry.tokens += tokens
+
+    def repair(self, reason: str, times: int = 1) -> None:
+        """Counts something irregular that was kept, in a mended form."""
+        if times:
+            self.repaired[reason] = self.repaired.get(reason, 0) + times
+
+    def add(self, other: "SourceAccounting") -> None:
+        """Adds another account to this one."""
+        for entry in fields(self):
+            if entry.name not in ("dropped", "repaired"):
+                setattr(self, entry.name, getattr(self, entry.name) + getattr(other, entry.name))
+        for reason, count in other.dropped.items():
+            self.drop(reason, times=count.times, bytes_=count.bytes, tokens=count.tokens)
+        for reason, times in other.repaired.items():
+            self.repair(reason, times)
+
+    def check(self, name: str, rows: SampleCounts) -> None:
+        """Checks that everything that went in came out, or was counted as dropped.
+
+        Args:
+            name: the source, for the message.
+            rows: what was counted in the rows that were written.
+
+        Raises:
+            AccountingError: if any sum does not add up.
+        """
+        dropped_tokens = sum(entry.tokens for entry in self.dropped.values())
+        dropped_bytes = sum(entry.bytes for entry in self.dropped.values())
+        kept = self.targets + self.first_tokens + self.context
+        sums = {
+            "tokens in = targets + first tokens + context + dropped": (self.tokens_in, kept + dropped_tokens),
+            "bytes in + joiners = trained + context + dropped": (
+                self.bytes_in + self.joiner_bytes,
+                self.bytes_trained + self.bytes_context + dropped_bytes,
+            ),
+            "tokens in rows = targets + first tokens + context + overlap": (rows.tokens, kept + self.overlap),
+            "targets in rows": (rows.targets, self.targets),
+            "context in rows": (rows.context, self.context),
+            "pieces in rows = first tokens + overlap": (rows.pieces, self.first_tokens + self.overlap),
+            "text bytes in rows = bytes trained": (rows.text_bytes, self.bytes_trained),
+        }
+        check_sums(name, sums)
+
+
+def check_sums(name: str, sums: dict[str, tuple[int, int]]) -> None:
+    """Raises `AccountingError` if the two numbers of any pair differ."""
+    wrong = [f"{what}: {left} and {right}" for what, (left, right) in sums.items() if left != right]
+    if wrong:
+        raise AccountingError(f"the token accounting of {name} does not add up: " + "; ".join(wrong))
+
+
+def accounting_table(accounts: dict[str, SourceAccounting], rows: dict[str, SampleCounts]) -> str:
+    """The accounting of some sources as a table of plain text, one column a source, then what was dropped and mended.
+
+    Args:
+        accounts: source name -> its account.
+        rows: source name -> what was counted in its rows.
+    """
+    lines: list[tuple[str, Callable[[str], int]]] = [
+        ("documents in", lambda name: accounts[name].documents_in),
+        ("  kept", lambda name: accounts[name].documents_kept),
+        ("  cut (longer than a sample)", lambda name: accounts[name].documents_cut),
+        ("bytes in", lambda name: accounts[name].bytes_in),
+        ("tokens in", lambda name: accounts[name].tokens_in),
+        ("= targets", lambda name: accounts[name].targets),
+        ("+ first tokens of documents", lambda name: accounts[name].first_tokens),
+        ("+ context (prompts, the human's turns)", lambda name: accounts[name].context),
+        ("+ dropped", lambda name: sum(entry.tokens for entry in accounts[name].dropped.values())),
+        ("samples", lambda name: rows[name].samples),
+        ("  overlap tokens", lambda name: accounts[name].overlap),
+        ("  padding", lambda name: rows[name].padding),
+    ]
+    names = list(accounts)
+    label_width = max(len(label) for label, _ in lines)
+    widths = [max(len(name), *(len(f"{value(name):,}") for _, value in lines)) for name in names]
+    table = [" " * label_width + "".join(f"  {name:>{width}}" for name, width in zip(names, widths, strict=True))]
+    for label, value in lines:
+        cells = "".join(f"  {value(name):>{width},}" for name, width in zip(names, widths, strict=True))
+        table.append(f"{label:<{label_width}}{cells}")
+    for name in names:
+        for reason, entry in sorted(accounts[name].dropped.items()):
+            table.append(f"{name}: dropped, {reason}: {entry.times:,} times, {entry.tokens:,} tokens")
+        for reason, times in sorted(accounts[name].repaired.items()):
+            table.append(f"{name}: kept, {reason}: {times:,} times")
+    return "\n".join(table)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The manifest and the description of a raw source
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TokenizerIdentity:
+    """Which tokenizer made the ids, and the ids that the training needs."""
+
+    sha256: str
+    vocab_size: int
+    pad_token_id: int
+    bos_token_id: int
+    eos_token_id: int
+
+
+@dataclass
+class InputFile:
+    """A file that was read. `path` is absolute, or relative to the directory that names it."""
+
+    path: str
+    bytes: int
+
+
+@dataclass
+class OutputFile:
+    """An arrow file that was written. `path` is relative to the manifest, with forward slashes."""
+
+    path: str
+    bytes: int
+    rows: int
+    sha256: str
+
+
+@dataclass
+class Manifest:
+    """How a tokenized source or a merged set was made, and what is in it.
+
+    `samples` maps a split (`all` for a tokenized source; `train`, `test` for a merged set) to sources to counts.
+    """
+
+    stage: Literal["tokenized", "merged"]
+    name: str
+    kind: Kind
+    sequence_length: int
+    tokenizer: TokenizerIdentity
+    settings: dict[str, Any]
+    inputs: list[InputFile]
+    files: list[OutputFile]
+    accounting: dict[str, SourceAccounting]
+    samples: dict[str, dict[str, SampleCounts]]
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def split_counts(self, split: str) -> SampleCounts:
+        """The counts of one split, summed over its sources."""
+        total = SampleCounts()
+        for counts in self.samples[split].values():
+            total.add(counts)
+        return total
+
+    def write(self, directory: Path) -> None:
+        """Writes `manifest.json` into a directory."""
+        _write_json(directory / MANIFEST_NAME, asdict(self))
+
+    @classmethod
+    def read(cls, directory: Path) -> "Manifest":
+        """Reads `manifest.json` of a directory.
+
+        Raises:
+            UserError: if it is missing, is not JSON, is of another format version, or lacks a field.
+        """
+        path = directory / MANIFEST_NAME
+        raw = _read_json(path)
+        return _build(path, lambda: _manifest_from_json(raw))
+
+
+@dataclass
+class RawSource:
+    """A source before tokenizing: `source.json`."""
+
+    name: str
+    kind: Kind
+    origin: str
+    licence: str
+    files: list[InputFile]
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def write(self, directory: Path) -> None:
+        """Writes `source.json` into a directory."""
+        _write_json(directory / SOURCE_NAME, asdict(self))
+
+    @classmethod
+    def read(cls, directory: Path) -> "RawSource":
+        """Reads `source.json` of a directory.
+
+        Raises:
+            UserError: if it is missing, is not JSON, is of another format version, or lacks a field.
+        """
+        path = directory / SOURCE_NAME
+        raw = _read_json(path)
+        return _build(path, lambda: _raw_source_from_json(raw))
+
+    def paths(self, directory: Path) -> list[Path]:
+        """The source's files, in the order in which they are read.
+
+        Raises:
+            UserError: if a file is missing, or has another size than when it was taken in.
+        """
+        found = []
+        for entry in self.files:
+            path = directory / entry.path  # an absolute path stays as it is
+            if not path.is_file():
+                raise UserError(
+                    f"{path} of the source {self.name!r} is missing; run `doge-lm download_datasets` for it again"
+                )
+            size = path.stat().st_size
+            if size != entry.bytes:
+                raise UserError(
+                    f"{path} of the source {self.name!r} has {size:,} bytes, but had {entry.bytes:,} when it was taken "
+                    "in; run `doge-lm download_datasets` for it again"
+                )
+            found.append(path)
+        return found
+
+
+def check_name(directory: Path, name: str) -> None:
+    """Checks that a source's directory bears its name, so that no two sources have the same one.
+
+    Raises:
+        UserError: if it does not.
+    """
+    if directory.name != name:
+        raise UserError(f"{directory} holds the source {name!r}; name the directory {name!r}, or make it again")
+
+
+def package_versions(
+    names: Iterable[str] = ("doge-lm", "datasets", "numpy", "pyarrow", "tokenizers"),
+) -> dict[str, str]:
+    """The versions of Python and of packages that a result may depend on."""
+    versions = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+def _manifest_from_json(raw: dict[str, Any]) -> Manifest:
+    if raw["stage"] not in ("tokenized", "merged"):
+        raise ValueError(f"stage {raw['stage']!r}")
+    values = dict(raw)
+    values["kind"] = _kind(raw["kind"])
+    values["tokenizer"] = TokenizerIdentity(**raw["tokenizer"])
+    values["inputs"] = [InputFile(**entry) for entry in raw["inputs"]]
+    values["files"] = [OutputFile(**entry) for entry in raw["files"]]
+    values["accounting"] = {name: _accounting_from_json(entry) for name, entry in raw["accounting"].items()}
+    values["samples"] = {
+        split: {name: SampleCounts(**entry) for name, entry in sources.items()}
+        for split, sources in raw["samples"].items()
+    }
+    return Manifest(**values)
+
+
+def _raw_source_from_json(raw: dict[str, Any]) -> RawSource:
+    values = dict(raw)
+    values["kind"] = _kind(raw["kind"])
+    values["files"] = [InputFile(**entry) for entry in raw["files"]]
+    return RawSource(**values)
+
+
+def _accounting_from_json(raw: dict[str, Any]) -> SourceAccounting:
+    values = dict(raw)
+    values["dropped"] = {reason: Dropped(**entry) for reason, entry in raw["dropped"].items()}
+    return SourceAccounting(**values)
+
+
+def _kind(value: str) -> Kind:
+    for kind in KINDS:
+        if value == kind:
+            return kind
+    raise ValueError(f"kind {value!r}")
+
+
+def _build(path: Path, make: Callable[[], _Record]) -> _Record:
+    try:
+        return make()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not a description that doge-lm wrote ({error}); make the directory again"
+        ) from error
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    document = {"format": "doge-lm", "format_version": FORMAT_VERSION, **values}
+    path.write_text(json.dumps(document, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", newline="\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} does not exist, so {path.parent} was not made by doge-lm") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); make the directory again") from error
+    if not isinstance(document, dict) or document.pop("format", None) != "doge-lm":
+        raise UserError(f"{path} was not written by doge-lm")
+    version = document.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {version}, this doge-lm reads version {FORMAT_VERSION}; make the directory "
+            "again with this version"
+        )
+    return document
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Directories that appear whole or not at all
+# ---------------------------------------------------------------------------------------------------------------
+
+FULL_DISK = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@contextlib.contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """A directory that takes its place only when the block ends without an exception.
+
+    The block writes into the yielded directory `.tmp-NAME`, a sibling of the target. What an interrupted run left
+    there is removed first, so two runs must not make the same target at once. An existing target is replaced if it
+    is empty or one of ours (it holds `manifest.json` or `source.json`).
+
+    Args:
+        target: where the finished directory belongs.
+
+    Yields:
+        The directory to write into.
+
+    Raises:
+        UserError: if the target is something that doge-lm did not make, the disk is full, or it cannot be written.
+    """
+    _refuse_foreign(target)
+    temporary = target.with_name(f".tmp-{target.name}")
+    try:
+        with _explained(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            temporary.mkdir()
+            yield temporary
+            _put_in_place(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _refuse_foreign(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UserError(f"{target} is a file, but a directory has to be written there; move it or choose another place")
+    ours = (target / MANIFEST_NAME).is_file() or (target / SOURCE_NAME).is_file()
+    if not ours and any(target.iterdir()):
+        raise UserError(
+            f"{target} exists and was not made by doge-lm (no {MANIFEST_NAME} or {SOURCE_NAME} in it); it is not "
+            "overwritten: move it or choose another place"
+        )
+
+
+@contextlib.contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    """Turns what the operating system says of a full or locked disk into a `UserError` that names the target."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise UserError(
+                f"the disk is full ({error}): {target} could not be written, and nothing half written was left; free "
+                "some space, or choose another --save_dir"
+            ) from error
+        if error.errno in _NOT_WRITABLE and _lies_under(error.filename, target.parent):
+            raise UserError(
+                f"{target} cannot be written ({error.strerror}: {error.filename}); choose another --save_dir"
+            ) from error
+        raise
+
+
+def _lies_under(filename: object, folder: Path) -> bool:
+    if not isinstance(filename, str | os.PathLike):
+        return False
+    path = Path(os.path.abspath(filename))
+    top = Path(os.path.abspath(folder))
+    return path.is_relative_to(top) or top.is_relative_to(path)
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Renames; a directory cannot be renamed onto a full one, so the old one steps aside and comes back on failure."""
+    if not target.exists():
+        temporary.rename(target)
+        return
+    aside = target.with_name(f".tmp-old-{target.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    target.rename(aside)
+    try:
+        temporary.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside)

@@ -1,0 +1,300 @@
+"""Rows on disk: arrow files that `datasets.load_from_disk` opens, written as a stream and read by random access.
+
+The bytes of a file depend on its rows alone, so that equal input gives equal files, whoever wrote them.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from datasets import DatasetInfo, Features, List, Value
+
+from doge_lm.data.manifest import OutputFile, SampleCounts
+from doge_lm.data.packing import PackedRow
+from doge_lm.errors import UserError
+
+# 65,536 samples of 2,048 tokens are 270 MB: a shard. A record batch is what one look-up has to find.
+ROWS_PER_SHARD = 2**16
+ROWS_PER_BATCH = 256
+
+
+def id_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The narrowest type that holds the ids: 16 bits where the vocabulary allows."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def row_features(dtype: np.dtype[Any]) -> Features:
+    """The columns of a prepared set, for token ids of a type (uint16 or uint32)."""
+    return Features(
+        {
+            "input_ids": List(Value(dtype.name)),
+            "document_lengths": List(Value("int32")),
+            "context_spans": List(Value("int32")),
+            "text_bytes": Value("int32"),
+            "source": Value("string"),
+            "group": Value("int64"),
+        }
+    )
+
+
+def shard_name(index: int) -> str:
+    """The name of the arrow file number `index` of a data set."""
+    return f"data-{index:05d}.arrow"
+
+
+class _Hashing:
+    """A file open for writing that also takes the hash of what passes."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[bytes] = path.open("wb")
+        self._hash = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        self._hash.update(view)
+        self.bytes += view.nbytes
+        return self._file.write(view)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def close(self) -> None:
+        self._file.close()
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+class ShardWriter:
+    """Writes record batches into one arrow file. A context manager: the file is whole when the block ends."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._path = path
+        self._file = _Hashing(path)
+        self._writer = pa.ipc.new_stream(pa.PythonFile(self._file, mode="w"), schema)
+        self._rows = 0
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Appends a record batch."""
+        self._writer.write_batch(batch)
+        self._rows += batch.num_rows
+
+    def abandon(self) -> None:
+        """Closes the file as it is, so that it can be removed on every platform."""
+        self._file.close()
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._writer.close()
+                self._file.flush()
+        finally:
+            self._file.close()
+
+    def output(self) -> OutputFile:
+        """What was written; its path is the file's name."""
+        return OutputFile(self._path.name, self._file.bytes, self._rows, self._file.hexdigest())
+
+
+class RowWriter:
+    """Writes the rows of one source as a stream into a directory of arrow files, and counts them.
+
+    Args:
+        directory: an existing, empty directory.
+        source: the name of the source, for the column `source`.
+        dtype: type of the token ids.
+    """
+
+    def __init__(self, directory: Path, source: str, dtype: np.dtype[Any]) -> None:
+        self.counts = SampleCounts()
+        self.files: list[OutputFile] = []
+        self._directory = directory
+        self._source = source
+        self._dtype = dtype
+        self._features = row_features(dtype)
+        self._schema = self._features.arrow_schema
+        self._rows: list[PackedRow] = []
+        self._shard: ShardWriter | None = None
+        self._shard_rows = 0
+
+    def write(self, row: PackedRow) -> None:
+        """Appends a row."""
+        self._rows.append(row)
+        if len(self._rows) == ROWS_PER_BATCH:
+            self._flush()
+
+    def close(self) -> None:
+        """Writes what is left, and the files that make the directory a data set."""
+        if self._rows or (self._shard is None and not self.files):
+            self._flush()  # without any row too: a data set of no rows is one empty file
+        self._close_shard()
+        describe_dataset(self._directory, self._features, self.files, split=None)
+
+    def abandon(self) -> None:
+        """Closes a file that a failure left open; does nothing after `close`."""
+        if self._shard is not None:
+            self._shard.abandon()
+            self._shard = None
+
+    def _flush(self) -> None:
+        batch = rows_to_batch(self._rows, self._source, self._dtype, self._schema)
+        self._rows = []
+        if self._shard is None:
+            self._shard = ShardWriter(self._directory / shard_name(len(self.files)), self._schema)
+        self._shard.write(batch)
+        self._shard_rows += batch.num_rows
+        self.counts.add(count_batch(batch))
+        if self._shard_rows >= ROWS_PER_SHARD:
+            self._close_shard()
+
+    def _close_shard(self) -> None:
+        if self._shard is None:
+            return
+        shard, self._shard, self._shard_rows = self._shard, None, 0
+        with shard:
+            pass
+        self.files.append(shard.output())
+
+
+def rows_to_batch(rows: Sequence[PackedRow], source: str, dtype: np.dtype[Any], schema: pa.Schema) -> pa.RecordBatch:
+    """Makes a record batch of rows."""
+    columns = [
+        _lists([row.input_ids for row in rows], dtype),
+        _lists([row.document_lengths for row in rows], np.dtype(np.int32)),
+        _lists([row.context_spans for row in rows], np.dtype(np.int32)),
+        pa.array(np.array([row.text_bytes for row in rows], np.int32)),
+        pa.array([source] * len(rows), pa.string()),
+        pa.array(np.array([row.group for row in rows], np.int64)),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _lists(arrays: Sequence[npt.NDArray[Any]], dtype: np.dtype[Any]) -> pa.ListArray:
+    offsets = np.zeros(len(arrays) + 1, np.int32)
+    np.cumsum(np.array([len(array) for array in arrays], np.int32), out=offsets[1:])
+    values = np.concatenate(arrays) if arrays else np.empty(0, dtype)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.astype(dtype, copy=False)))
+
+
+def count_batch(batch: pa.RecordBatch) -> SampleCounts:
+    """Counts what lies in a record batch, from its columns alone."""
+    lengths = batch.column("document_lengths").flatten().to_numpy(zero_copy_only=False)
+    spans = batch.column("context_spans").flatten().to_numpy(zero_copy_only=False)
+    tokens = int(lengths.sum(dtype=np.int64))
+    context = int((spans[1::2] - spans[::2]).sum(dtype=np.int64))
+    return SampleCounts(
+        samples=batch.num_rows,
+        tokens=tokens,
+        pieces=len(lengths),
+        targets=tokens - len(lengths) - context,
+        context=context,
+        padding=len(batch.column("input_ids").flatten()) - tokens,
+        text_bytes=int(batch.column("text_bytes").to_numpy(zero_copy_only=False).sum(dtype=np.int64)),
+    )
+
+
+def describe_dataset(directory: Path, features: Features, files: Sequence[OutputFile], split: str | None) -> None:
+    """Writes `dataset_info.json` and `state.json`, by which `datasets.load_from_disk` knows a directory.
+
+    The fingerprint is taken from the content, since `datasets` keys its caches by it.
+    """
+    DatasetInfo(features=features).write_to_directory(str(directory))
+    fingerprint = hashlib.sha256("".join(file.sha256 for file in files).encode("ascii")).hexdigest()[:16]
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": file.path} for file in files],
+        "_fingerprint": fingerprint,
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": split,
+    }
+    (directory / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8", newline="\n")
+
+
+def describe_dataset_dict(directory: Path, splits: Sequence[str]) -> None:
+    """Writes `dataset_dict.json`, by which `datasets.load_from_disk` knows a directory of splits."""
+    text = json.dumps({"splits": list(splits)})
+    (directory / "dataset_dict.json").write_text(text, encoding="utf-8", newline="\n")
+
+
+def check_files(directory: Path, files: Sequence[OutputFile]) -> None:
+    """Checks that arrow files are there in their full size.
+
+    Raises:
+        UserError: naming the file that is missing or of another size.
+    """
+    for file in files:
+        path = directory / file.path
+        if not path.is_file():
+            raise UserError(f"{path} is missing; make {directory} again")
+        size = path.stat().st_size
+        if size != file.bytes:
+            state = "truncated" if size < file.bytes else "longer than it was written"
+            raise UserError(f"{path} is {state}: {size:,} of {file.bytes:,} bytes; make {directory} again")
+
+
+class RowReader:
+    """Random access to the rows of arrow files, through memory maps: nothing is read before it is asked for.
+
+    Args:
+        files: arrow files with the same columns; their rows are numbered one file after another.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._batches: list[pa.RecordBatch] = []
+        starts = [0]
+        for path in files:
+            for batch in _read_batches(path):
+                self._batches.append(batch)
+                starts.append(starts[-1] + batch.num_rows)
+        self._starts = np.array(starts, np.int64)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """A column of numbers, whole."""
+        parts = [batch.column(name).to_numpy(zero_copy_only=False) for batch in self._batches]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def take(self, indices: npt.NDArray[np.int64]) -> pa.RecordBatch:
+        """Rows by number, in the order asked for, as one record batch.
+
+        Rows are gathered batch by batch, so that memory is touched in order and no column is ever made whole.
+        """
+        order = np.argsort(indices, kind="stable")
+        ascending = indices[order]
+        batch_of = np.searchsorted(self._starts, ascending, "right") - 1
+        cuts = np.flatnonzero(np.diff(batch_of)) + 1
+        parts = []
+        for begin, end in zip([0, *cuts.tolist()], [*cuts.tolist(), len(indices)], strict=True):
+            number = int(batch_of[begin])
+            parts.append(self._batches[number].take(pa.array(ascending[begin:end] - self._starts[number])))
+        back = np.empty(len(indices), np.int64)
+        back[order] = np.arange(len(indices))
+        return pa.concat_batches(parts).take(pa.array(back))
+
+
+def _read_batches(path: Path) -> list[pa.RecordBatch]:
+    try:
+        with pa.memory_map(str(path)) as source:
+            return list(pa.ipc.open_stream(source))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a sound arrow file: {error}; make {path.parent} again") from error

@@ -1,0 +1,366 @@
+"""Settings of a run: nested dataclasses ↔ YAML ↔ `--set key=value`, strict about every key and every value.
+
+A settings file has two parts. `model:` holds the fields of `DogeConfig` that shape the model; `train:` holds the
+published training keys and a few more. A key that is not a field of the dataclasses below is an error that names
+the nearest one that is, and a value of the wrong kind says what would do: nothing in a file is silently ignored.
+"""
+
+import difflib
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+import doge_lm
+from doge_lm.errors import UserError
+from doge_lm.model.configuration_doge import DogeConfig
+
+Auto = Literal["auto"]
+
+PARTS = ("model", "train")
+
+
+@dataclass
+class ModelSettings:
+    """The `model:` part: fields of `DogeConfig`, which documents them and checks that they fit together.
+
+    The published presets give all the sizes; a size that is left out is Doge-25M's.
+    """
+
+    vocab_size: int = 32768
+    hidden_size: int = 256
+    num_hidden_layers: int = 8
+    hidden_bias: bool = False
+    hidden_dropout: float = 0.0
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 16384
+    rope_theta: float = 10000.0
+    rope_parameters: dict | None = None
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+    tie_word_embeddings: bool = False
+    num_attention_heads: int = 2
+    num_inner_values: int = 2
+    inner_values_retrieval_size: int = 128
+    inner_value_init: str = DogeConfig.inner_value_init
+    cross_domain_intermediate_size: int = 1024
+    private_expert_intermediate_size: int = 256
+    num_cdmmoe_experts: int = 256
+    num_cdmmoe_heads: int = 1
+    num_cdmmoe_experts_per_head: int = 2
+    cdmoe_path: str = "auto"
+    weight_init: str = DogeConfig.weight_init
+    initializer_range: float = 0.02
+
+
+@dataclass
+class TrainSettings:
+    """The `train:` part. Every preset comments every key; "step" always means a step of the optimizer."""
+
+    # Data and length of the run
+    dataset_path: str = "./datasets/pretrain"
+    sequence_length: int = 2048
+    sequences_per_step: int | Auto = "auto"
+    per_device_train_batch_size: int | Auto = "auto"
+    accumulate_steps: int | Auto = "auto"
+    per_epoch_max_steps: int = 4000
+    num_train_epochs: int = 2
+    document_mask: bool = True
+    seed: int = 233
+    # Optimizer
+    learning_rate: float = 8e-4
+    lr_scheduler_type: Literal["cosine", "constant"] = "cosine"
+    warmup_ratio: float = 0.1
+    min_lr_rate: float = 0.1
+    weight_decay: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    # How it is computed
+    bf16: bool | Auto = True
+    torch_compile: bool | Auto = "auto"
+    attn_implementation: Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    gradient_checkpointing: bool = False
+    dataloader_num_workers: int = 0
+    # What is reported and kept
+    logging_steps: int = 10
+    eval_steps: int = 500
+    per_device_eval_batch_size: int = 8
+    save_steps: int = 500
+    save_total_limit: int | None = 3
+
+
+Check = tuple[Callable[[Any], bool], str]
+
+
+def _at_least(low: int) -> Check:
+    return (lambda value: value >= low), f"at least {low}"
+
+
+_POSITIVE: Check = ((lambda value: value > 0), "above 0")
+_NOT_NEGATIVE: Check = ((lambda value: value >= 0), "0 or more")
+_SHARE: Check = ((lambda value: 0 <= value <= 1), "between 0 and 1")
+_BELOW_ONE: Check = ((lambda value: 0 <= value < 1), "0 or more and below 1")
+
+# Ranges of the `train:` values; `DogeConfig` checks those of `model:`. The text completes "it must be …".
+_RANGES: dict[str, Check] = {
+    "sequence_length": _at_least(2),
+    "sequences_per_step": _at_least(1),
+    "per_device_train_batch_size": _at_least(1),
+    "accumulate_steps": _at_least(1),
+    "per_epoch_max_steps": _at_least(1),
+    "num_train_epochs": _at_least(1),
+    "seed": ((lambda value: 0 <= value < 2**32), "0 or more and below 2**32"),
+    "learning_rate": _POSITIVE,
+    "warmup_ratio": _BELOW_ONE,
+    "min_lr_rate": _SHARE,
+    "weight_decay": _NOT_NEGATIVE,
+    "adam_beta1": _BELOW_ONE,
+    "adam_beta2": _BELOW_ONE,
+    "adam_epsilon": _POSITIVE,
+    "max_grad_norm": _NOT_NEGATIVE,
+    "dataloader_num_workers": _at_least(0),
+    "logging_steps": _at_least(1),
+    "eval_steps": _at_least(1),
+    "per_device_eval_batch_size": _at_least(1),
+    "save_steps": _at_least(1),
+    "save_total_limit": _at_least(1),
+}
+
+
+@dataclass
+class Settings:
+    """All settings of a run, and where they came from (for error messages)."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    origin: str = "the defaults"
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """The two parts as plain values, every key present."""
+        return {part: asdict(getattr(self, part)) for part in PARTS}
+
+    def to_yaml(self) -> str:
+        """The text of a settings file that `load_settings` reads back to the same settings."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def model_config(self) -> DogeConfig:
+        """The configuration of the model.
+
+        Raises:
+            UserError: if the sizes do not fit together; the message names the field and a value that would do.
+        """
+        try:
+            return DogeConfig(**asdict(self.model))
+        except ValueError as error:
+            raise UserError(f"{self.origin}: model: {error}") from error
+
+
+def load_settings(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read a settings file, given by path or as the bare name of a preset, and apply `--set key=value` overrides.
+
+    Raises:
+        UserError: for a missing or malformed file, an unknown or repeated key, and a value that does not fit.
+    """
+    path = find_preset(path_or_name)
+    settings = parse_settings(_read_yaml(path), str(path))
+    for override in overrides:
+        apply_override(settings, override)
+    if overrides:
+        settings.origin += f" with {' '.join(f'--set {override}' for override in overrides)}"
+    return settings
+
+
+def parse_settings(document: Any, origin: str) -> Settings:
+    """Turn the parsed content of a settings file into `Settings`; `origin` is the name used in error messages."""
+    if not isinstance(document, dict):
+        raise UserError(f"{origin}: expected two parts, `model:` and `train:`, at the top level")
+    settings = Settings(origin=origin)
+    for part, values in document.items():
+        if part not in PARTS:
+            raise UserError(f"{origin}: unknown part {part!r}; {_nearest(part, PARTS)}")
+        if values is None:
+            continue
+        if not isinstance(values, dict):
+            raise UserError(f"{origin}: {part}: expected `key: value` lines, found {values!r}")
+        for key, value in values.items():
+            _assign(settings, part, key, value, f"{origin}: {part}.{key}")
+    return settings
+
+
+def apply_override(settings: Settings, override: str) -> None:
+    """Apply one `key=value`, where key is `train.learning_rate`, or `learning_rate` as no part shares a name.
+
+    Raises:
+        UserError: naming the flag, the key and the nearest known one.
+    """
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    where = f"--set {override}"
+    if not equals or not key:
+        raise UserError(f"{where}: expected key=value, for example --set learning_rate=3e-4")
+    part, dot, name = key.rpartition(".")
+    if dot and part not in PARTS:
+        raise UserError(f"{where}: unknown part {part!r}; {_nearest(part, PARTS)}")
+    parts = [part] if dot else [each for each in PARTS if name in _names(each)]
+    if not parts:
+        raise UserError(f"{where}: unknown key {name!r}; {_nearest(name, _names('model') + _names('train'))}")
+    if len(parts) > 1:
+        raise UserError(f"{where}: {name} is a key of both parts; write {' or '.join(f'{p}.{name}' for p in parts)}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: {text!r} is not a YAML value: {_one_line(error)}") from error
+    _assign(settings, parts[0], name, value, where)
+
+
+def find_preset(path_or_name: str | Path) -> Path:
+    """The settings file of that path, or else the preset of that bare name (`doge_25M` or `doge_25M.yaml`).
+
+    Presets are looked for in the checkout (`model/config`) or, for an installed package, inside the package.
+
+    Raises:
+        UserError: if there is neither; the message lists the presets.
+    """
+    path = Path(path_or_name)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise UserError(f"{path} is a directory; --config_path wants a .yaml file or the name of a preset")
+    presets = preset_paths()
+    wanted = str(path_or_name).removesuffix(".yaml")
+    if wanted in presets:
+        return presets[wanted]
+    raise UserError(
+        f"{path_or_name}: no such file, and no preset of that name; {_nearest(wanted, presets)} "
+        f"(presets: {', '.join(presets)})"
+    )
+
+
+def preset_paths() -> dict[str, Path]:
+    """The presets by name: of the checkout where the package runs from one, else those in the package."""
+    package = Path(doge_lm.__file__).resolve().parent
+    checkout, installed = package.parents[1] / "model" / "config", package / "config"
+    directory = installed if installed.is_dir() else checkout
+    return {path.stem: path for path in sorted(directory.glob("*.yaml"))}
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, where plain PyYAML quietly keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text: {error}") from error
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: {_one_line(error)}") from error
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
+    return f"line {mark.line + 1}: {problem}" if mark is not None else str(problem)
+
+
+def _class_of(part: str) -> type:
+    return ModelSettings if part == "model" else TrainSettings
+
+
+def _names(part: str) -> list[str]:
+    return [each.name for each in fields(_class_of(part))]
+
+
+def _nearest(word: object, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.0)
+    return f"the nearest known one is {close[0]!r}" if close else "nothing is known here"
+
+
+def _assign(settings: Settings, part: str, key: Any, value: Any, where: str) -> None:
+    cls = _class_of(part)
+    if key not in _names(part):
+        raise UserError(f"{where}: unknown key {key!r}; {_nearest(key, _names(part))}")
+    kind = typing.get_type_hints(cls)[key]
+    try:
+        converted = _convert(value, kind)
+    except ValueError:
+        raise UserError(f"{where}: {value!r} does not fit; {key} must be {_describe(kind)}") from None
+    fits, needs = _RANGES.get(key, (lambda _: True, ""))
+    if converted is not None and converted != "auto" and not fits(converted):
+        raise UserError(f"{where}: {value!r} does not fit; {key} must be {needs}")
+    setattr(getattr(settings, part), key, converted)
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """`value` as a `kind` (bool, int, float, str, dict, None, a Literal, or a union of these); ValueError if not."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        for option in typing.get_args(kind):
+            try:
+                return _convert(value, option)
+            except ValueError:
+                continue
+        raise ValueError(value)
+    if typing.get_origin(kind) is Literal:
+        if value in typing.get_args(kind):
+            return value
+        raise ValueError(value)
+    if kind is types.NoneType:
+        if value is None:
+            return None
+        raise ValueError(value)
+    if kind is float:
+        return _to_float(value)
+    # bool is a subclass of int in Python, but `true` is no number to a reader of the file.
+    if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+        return value
+    raise ValueError(value)
+
+
+def _to_float(value: Any) -> float:
+    # YAML 1.1 reads 8e-4, without a dot, as text.
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(value)
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(value)
+    return number
+
+
+_DESCRIPTIONS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a mapping",
+    types.NoneType: "null",
+}
+
+
+def _describe(kind: Any) -> str:
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return " or ".join(_describe(option) for option in typing.get_args(kind))
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(str(option) for option in typing.get_args(kind))
+    return _DESCRIPTIONS[kind]

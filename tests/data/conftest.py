@@ -1,0 +1,79 @@
+"""What the tests of the data path share: a tokenizer, writers of little files, and the two stages as functions."""
+
+import json
+import sysconfig
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from doge_lm.data import preprocess as module
+from doge_lm.data.download import take_local
+from doge_lm.data.manifest import Manifest
+from doge_lm.data.preprocess import PreprocessSettings, preprocess
+from doge_lm.data.tokenizer import build_tokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published tokenizer."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    build_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_path: Path) -> Any:
+    return load_tokenizer(tokenizer_path)
+
+
+def json_lines(rows: Iterable[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+
+
+def conversation(*turns: tuple[str, str]) -> dict[str, Any]:
+    return {"conversations": [{"from": role, "value": value} for role, value in turns]}
+
+
+@pytest.fixture(scope="session")
+def library_rows() -> list[dict[str, Any]]:
+    """Real text that Python itself ships: sources of its standard library, with a prompt on every second one."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    rows: list[dict[str, Any]] = []
+    for path in sorted(folder.glob("*.py"))[:60]:
+        row = {"text": path.read_text(encoding="utf-8")}
+        if len(rows) % 2:
+            row["prompt"] = path.name
+        rows.append(row)
+    return rows
+
+
+@pytest.fixture
+def prepare(
+    tmp_path: Path, tokenizer_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., dict[str, Manifest]]:
+    """Takes rows by source in, and preprocesses them into `tmp_path`."""
+    # In this process the tokenizer need not be opened again for every test.
+    monkeypatch.setattr(module, "load_tokenizer", lambda path: tokenizer)
+
+    def prepare_(
+        sources: dict[str, Iterable[dict[str, Any]]],
+        *,
+        place: Path = tmp_path,
+        num_proc: int = 1,
+        **settings: Any,
+    ) -> dict[str, Manifest]:
+        for name, rows in sources.items():
+            file = place / "own" / f"{name}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(json_lines(rows))
+            take_local(name, file, place / "raw" / name)
+        return preprocess(place, place, tokenizer_path, PreprocessSettings(**settings), num_proc=num_proc)
+
+    return prepare_
+
+
+def left_over(folder: Path) -> list[str]:
+    """Names of temporary files and folders anywhere below a folder."""
+    return [str(path) for path in folder.rglob(".tmp-*")]

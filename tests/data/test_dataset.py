@@ -1,0 +1,174 @@
+"""Opening a prepared set, and the collator against a slow, obvious one."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from doge_lm.data.dataset import PackedCollator, count_targets, count_tokens, load_prepared
+from doge_lm.data.manifest import Manifest
+from doge_lm.data.merge import merge
+from doge_lm.errors import UserError
+from tests.data.conftest import conversation
+
+Prepare = Callable[..., dict[str, Manifest]]
+LENGTH = 64
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, prepare: Prepare) -> Path:
+    texts = [{"text": "lorem ipsum " * (n % 50 + 1), "prompt": f"number {n}"} for n in range(60)]
+    chats = [conversation(("human", f"{n} plus {n}"), ("gpt", f"{2 * n}")) for n in range(100)]
+    prepare({"text": texts, "chat": chats}, sequence_length=LENGTH)
+    merge(tmp_path, tmp_path, test_size=5)
+    return tmp_path
+
+
+def slow_batch(rows: list[Any], pad: int, length: int) -> dict[str, list[list[int]]]:
+    """The collator's result, token by token."""
+    batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
+    for row in rows:
+        ids, labels, positions = [], [], []
+        spans = list(zip(row["context_spans"][::2], row["context_spans"][1::2], strict=True))
+        for count in row["document_lengths"]:
+            for position in range(count):
+                index = len(ids)
+                token = int(row["input_ids"][index])
+                context = any(start <= index < end for start, end in spans)
+                ids.append(token)
+                labels.append(-100 if position == 0 or context else token)
+                positions.append(position)
+        filling = length - len(ids)
+        batch["input_ids"].append(ids + [pad] * filling)
+        batch["labels"].append(labels + [-100] * filling)
+        batch["position_ids"].append(positions + list(range(filling)))
+    return batch
+
+
+def random_row(generator: np.random.Generator, length: int, padded: bool) -> dict[str, Any]:
+    lengths: list[int] = []
+    while sum(lengths) < length - 2 and generator.random() < 0.9:
+        lengths.append(int(generator.integers(2, length - sum(lengths) + 1)))
+    lengths = lengths or [2]
+    spans: list[int] = []
+    begin = 0
+    for count in lengths:
+        inside = sorted(generator.choice(np.arange(1, count + 1), min(count, 4), replace=False).tolist())
+        for start, end in zip(inside[::2], inside[1::2], strict=False):
+            spans += [begin + start, begin + end]
+        begin += count
+    ids = generator.integers(3, 30_000, begin)
+    if padded:
+        ids = np.concatenate([ids, np.zeros(length - begin, np.int64)])
+    return {
+        "input_ids": ids.astype(np.uint16),
+        "document_lengths": np.array(lengths, np.int32),
+        "context_spans": np.array(spans, np.int32),
+    }
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("seed", range(10))
+def test_the_collator_equals_a_slow_one(padded: bool, document_mask: bool, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    rows = [random_row(generator, 40, padded) for _ in range(8)]
+    batch = PackedCollator(0, 40, document_mask)(rows)
+    expected = slow_batch(rows, 0, 40)
+    assert set(batch) == {"input_ids", "labels"} | ({"position_ids"} if document_mask else set())
+    for name, values in batch.items():
+        assert values.dtype == torch.int64
+        assert values.shape == (8, 40)
+        assert values.tolist() == expected[name]
+
+
+def test_spans_that_touch_each_other_and_the_end() -> None:
+    row = {"input_ids": np.arange(3, 11), "document_lengths": [8], "context_spans": [1, 3, 3, 4, 6, 8]}
+    assert PackedCollator(0, 8)([row])["labels"].tolist() == [[-100, -100, -100, -100, 7, 8, -100, -100]]
+    labels = PackedCollator(0, 10)([row])["labels"].tolist()
+    assert labels == [[-100, -100, -100, -100, 7, 8, -100, -100, -100, -100]]
+
+
+def test_a_row_that_is_too_long_is_refused() -> None:
+    row = {"input_ids": np.arange(9), "document_lengths": [9], "context_spans": []}
+    with pytest.raises(ValueError, match="9 tokens does not fit into sequence_length 8"):
+        PackedCollator(0, 8)([row])
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "finetune"])
+def test_a_prepared_set_through_a_data_loader(prepared: Path, kind: str) -> None:
+    prepared_set = load_prepared(prepared / kind)
+    assert prepared_set.manifest.kind == kind
+    collator = PackedCollator(prepared_set.manifest.tokenizer.pad_token_id, LENGTH, document_mask=True)
+    targets = tokens = 0
+    for batch in DataLoader(prepared_set.train, batch_size=4, collate_fn=collator):  # type: ignore[arg-type]
+        targets += int((batch["labels"] != -100).sum())
+        tokens += int((batch["input_ids"] != 0).sum())
+        assert batch["input_ids"].shape[1] == LENGTH
+        learned = batch["labels"] != -100
+        assert torch.equal(batch["labels"][learned], batch["input_ids"][learned])
+    counts = prepared_set.manifest.split_counts("train")
+    assert targets == counts.targets == count_targets(prepared_set.train)
+    assert tokens == counts.tokens == count_tokens(prepared_set.train)
+    assert len(prepared_set.test) == 5
+
+
+def test_counting_follows_a_selection(prepared: Path) -> None:
+    train = load_prepared(prepared / "pretrain").train
+    some = train.select([5, 2, 7])
+    assert count_tokens(some) == sum(int(train[i]["document_lengths"].sum()) for i in (2, 5, 7))
+    spans = [train[i]["context_spans"] for i in (2, 5, 7)]
+    context = sum(int(span[1::2].sum() - span[::2].sum()) for span in spans)
+    pieces = sum(len(train[i]["document_lengths"]) for i in (2, 5, 7))
+    assert count_targets(some) == count_tokens(some) - pieces - context
+
+
+def test_a_missing_set_says_which_commands_make_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"`doge-lm preprocess_datasets` and then `doge-lm merge_datasets`") as raised:
+        load_prepared(tmp_path / "none")
+    assert str(tmp_path / "none") in str(raised.value)
+
+
+def test_what_is_not_a_prepared_set(prepared: Path) -> None:
+    with pytest.raises(UserError, match=r"did you mean .*pretrain\?"):
+        load_prepared(prepared)
+    with pytest.raises(UserError, match="is not a prepared data set"):
+        load_prepared(prepared / "raw")
+    with pytest.raises(UserError, match="is a tokenized source"):
+        load_prepared(prepared / "tokenized" / "text")
+
+
+def test_another_version(prepared: Path) -> None:
+    path = prepared / "pretrain" / "manifest.json"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('"format_version": 1', '"format_version": 2'), encoding="utf-8")
+    with pytest.raises(UserError, match="format version 2, this doge-lm reads version 1"):
+        load_prepared(prepared / "pretrain")
+
+
+@pytest.mark.parametrize("cut", [1, 100, 2000])
+def test_a_truncated_arrow_file(prepared: Path, cut: int) -> None:
+    path = prepared / "pretrain" / "train" / "data-00000.arrow"
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(UserError, match=r"train/data-00000\.arrow is truncated") as raised:
+        load_prepared(prepared / "pretrain")
+    assert "merge_datasets" in str(raised.value) or "make" in str(raised.value)
+
+
+def test_files_that_are_gone_or_broken(prepared: Path) -> None:
+    shutil.copytree(prepared / "pretrain", prepared / "copy")
+    (prepared / "copy" / "dataset_dict.json").unlink()
+    with pytest.raises(UserError, match="is damaged"):
+        load_prepared(prepared / "copy")
+    arrow = prepared / "pretrain" / "test" / "data-00000.arrow"
+    arrow.write_bytes(b"\0" * arrow.stat().st_size)
+    with pytest.raises(UserError, match="is damaged"):
+        load_prepared(prepared / "pretrain")
+    arrow.unlink()
+    with pytest.raises(UserError, match=r"data-00000\.arrow is missing"):
+        load_prepared(prepared / "pretrain")

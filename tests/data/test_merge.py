@@ -1,0 +1,313 @@
+"""Merging: a true shuffle fixed by the seed, a split by whole documents, the same for any number of processes."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import load_from_disk
+
+from doge_lm.cli import main
+from doge_lm.data import merge as module
+from doge_lm.data import storage
+from doge_lm.data.manifest import AccountingError, Manifest
+from doge_lm.data.merge import choose_test_groups, merge
+from doge_lm.errors import UserError
+from tests.data.conftest import conversation, left_over
+from tests.data.reference import pieces_in
+
+Prepare = Callable[..., dict[str, Manifest]]
+
+
+def marked_texts(name: str, count: int) -> list[dict[str, Any]]:
+    """Texts of very different lengths that can be told apart wherever they are cut: a name in every few words."""
+    return [{"text": f" <{name}{n}> lorem ipsum" * (3 + (n * n) % 97)} for n in range(count)]
+
+
+def chats(count: int) -> list[dict[str, Any]]:
+    return [conversation(("human", f"{n} plus {n}"), ("gpt", f"{2 * n}")) for n in range(count)]
+
+
+def rows_of(path: Path) -> Any:
+    return load_from_disk(str(path)).with_format("numpy")
+
+
+def documents_of(rows: Any, tokenizer: Any) -> set[str]:
+    """The marks that occur in rows; the last mark of a piece may be cut in two, so the ends are left out."""
+    found = set()
+    for row in rows:
+        begin = 0
+        for count in row["document_lengths"]:
+            text = tokenizer.decode(row["input_ids"][begin : begin + count].tolist())
+            found |= set(re.findall(r"<(\w+\d+)>", text))
+            begin += count
+    return found
+
+
+@pytest.fixture
+def two_sources(tmp_path: Path, prepare: Prepare) -> Path:
+    """Two sources of text, one of conversations, tokenized."""
+    sources = {"apple": marked_texts("apple", 150), "pear": marked_texts("pear", 100), "talk": chats(400)}
+    prepare(sources, sequence_length=128)
+    return tmp_path
+
+
+def test_no_document_is_on_both_sides(two_sources: Path, tokenizer: Any) -> None:
+    manifests = merge(two_sources, two_sources, test_size=30)
+    made = rows_of(two_sources / "pretrain")
+    train, test = (documents_of(made[split], tokenizer) for split in ("train", "test"))
+    assert train.isdisjoint(test)
+    assert train | test == {f"apple{n}" for n in range(150)} | {f"pear{n}" for n in range(100)}
+    assert len(made["test"]) == 30
+    keys = [{(row["source"], int(row["group"])) for row in made[split]} for split in ("train", "test")]
+    assert keys[0].isdisjoint(keys[1])
+    # There are documents of several rows, or nothing would have been shown.
+    assert max(Counter((row["source"], int(row["group"])) for row in made["train"]).values()) > 2
+    assert set(manifests) == {"pretrain", "finetune"}
+    assert set(rows_of(two_sources / "finetune")["train"]["source"]) == {"talk"}
+
+
+def test_nothing_is_lost_or_changed(two_sources: Path) -> None:
+    merge(two_sources, two_sources, test_size=30)
+    before = sum((pieces_in(rows_of(two_sources / "tokenized" / name)) for name in ("apple", "pear")), Counter())
+    made = rows_of(two_sources / "pretrain")
+    assert pieces_in(made["train"]) + pieces_in(made["test"]) == before
+    manifest = Manifest.read(two_sources / "pretrain")
+    for split in ("train", "test"):
+        for name, counts in manifest.samples[split].items():
+            rows = [row for row in made[split] if row["source"] == name]
+            assert counts.samples == len(rows)
+            assert counts.tokens == sum(row["document_lengths"].sum() for row in rows)
+            assert counts.text_bytes == sum(int(row["text_bytes"]) for row in rows)
+    assert manifest.accounting["apple"] == Manifest.read(two_sources / "tokenized" / "apple").accounting["apple"]
+
+
+def order_of(folder: Path) -> list[tuple[str, int, int]]:
+    return [(row["source"], int(row["group"]), int(row["input_ids"][1])) for row in rows_of(folder)["train"]]
+
+
+def test_the_order_is_shuffled_and_fixed_by_the_seed(two_sources: Path, tmp_path: Path) -> None:
+    for place, seed in (("one", 233), ("again", 233), ("other", 234)):
+        merge(two_sources, tmp_path / place, seed=seed, test_size=30)
+    one, again, other = (order_of(tmp_path / place / "pretrain") for place in ("one", "again", "other"))
+    assert one == again != other
+    # Sources are mixed all along: each tenth holds about its share of apples.
+    apples = np.array([source == "apple" for source, _, _ in one])
+    for tenth in np.array_split(apples, 10):
+        assert abs(tenth.mean() - apples.mean()) < 0.35
+    groups = np.array([group for source, group, _ in one if source == "apple"])
+    assert abs(np.corrcoef(groups, np.arange(len(groups)))[0, 1]) < 0.25
+    # The test set is not the last rows either.
+    test = sorted(int(row["group"]) for row in rows_of(tmp_path / "one" / "pretrain")["test"])
+    assert test[0] < max(groups) / 3
+
+
+def test_the_order_of_a_seed_is_fixed_for_good(two_sources: Path) -> None:
+    """Recorded when this was written: another order would make runs of another version not comparable."""
+    assert module._random(233, 0).permutation(10).tolist() == [9, 4, 5, 3, 2, 0, 8, 6, 1, 7]
+
+
+def test_rows_lie_in_their_order(two_sources: Path) -> None:
+    merge(two_sources, two_sources, test_size=30)
+    for split in ("train", "test"):
+        made = load_from_disk(str(two_sources / "pretrain"))[split]
+        assert made._indices is None
+        state = json.loads((two_sources / "pretrain" / split / "state.json").read_text(encoding="utf-8"))
+        assert "_indices_data_files" not in state
+
+
+@pytest.mark.slow
+def test_one_and_two_processes_make_the_same_bytes(
+    two_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards are made small, or there would be no work for a second process."""
+    monkeypatch.setattr(module, "ROWS_PER_SHARD", 16)
+    for number in (1, 2):
+        merge(two_sources, tmp_path / str(number), num_proc=number, test_size=30)
+    for kind in ("pretrain", "finetune"):
+        one, two = tmp_path / "1" / kind, tmp_path / "2" / kind
+        files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+        assert files == sorted(path.relative_to(two) for path in two.rglob("*") if path.is_file())
+        assert len(files) > 4
+        for file in files:
+            assert (one / file).read_bytes() == (two / file).read_bytes(), file
+
+
+def test_many_small_batches_are_gathered_right(
+    two_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge(two_sources, tmp_path / "one", test_size=30)
+    monkeypatch.setattr(module, "_GATHER_ROWS", 7)
+    monkeypatch.setattr(module, "ROWS_PER_SHARD", 20)
+    merge(two_sources, tmp_path / "two", test_size=30)
+    assert order_of(tmp_path / "one" / "pretrain") == order_of(tmp_path / "two" / "pretrain")
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "finetune"])
+def test_one_kind_alone(tmp_path: Path, prepare: Prepare, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    prepare({"a": marked_texts("a", 40) if kind == "pretrain" else chats(200)}, sequence_length=64)
+    flags = ["--datasets_dir", str(tmp_path), "--save_dir", str(tmp_path), "--test_size", "5"]
+    assert main(["merge_datasets", *flags]) == 0
+    other = "finetune" if kind == "pretrain" else "pretrain"
+    assert f"{other}: no source of this kind" in capsys.readouterr().out
+    assert not (tmp_path / other).exists()
+    assert len(rows_of(tmp_path / kind)["test"]) == 5
+
+
+def test_groups_of_different_sources_are_different_groups(tmp_path: Path, prepare: Prepare) -> None:
+    short = [{"text": f"number {n}"} for n in range(20)]
+    prepare({"a": short, "b": short}, sequence_length=64, padding="max_length")
+    assert merge(tmp_path, tmp_path, test_size=1)["pretrain"].split_counts("test").samples == 1
+
+
+def test_padded_rows_are_merged_too(tmp_path: Path, prepare: Prepare, tokenizer: Any) -> None:
+    prepare({"a": marked_texts("a", 40)}, sequence_length=64, padding="max_length")
+    manifest = merge(tmp_path, tmp_path, test_size=7)["pretrain"]
+    made = rows_of(tmp_path / "pretrain")
+    assert manifest.split_counts("train").padding > 0
+    assert documents_of(made["train"], tokenizer).isdisjoint(documents_of(made["test"], tokenizer))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The choice of the test set
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_choice_is_exact_where_there_is_one() -> None:
+    sizes = np.array([5, 5, 5, 3, 3, 7, 1, 1])
+    for wanted in range(1, 30):
+        sums = {sum(sizes[list(some)]) for count in range(9) for some in combinations(range(8), count)}
+        best = max(total for total in sums if total <= wanted)
+        assert sizes[choose_test_groups(sizes, wanted, 233)].sum() == best
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_choice_is_as_near_as_can_be(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    sizes = generator.choice([4, 6, 9, 14], 12)
+    wanted = int(generator.integers(5, 60))
+    sums = {0}
+    for size in sizes.tolist():
+        sums |= {total + size for total in sums}
+    best = max(total for total in sums if total <= wanted)
+    assert sizes[choose_test_groups(sizes, wanted, seed)].sum() == best
+
+
+def test_the_choice_is_at_random() -> None:
+    sizes = np.ones(1000, np.int64)
+    one, two = (choose_test_groups(sizes, 100, seed) for seed in (1, 2))
+    assert one.sum() == two.sum() == 100
+    assert (one & two).sum() < 40
+    assert 20 < np.flatnonzero(one).min() + 20 < 100
+    assert one[:500].sum() > 25
+
+
+def test_a_size_that_groups_do_not_come_to_is_said(
+    tmp_path: Path, prepare: Prepare, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Documents of several rows each, which nothing else shares: groups of one size.
+    words = " ".join(str(number) for number in range(10, 60))
+    prepare({"a": [{"text": f"{n} {words}"} for n in range(10)]}, sequence_length=64, padding="max_length")
+    sizes = Counter(int(row["group"]) for row in rows_of(tmp_path / "tokenized" / "a"))
+    assert len(set(sizes.values())) == 1
+    smallest = min(sizes.values())
+    assert smallest > 1
+    with pytest.raises(UserError, match="every group of them is larger"):
+        merge(tmp_path, tmp_path, test_size=smallest - 1)
+    flags = ["--datasets_dir", str(tmp_path), "--save_dir", str(tmp_path), "--test_size", str(smallest + 1)]
+    assert main(["merge_datasets", *flags]) == 0
+    assert f"the test set has {smallest} samples, not {smallest + 1}" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_too_few_samples_says_how_many_there_are(tmp_path: Path, prepare: Prepare) -> None:
+    made = prepare({"a": marked_texts("a", 20)}, sequence_length=64)["a"].samples["all"]["a"].samples
+    for size in (made, 1000):
+        with pytest.raises(UserError, match=f"there are only {made} samples, so --test_size {size}"):
+            merge(tmp_path, tmp_path, test_size=size)
+    assert not (tmp_path / "pretrain").exists()
+    merge(tmp_path, tmp_path, test_size=1)
+
+
+def test_sources_that_do_not_fit_together(tmp_path: Path, prepare: Prepare) -> None:
+    prepare({"a": marked_texts("a", 20), "b": marked_texts("b", 20)}, sequence_length=64)
+    manifest = Manifest.read(tmp_path / "tokenized" / "b")
+    manifest.tokenizer.sha256 = "another"
+    manifest.write(tmp_path / "tokenized" / "b")
+    with pytest.raises(UserError, match="'a' and 'b' were made with different tokenizers"):
+        merge(tmp_path, tmp_path, test_size=2)
+    prepare({"b": marked_texts("b", 20)}, place=tmp_path / "long", sequence_length=128)
+    (tmp_path / "tokenized" / "b").rename(tmp_path / "away")
+    (tmp_path / "long" / "tokenized" / "b").rename(tmp_path / "tokenized" / "b")
+    with pytest.raises(UserError, match=r"'a' and 'b' were made with different --max_len \(64 and 128\)"):
+        merge(tmp_path, tmp_path, test_size=2)
+
+
+def test_what_was_not_preprocessed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tokenized does not exist; run `doge-lm preprocess_datasets"):
+        merge(tmp_path, tmp_path)
+    (tmp_path / "tokenized").mkdir()
+    with pytest.raises(UserError, match="holds no tokenized source"):
+        merge(tmp_path, tmp_path)
+    (tmp_path / "tokenized" / "a").mkdir()
+    with pytest.raises(UserError, match=r"manifest\.json does not exist"):
+        merge(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_source_is_named(tmp_path: Path, prepare: Prepare, damage: str) -> None:
+    prepare({"a": marked_texts("a", 20)}, sequence_length=64)
+    path = tmp_path / "tokenized" / "a" / "data-00000.arrow"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        path.unlink()
+    with pytest.raises(UserError, match=f"data-00000.arrow is {damage}"):
+        merge(tmp_path, tmp_path, test_size=2)
+
+
+@pytest.mark.parametrize("options", [{"num_proc": 0}, {"test_size": 0}, {"seed": -1}, {"seed": 2**32}])
+def test_flags_that_cannot_be(tmp_path: Path, options: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=f"--{next(iter(options))} .* is not possible"):
+        merge(tmp_path, tmp_path, **options)
+
+
+def test_a_set_of_someone_elses_is_not_replaced(tmp_path: Path, prepare: Prepare) -> None:
+    prepare({"a": marked_texts("a", 20)}, sequence_length=64)
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "mine").write_bytes(b"x")
+    with pytest.raises(UserError, match="was not made by doge-lm"):
+        merge(tmp_path, tmp_path, test_size=2)
+
+
+def test_a_full_disk_leaves_the_earlier_set(tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare({"a": marked_texts("a", 20)}, sequence_length=64)
+    merge(tmp_path, tmp_path, test_size=2)
+    before = Manifest.read(tmp_path / "pretrain")
+
+    def full(self: Any, data: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage._Hashing, "write", full)
+    with pytest.raises(UserError, match=r"the disk is full .*pretrain"):
+        merge(tmp_path, tmp_path, test_size=3)
+    assert Manifest.read(tmp_path / "pretrain") == before
+    assert left_over(tmp_path) == []
+
+
+def test_rows_that_get_lost_are_noticed(tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare({"a": marked_texts("a", 20)}, sequence_length=64)
+    honest = storage.RowReader.take
+    monkeypatch.setattr(storage.RowReader, "take", lambda self, indices: honest(self, indices[:-1]))
+    with pytest.raises(AccountingError, match="does not add up"):
+        merge(tmp_path, tmp_path, test_size=2)
+    assert not (tmp_path / "pretrain").exists()

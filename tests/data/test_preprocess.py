@@ -1,0 +1,408 @@
+"""Preprocessing end to end: every token accounted for, the same rows for any number of processes, and bad input."""
+
+import errno
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from datasets import load_from_disk
+
+from doge_lm.cli import main
+from doge_lm.data import documents, storage
+from doge_lm.data import preprocess as module
+from doge_lm.data.download import take_local
+from doge_lm.data.manifest import Manifest, SourceAccounting
+from doge_lm.data.preprocess import PreprocessSettings, preprocess
+from doge_lm.data.sources import ConversationRow, read_rows
+from doge_lm.data.tokenizer import encode_text
+from doge_lm.errors import UserError
+from tests.data.conftest import conversation, json_lines, left_over
+from tests.data.reference import chat_document, pieces_in, pieces_of, text_document
+
+Prepare = Callable[..., dict[str, Manifest]]
+
+
+def rows_of(folder: Path) -> Any:
+    return load_from_disk(str(folder)).with_format("numpy")
+
+
+def expected_pieces(tokenizer: Any, rows: list[dict[str, Any]], length: int, **options: bool) -> Any:
+    pieces = [piece for row in rows for piece in pieces_of(text_document(tokenizer, row, **options), length)]
+    return sorted(pieces)
+
+
+@pytest.mark.parametrize("padding", ["packed", "max_length"])
+@pytest.mark.parametrize("train_on_prompts", [False, True])
+def test_every_token_of_real_text_is_accounted_for(
+    tmp_path: Path, prepare: Prepare, tokenizer: Any, library_rows: list[dict[str, Any]], padding: str,
+    train_on_prompts: bool,
+) -> None:  # fmt: skip
+    rows = library_rows[:12]
+    manifest = prepare({"library": rows}, sequence_length=512, padding=padding, train_on_prompts=train_on_prompts)[
+        "library"
+    ]
+    made = rows_of(tmp_path / "tokenized" / "library")
+    expected = expected_pieces(tokenizer, rows, 512, train_on_prompts=train_on_prompts)
+    assert sorted(pieces_in(made).elements()) == expected
+    account, counts = manifest.accounting["library"], manifest.samples["all"]["library"]
+    lengths = [len(text_document(tokenizer, row)) for row in rows]
+    assert account.tokens_in == sum(lengths)
+    assert account.documents_in == account.first_tokens == len(rows)
+    assert account.targets == sum(sum(learned) for _, learned in expected)
+    prompts = sum(len(row.get("prompt", "").encode()) for row in rows)
+    texts = sum(len(row["text"].encode()) for row in rows)
+    assert account.bytes_in == texts + prompts
+    assert sum(made["text_bytes"]) == texts + (prompts if train_on_prompts else 0)
+    assert counts.samples == len(made)
+    assert counts.padding == sum(len(row["input_ids"]) - row["document_lengths"].sum() for row in made)
+    assert (counts.padding > 0) == (padding == "max_length")
+
+
+def test_the_directory_is_a_data_set_of_the_agreed_columns(tmp_path: Path, prepare: Prepare) -> None:
+    manifest = prepare({"a": [{"text": "one two three"}] * 5}, sequence_length=64)["a"]
+    made = load_from_disk(str(tmp_path / "tokenized" / "a"))
+    assert {name: str(feature) for name, feature in made.features.items()} == {
+        "input_ids": "List(Value('uint16'))",
+        "document_lengths": "List(Value('int32'))",
+        "context_spans": "List(Value('int32'))",
+        "text_bytes": "Value('int32')",
+        "source": "Value('string')",
+        "group": "Value('int64')",
+    }
+    assert set(made["source"]) == {"a"}
+    assert Manifest.read(tmp_path / "tokenized" / "a") == manifest
+    assert manifest.tokenizer.vocab_size == 32768
+    assert (manifest.tokenizer.pad_token_id, manifest.tokenizer.bos_token_id, manifest.tokenizer.eos_token_id) == (
+        0,
+        1,
+        2,
+    )
+    assert manifest.inputs[0].bytes == (tmp_path / "own" / "a.jsonl").stat().st_size
+    assert manifest.kind == "pretrain"
+
+
+def test_the_published_set_up_of_one_document_a_row(tmp_path: Path, prepare: Prepare) -> None:
+    prepare({"a": [{"text": "one two three"}, {"text": "word " * 100}]}, sequence_length=64, padding="max_length")
+    made = rows_of(tmp_path / "tokenized" / "a")
+    assert {len(row["input_ids"]) for row in made} == {64}
+    assert [int(row["group"]) for row in made] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_sources_are_done_by_name(tmp_path: Path, prepare: Prepare, order: tuple[str, str]) -> None:
+    manifests = prepare({name: [{"text": f"from {name}"}] for name in order}, sequence_length=64)
+    assert list(manifests) == ["a", "b"]
+
+
+@pytest.mark.slow
+def test_one_and_two_processes_make_the_same_bytes(
+    tmp_path: Path, prepare: Prepare, library_rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only test here that starts processes, some five seconds."""
+    monkeypatch.setattr(module, "_BATCH_CHARACTERS", 20_000)
+    chats = [conversation(("human", f"How much is {n} and {n}?"), ("gpt", str(2 * n))) for n in range(400)]
+    sources = {"chat": chats, "library": library_rows[:30]}
+    for number in (1, 2):
+        prepare(sources, place=tmp_path / str(number), num_proc=number, sequence_length=256)
+    for name in sources:
+        one, two = (tmp_path / number / "tokenized" / name for number in ("1", "2"))
+        assert [path.name for path in sorted(one.iterdir())] == [path.name for path in sorted(two.iterdir())]
+        for path in one.glob("*.arrow"):
+            assert path.read_bytes() == (two / path.name).read_bytes()
+        assert Manifest.read(one).accounting == Manifest.read(two).accounting
+        assert Manifest.read(one).files == Manifest.read(two).files
+
+
+def test_batches_do_not_change_the_rows(
+    tmp_path: Path, prepare: Prepare, library_rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = []
+    for size in (1000, 2**22):
+        monkeypatch.setattr(module, "_BATCH_CHARACTERS", size)
+        manifest = prepare({"a": library_rows[:10]}, place=tmp_path / str(size), sequence_length=256)["a"]
+        files.append(manifest.files)
+    assert files[0] == files[1]
+
+
+def test_rows_are_spread_over_shards(tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "ROWS_PER_SHARD", 8)
+    monkeypatch.setattr(storage, "ROWS_PER_BATCH", 4)
+    texts = [{"text": " ".join(f"w{n}x{m}" for m in range(10))} for n in range(30)]
+    manifest = prepare({"a": texts}, sequence_length=64, padding="max_length")["a"]
+    assert [file.rows for file in manifest.files] == [8, 8, 8, 6]
+    assert len(rows_of(tmp_path / "tokenized" / "a")) == 30
+
+
+def test_a_source_of_whole_batches_and_one_of_nothing(tmp_path: Path, prepare: Prepare) -> None:
+    full = [{"text": f"text {n}"} for n in range(storage.ROWS_PER_BATCH)]
+    manifests = prepare({"full": full, "nothing": [{"text": ""}]}, sequence_length=64, padding="max_length")
+    assert [file.rows for file in manifests["full"].files] == [storage.ROWS_PER_BATCH]
+    assert manifests["nothing"].samples["all"]["nothing"].samples == 0
+    assert len(rows_of(tmp_path / "tokenized" / "nothing")) == 0
+    assert manifests["nothing"].accounting["nothing"].dropped[documents.EMPTY_TEXT].times == 1
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt"])
+def test_all_formats_come_to_the_same_rows(tmp_path: Path, tokenizer_path: Path, suffix: str) -> None:
+    text = "one\u2028two\u0085 three\x0c 中文\x00 </s>"
+    path = tmp_path / f"a{suffix}"
+    line = json_lines([{"text": text}])
+    if suffix == ".parquet":
+        pq.write_table(pa.table({"text": [text]}), path)
+    else:
+        content = {".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}.get(suffix, bytes)
+        path.write_bytes(content(text.encode() if suffix == ".txt" else line))
+    take_local("a", path, tmp_path / "raw" / "a")
+    preprocess(tmp_path, tmp_path, tokenizer_path, PreprocessSettings(64))
+    row = rows_of(tmp_path / "tokenized" / "a")[0]
+    tokenizer = module.load_tokenizer(tokenizer_path)
+    assert row["input_ids"].tolist() == [1, *encode_text(tokenizer, text), 2]
+    assert row["text_bytes"] == len(text.encode())
+
+
+def test_the_shared_data_adds_up(
+    tmp_path: Path, shared_data: Path, tokenizer: Any, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of it documents longer than a sample, and conversations that do not alternate; through the commands."""
+    place = ["--save_dir", str(tmp_path)]
+    files = {name: shared_data / "mini" / f"{name}.jsonl.zst" for name in ("english", "instruct_zh")}
+    local = [word for name, path in files.items() for word in ("--local", f"{name}={path}")]
+    assert main(["download_datasets", *place, *local]) == 0
+    flags = ["--datasets_dir", str(tmp_path), "--tokenizer_path", str(tokenizer_path), "--max_len", "512"]
+    assert main(["preprocess_datasets", *place, *flags]) == 0
+    assert "+ first tokens of documents" in capsys.readouterr().out
+    rows = list(read_rows([files["english"]]))
+    english = [{"text": row.text, "prompt": row.prompt} for row in rows if not isinstance(row, ConversationRow)]
+    made = rows_of(tmp_path / "tokenized" / "english")
+    assert sorted(pieces_in(made).elements()) == expected_pieces(tokenizer, english, 512)
+    assert sum(made["text_bytes"]) == sum(len(row["text"].encode()) for row in english)
+    account = Manifest.read(tmp_path / "tokenized" / "english").accounting["english"]
+    assert account.tokens_in == sum(len(text_document(tokenizer, row)) for row in english)
+    assert account.dropped == {}
+    chats = [row.turns for row in read_rows([files["instruct_zh"]]) if isinstance(row, ConversationRow)]
+    pairs = [
+        [(turns[i][1], turns[i + 1][1]) for i in range(0, len(turns), 2)]
+        for turns in chats
+        if [role for role, _ in turns] == ["human", "gpt"] * (len(turns) // 2)
+    ]
+    assert len(pairs) > 300
+    found = pieces_in(rows_of(tmp_path / "tokenized" / "instruct_zh"))
+    for entry in pairs:
+        for piece in pieces_of(chat_document(tokenizer, entry), 512):
+            assert found[piece] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tmp_path: Path, tokenizer_path: Path) -> Callable[..., int]:
+    """Takes a file in as the source `a` and preprocesses it, through the commands."""
+
+    def command_(file: Path, *flags: str) -> int:
+        place = ["--save_dir", str(tmp_path)]
+        if main(["download_datasets", *place, "--local", f"a={file}"]):
+            return 1
+        there = ["--datasets_dir", str(tmp_path), "--tokenizer_path", str(tokenizer_path)]
+        return main(["preprocess_datasets", *place, *there, *flags])
+
+    return command_
+
+
+GOOD = {"text": "a good line"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (json_lines([GOOD] * 3) + b'{"text": "brok\n', "line 4: invalid JSON"),
+        (json_lines([GOOD, {"title": "a"}]), "line 2: the field `text` is missing"),
+        (json_lines([GOOD]) + b'{"text": "\\udc00"}\n', "line 2: the field `text` holds a lone surrogate"),
+        (json_lines([GOOD]) + b'{"text": "\xe4"}\n', "line 2: invalid UTF-8"),
+        (json_lines([GOOD, conversation(("human", "q"))]), "line 2: the field `text` is missing"),
+    ],
+)
+def test_a_bad_line_ends_the_run_and_leaves_nothing(
+    tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str], content: bytes, message: str
+) -> None:
+    (tmp_path / "own.jsonl").write_bytes(content)
+    assert command(tmp_path / "own.jsonl") == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'own.jsonl'}, {message}")
+    assert list((tmp_path / "tokenized").iterdir()) == []
+
+
+def test_a_truncated_archive_ends_the_run(
+    tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "own.jsonl.zst"
+    content = zstandard.compress(json_lines([{"text": f"{n**9} and {n**8}"} for n in range(20_000)]))
+    path.write_bytes(content[: len(content) * 9 // 10])
+    assert command(path) == 1
+    assert f"error: {path} is truncated" in capsys.readouterr().err
+    assert list((tmp_path / "tokenized").iterdir()) == []
+
+
+def test_an_earlier_result_survives_a_failure(tmp_path: Path, command: Callable[..., int]) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_bytes(json_lines([GOOD]))
+    assert command(path) == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / "tokenized" / "a").iterdir()}
+    path.write_bytes(json_lines([GOOD]) + b"{\n")
+    assert command(path) == 1
+    assert {file.name: file.read_bytes() for file in (tmp_path / "tokenized" / "a").iterdir()} == before
+    assert left_over(tmp_path) == []
+
+
+def test_input_that_changed_since_it_was_taken_in(
+    tmp_path: Path, tokenizer_path: Path, command: Callable[..., int]
+) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_bytes(json_lines([GOOD]))
+    assert command(path) == 0
+    path.write_bytes(json_lines([GOOD] * 2))
+    with pytest.raises(UserError, match=r"own\.jsonl of the source 'a' has .* bytes, but had"):
+        preprocess(tmp_path, tmp_path, tokenizer_path, PreprocessSettings())
+    path.unlink()
+    with pytest.raises(UserError, match=r"own\.jsonl of the source 'a' is missing"):
+        preprocess(tmp_path, tmp_path, tokenizer_path, PreprocessSettings())
+
+
+def test_what_was_not_downloaded(tmp_path: Path, tokenizer_path: Path) -> None:
+    def attempt(**options: Any) -> None:
+        preprocess(tmp_path, tmp_path, tokenizer_path, PreprocessSettings(), **options)
+
+    with pytest.raises(UserError, match=r"raw does not exist; run `doge-lm download_datasets"):
+        attempt()
+    (tmp_path / "raw").mkdir()
+    with pytest.raises(UserError, match="holds no source"):
+        attempt()
+    (tmp_path / "raw" / "mine").mkdir()
+    with pytest.raises(UserError, match=r"mine has no source\.json; .* --local NAME=PATH"):
+        attempt()
+    shutil.rmtree(tmp_path / "raw" / "mine")
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8")
+    take_local("a", tmp_path / "a.txt", tmp_path / "raw" / "a")
+    with pytest.raises(UserError, match=r"--datasets b: no such source in .* \(there: a\)"):
+        attempt(names=["b"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--max_len", "4"], "--max_len 4 is too short"), (["--num_proc", "0"], "--num_proc 0 is not possible")],
+)
+def test_flags_that_cannot_be(
+    tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    (tmp_path / "own.txt").write_text("text", encoding="utf-8")
+    assert command(tmp_path / "own.txt", *flags) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8")
+    take_local("a", tmp_path / "a.txt", tmp_path / "raw" / "a")
+    with pytest.raises(UserError, match="doge-lm tokenizer build"):
+        preprocess(tmp_path, tmp_path, tmp_path / "none", PreprocessSettings())
+    assert not (tmp_path / "tokenized").exists()
+
+
+def test_the_program_checks_its_own_accounting(
+    tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from doge_lm.data.manifest import AccountingError  # noqa: PLC0415
+
+    def forget(self: Any, row: Any) -> None:
+        if len(self._rows) < 3:
+            honest(self, row)
+
+    honest = storage.RowWriter.write
+    monkeypatch.setattr(storage.RowWriter, "write", forget)
+    with pytest.raises(AccountingError, match="the token accounting of a does not add up"):
+        prepare({"a": [GOOD] * 50}, sequence_length=8)
+    assert list((tmp_path / "tokenized").iterdir()) == []
+    assert SourceAccounting().check("a", storage.SampleCounts()) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A full disk
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_while_writing(tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = 0
+
+    def write(self: Any, data: Any) -> int:
+        nonlocal written
+        written += memoryview(data).nbytes
+        if written > 3000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return honest(self, data)
+
+    honest = storage._Hashing.write
+    monkeypatch.setattr(storage._Hashing, "write", write)
+    with pytest.raises(UserError, match="the disk is full") as raised:
+        prepare({"a": [{"text": f"number {n}"} for n in range(3000)]}, sequence_length=64)
+    assert str(tmp_path / "tokenized" / "a") in str(raised.value)
+    assert written > 3000
+    assert list((tmp_path / "tokenized").iterdir()) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = shutil.which("mount")
+    if sys.platform != "linux" or mount is None:
+        pytest.skip("no tmpfs here")
+    done = subprocess.run(
+        [mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted: {done.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_is_really_full(
+    tmp_path: Path, small_disk: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    rows = [{"text": " ".join(map(str, rng.integers(0, 10**9, 500)))} for _ in range(400)]
+    (tmp_path / "own.jsonl").write_bytes(json_lines(rows))
+    take_local("a", tmp_path / "own.jsonl", tmp_path / "raw" / "a")
+    flags = ["--datasets_dir", str(tmp_path), "--tokenizer_path", str(tokenizer_path)]
+    assert main(["preprocess_datasets", *flags, "--save_dir", str(small_disk)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the disk is full")
+    assert f"{small_disk / 'tokenized' / 'a'} could not be written" in error
+    assert list((small_disk / "tokenized").iterdir()) == []
+
+
+def test_a_directory_that_was_renamed(tmp_path: Path, prepare: Prepare, tokenizer_path: Path) -> None:
+    prepare({"a": [GOOD]}, sequence_length=64)
+    (tmp_path / "raw" / "a").rename(tmp_path / "raw" / "b")
+    with pytest.raises(UserError, match="b holds the source 'a'"):
+        preprocess(tmp_path, tmp_path, tokenizer_path, PreprocessSettings())
+
+
+def test_settings_are_in_the_manifest(tmp_path: Path, prepare: Prepare) -> None:
+    prepare({"a": [GOOD]}, sequence_length=64, train_on_prompts=True)
+    written = json.loads((tmp_path / "tokenized" / "a" / "manifest.json").read_text(encoding="utf-8"))
+    assert written["settings"] == {"padding": "packed", "train_on_prompts": True}
+    assert written["sequence_length"] == 64
+    assert set(written["versions"]) >= {"python", "datasets", "tokenizers"}

@@ -1,0 +1,141 @@
+"""`doge-lm generate`: streaming, sampling flags, devices and errors."""
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from doge_lm import DogeConfig, DogeForCausalLM
+from doge_lm.cli import main
+from doge_lm.data.tokenizer import build_tokenizer, encode_text, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small untrained model with the published tokenizer."""
+    directory = tmp_path_factory.mktemp("generate") / "model"
+    torch.manual_seed(0)
+    config = DogeConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        max_position_embeddings=64,
+        inner_values_retrieval_size=16,
+        cross_domain_intermediate_size=32,
+        private_expert_intermediate_size=16,
+        num_cdmmoe_experts=16,
+    )
+    DogeForCausalLM(config).save_pretrained(directory)
+    tokenizer = build_tokenizer(directory.parent / "tokenizer")
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = main(["generate", *arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_greedy_equals_the_model_step_by_step(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = "  def f(x):\n    return"
+    options = ("--max_new_tokens", "6", "--temperature", "0", "--repetition_penalty", "1.0", "--device", "cpu")
+    status, out, _ = run(capsys, str(model_dir), prompt, *options)
+    assert status == 0
+
+    tokenizer = load_tokenizer(model_dir)
+    model = DogeForCausalLM.from_pretrained(model_dir).eval()
+    ids = [1, *encode_text(tokenizer, prompt)]
+    for _ in range(6):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    assert out == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+    assert out.startswith(prompt)
+
+
+def test_streamed_and_whole_text_are_the_same(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = (str(model_dir), "你好", "--max_new_tokens", "8", "--seed", "3")
+    _, streamed, _ = run(capsys, *options)
+    _, whole, _ = run(capsys, *options, "--no_stream")
+    assert streamed == whole
+    assert streamed.startswith("你好")
+
+
+def test_a_seed_repeats_and_another_differs(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def sample(seed: int) -> str:
+        return run(capsys, str(model_dir), "Once", "--max_new_tokens", "12", "--temperature", "2", "--seed", str(seed))[
+            1
+        ]
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+def test_control_strings_in_the_prompt_stay_text(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, str(model_dir), "a </s> b [INST]", "--max_new_tokens", "1", "--seed", "1")
+    assert out.startswith("a </s> b [INST]")
+
+
+def test_the_prompt_can_come_from_standard_input(
+    model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe"))
+    _, out, _ = run(capsys, str(model_dir), "-", "--max_new_tokens", "1")
+    assert out.startswith("from a pipe")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--top_p", "1.5"), ("--temperature", "-1"), ("--max_new_tokens", "0"), ("--repetition_penalty", "0")],
+)
+def test_a_flag_out_of_range_is_named(
+    model_dir: Path, capsys: pytest.CaptureFixture[str], flag: str, value: str
+) -> None:
+    status, _, err = run(capsys, str(model_dir), "x", flag, value)
+    assert status == 1
+    assert flag in err
+    assert value in err
+
+
+def test_a_missing_device_is_named(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, str(model_dir), "x", "--device", "nonsense")
+    assert status == 1
+    assert "--device nonsense" in err
+
+
+def test_a_directory_without_a_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, str(tmp_path), "x")
+    assert status == 1
+    assert str(tmp_path) in err
+    assert "doge-lm train" in err
+
+
+def test_a_text_that_is_too_long_is_an_error(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, str(model_dir), "word " * 100, "--max_new_tokens", "4")
+    assert status == 1
+    assert "64 positions" in err
+
+
+def test_a_cut_checkpoint_is_an_error(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in model_dir.iterdir():
+        data = path.read_bytes()
+        (tmp_path / path.name).write_bytes(data[: len(data) // 2] if path.suffix == ".safetensors" else data)
+    status, _, err = run(capsys, str(tmp_path), "x")
+    assert status == 1
+    assert str(tmp_path) in err
+
+
+def test_a_checkpoint_that_lacks_weights_is_an_error(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in model_dir.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.0.attn.v_keys"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    status, _, err = run(capsys, str(tmp_path), "x")
+    assert status == 1
+    assert "v_keys" in err

@@ -1,0 +1,78 @@
+"""The command line: what it lists, how it fails, and that help needs no heavy imports."""
+
+import subprocess
+import sys
+
+import pytest
+
+from doge_lm import __version__
+from doge_lm.cli import COMMANDS, main
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert all(command.name in out for command in COMMANDS)
+
+
+def test_no_command_shows_the_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "preprocess_datasets" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert __version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [command.name for command in COMMANDS])
+def test_every_command_has_help_of_its_own(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert f"usage: doge-lm {command}" in capsys.readouterr().out
+
+
+def test_hyphens_do_as_well(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["merge-datasets", "--help"])
+    assert exit_.value.code == 0
+    assert "merge_datasets" in capsys.readouterr().out
+
+
+def test_an_unknown_command_lists_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["trian"])
+    assert exit_.value.code == 2
+    assert "train" in capsys.readouterr().err
+
+
+def test_an_error_of_the_user_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--config_path", "no_such_preset"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert "no_such_preset" in err
+    assert "Traceback" not in err
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delitem(sys.modules, "doge_lm.data.merge", raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.delitem(sys.modules, "doge_lm.data.storage", raising=False)
+    assert main(["merge_datasets", "--datasets_dir", "x", "--save_dir", "x"]) == 1
+    err = capsys.readouterr().err
+    assert "doge-lm[all]" in err
+    assert "Traceback" not in err
+
+
+def test_the_overview_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from doge_lm.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(sum(name in sys.modules for name in ('torch', 'transformers', 'datasets')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0

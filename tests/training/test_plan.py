@@ -1,0 +1,154 @@
+import pytest
+import torch
+
+from doge_lm.cli import main
+from doge_lm.errors import UserError
+from doge_lm.training.hardware import Hardware, known_peak
+from doge_lm.training.plan import count_model, estimate_memory, make_plan
+from doge_lm.training.settings import load_settings, preset_paths
+
+from .support import make_settings
+
+GPU = Hardware(torch.device("cuda", 0), "NVIDIA H100 80GB HBM3", 80 * 2**30)
+CPU = Hardware(torch.device("cpu"), "x86_64", 16 * 2**30)
+
+# Design, sections 2 and 5: parameters; MFLOP for a token at T = 2,048; tokens an epoch.
+DESIGN = {
+    "doge_25M": (24_422_656, 115, 1e9),
+    "doge_80M": (78_572_032, 407, 4e9),
+    "doge_200M": (194_261_760, 1048, 16e9),
+    "doge_320M": (322_094_080, 1724, 16e9),
+    "doge_450M": (449_586_176, 2485, 64e9),
+}
+
+
+def plan_of(settings, hardware=CPU, **options):
+    return make_plan(settings.model_config(), settings.train, hardware, **options)
+
+
+@pytest.mark.parametrize("name", DESIGN)
+def test_the_plan_has_the_design_s_numbers(name):
+    plan = plan_of(load_settings(name), GPU)
+    parameters, megaflop, tokens = DESIGN[name]
+    assert plan.counts.total == parameters
+    # The design's figures leave out the product keys and the chosen experts themselves: under 0.6 %.
+    assert plan.flops_per_token / 1e6 == pytest.approx(megaflop, rel=6e-3)
+    # "1B" is 4,000 steps of 128 sequences of 2,048 tokens.
+    assert plan.steps_per_epoch * plan.tokens_per_step == pytest.approx(tokens, rel=0.05)
+    assert plan.total_steps == 2 * plan.steps_per_epoch
+    assert plan.warmup_steps == plan.total_steps // 10
+    assert plan.micro_batch * plan.accumulate_steps == plan.sequences_per_step
+    assert plan.memory.total <= 0.75 * GPU.memory
+
+
+def test_parameters_and_work_counted_by_hand():
+    config = make_settings().model_config()
+    counts = count_model(config)
+    d, r, n, cross, e, experts, k, vocabulary = 32, 16, 2, 64, 16, 16, 2, 400
+    layer = 3 * d * d + r * d + n * r + d * cross + cross * e + e * e + (4 + 4) * (e // 2)
+    assert counts.matmul == 2 * (layer + k * (e + d)) + vocabulary * d
+    unused = 2 * (experts - k) * (e + d)
+    rest = 2 * (n * d + 2 * d) + d + vocabulary * d  # inner values, norms, token embedding
+    assert counts.active == counts.matmul + rest
+    assert counts.total == counts.active + unused
+    assert counts.flops_per_token(32) == 6 * counts.matmul + 6 * 2 * 32 * d
+
+
+def test_a_tied_embedding_is_counted_once_and_multiplied():
+    config = make_settings({"tie_word_embeddings": True}).model_config()
+    tied, untied = count_model(config), count_model(make_settings().model_config())
+    assert untied.total - tied.total == 400 * 32
+    assert tied.matmul == untied.matmul
+
+
+@pytest.mark.parametrize("name", preset_paths())
+def test_every_preset_runs_dry(name, capsys):
+    assert main(["train", "--config_path", name, "--dry_run"]) == 0
+    assert f"{load_settings(name).train.per_epoch_max_steps:,}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("world", "micro", "accumulate", "expected"),
+    [(1, "auto", "auto", 8), (1, 2, "auto", 2), (1, "auto", 4, 2), (2, "auto", "auto", 4), (4, 1, 2, 1)],
+)
+def test_the_step_is_the_same_however_it_is_shared(world, micro, accumulate, expected):
+    settings = make_settings(per_device_train_batch_size=micro, accumulate_steps=accumulate)
+    plan = plan_of(settings, world_size=world)
+    assert plan.micro_batch == expected
+    assert plan.micro_batch * plan.accumulate_steps * world == plan.sequences_per_step == 8
+    assert plan.tokens_per_step == 256
+
+
+def test_sequences_a_step_follow_from_the_published_keys():
+    settings = make_settings(sequences_per_step="auto", per_device_train_batch_size=4, accumulate_steps=3)
+    assert plan_of(settings, world_size=2).sequences_per_step == 24
+
+
+@pytest.mark.parametrize(
+    ("world", "train", "message"),
+    [
+        (1, {"per_device_train_batch_size": 3}, r"sequences_per_step 8 is not.*3 x .*the other to 1 or 2 or 4 or 8"),
+        (3, {}, r"sequences_per_step 8 cannot be shared by 3 devices; 6 or 9 would do"),
+        (16, {}, r"cannot be shared by 16 devices; 16 would do"),
+        (1, {"sequences_per_step": "auto"}, r"sequences_per_step is auto.*give both"),
+        (1, {"sequence_length": 256}, r"sequence_length 256 is more than max_position_embeddings 128"),
+    ],
+)
+def test_what_does_not_come_out_even_names_values_that_do(world, train, message):
+    with pytest.raises(UserError, match=message):
+        plan_of(make_settings(**train), world_size=world)
+
+
+def test_auto_fills_a_gpu_but_not_over_the_estimate():
+    settings = load_settings("doge_25M")
+    small = Hardware(GPU.device, "a small GPU", 12 * 2**30)
+    config, train = settings.model_config(), settings.train
+    for gpu in (GPU, small):
+        micro = make_plan(config, train, gpu).micro_batch
+        parameters = count_model(config).total
+        assert estimate_memory(config, train, parameters, micro, True, False).total <= 0.75 * gpu.memory
+        assert estimate_memory(config, train, parameters, 2 * micro, True, False).total > 0.75 * gpu.memory
+    assert make_plan(config, train, small).micro_batch < make_plan(config, train, GPU).micro_batch
+
+
+def test_checkpointing_and_compiling_lower_the_estimate():
+    settings = load_settings("doge_80M")
+    plain = plan_of(settings, GPU).memory
+    settings.train.per_device_train_batch_size = 8
+    plain = plan_of(settings, GPU).memory
+    assert plan_of(settings, GPU, compiled=True).memory.total < plain.total
+    settings.train.gradient_checkpointing = True
+    assert plan_of(settings, GPU).memory.activations < plain.activations / 4
+
+
+def test_data_smaller_than_the_plan_makes_epochs_shorter_and_says_so():
+    plan = plan_of(make_settings(), rows=37)  # an epoch of 6 steps of 8 wants 48
+    assert (plan.steps_per_epoch, plan.total_steps) == (4, 8)
+    assert "holds 4 steps an epoch, not the 6" in plan.table()
+    assert "the settings ask for 6" in plan.table()
+
+
+def test_data_smaller_than_the_plan_is_an_error_if_strict():
+    with pytest.raises(UserError, match=r"has 37 rows.*needs 48.*per_epoch_max_steps to at most 4"):
+        plan_of(make_settings(), rows=37, strict=True)
+    assert plan_of(make_settings(), rows=48, strict=True).steps_per_epoch == 6
+
+
+def test_data_for_not_even_a_step_is_an_error():
+    with pytest.raises(UserError, match=r"not even one step.*sequences_per_step to at most 7"):
+        plan_of(make_settings(), rows=7)
+
+
+def test_data_larger_than_the_plan_says_how_much_stays_out():
+    plan = plan_of(make_settings(), rows=100)  # two epochs of 48
+    assert plan.total_steps == 12
+    assert "4 of its 100 rows" in plan.table()
+
+
+def test_known_gpus_by_the_names_they_report():
+    assert known_peak("NVIDIA H100 80GB HBM3") == 989e12
+    assert known_peak("NVIDIA H100 PCIe") == 756e12
+    assert known_peak("NVIDIA A100-SXM4-80GB") == 312e12
+    assert known_peak("NVIDIA A10") == 125e12
+    assert known_peak("NVIDIA GeForce RTX 4090") == 165.2e12
+    assert known_peak("Unheard-of 9000") is None

@@ -1,0 +1,178 @@
+import re
+
+import pytest
+import yaml
+
+from doge_lm.errors import UserError
+from doge_lm.training.settings import (
+    ModelSettings,
+    TrainSettings,
+    apply_override,
+    find_preset,
+    load_settings,
+    parse_settings,
+    preset_paths,
+)
+
+from .support import ROOT, make_settings
+
+PUBLISHED = {
+    "dataset_path",
+    "num_train_epochs",
+    "per_epoch_max_steps",
+    "accumulate_steps",
+    "learning_rate",
+    "warmup_ratio",
+    "weight_decay",
+    "min_lr_rate",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "bf16",
+    "max_grad_norm",
+}
+
+# Design, section 2: layers, d, heads, n, d_cross, e, N, H, k.
+SIZES = {
+    "doge_25M": (8, 256, 2, 2, 1024, 256, 256, 1, 2),
+    "doge_80M": (12, 512, 4, 4, 2048, 512, 512, 1, 2),
+    "doge_200M": (16, 768, 6, 6, 3072, 768, 768, 2, 4),
+    "doge_320M": (16, 1024, 8, 8, 4096, 1024, 1024, 2, 4),
+    "doge_450M": (24, 1024, 8, 8, 4096, 1024, 1024, 2, 4),
+}
+# Epochs, steps an epoch, sequences a step, peak learning rate.
+RECIPES = {
+    "doge_25M": (2, 4000, 128, 8e-4),
+    "doge_80M": (2, 8000, 256, 6e-4),
+    "doge_200M": (2, 16000, 512, 5e-4),
+    "doge_320M": (2, 16000, 512, 4e-4),
+    "doge_450M": (2, 32000, 1024, 4e-4),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_presets_hold_the_design_s_values(name):
+    settings = load_settings(name)
+    model, train = settings.model, settings.train
+    assert SIZES[name] == (
+        model.num_hidden_layers,
+        model.hidden_size,
+        model.num_attention_heads,
+        model.num_inner_values,
+        model.cross_domain_intermediate_size,
+        model.private_expert_intermediate_size,
+        model.num_cdmmoe_experts,
+        model.num_cdmmoe_heads,
+        model.num_cdmmoe_experts_per_head,
+    )
+    assert RECIPES[name] == (
+        train.num_train_epochs,
+        train.per_epoch_max_steps,
+        train.sequences_per_step,
+        train.learning_rate,
+    )
+    assert (model.vocab_size, model.hidden_act, model.hidden_bias) == (32768, "silu", False)
+    assert (model.max_position_embeddings, model.rope_theta, model.inner_values_retrieval_size) == (16384, 10000.0, 128)
+    assert (model.pad_token_id, model.bos_token_id, model.eos_token_id) == (0, 1, 2)
+    assert (train.sequence_length, train.seed, train.bf16, train.max_grad_norm) == (2048, 233, True, 1.0)
+    assert (train.warmup_ratio, train.weight_decay, train.min_lr_rate) == (0.1, 0.01, 0.1)
+    assert (train.adam_beta1, train.adam_beta2, train.adam_epsilon) == (0.9, 0.999, 1e-8)
+    assert train.dataset_path == "./datasets/pretrain"
+
+
+def test_there_are_the_six_presets():
+    assert set(preset_paths()) == {*SIZES, "doge_tiny"}
+
+
+@pytest.mark.parametrize("name", preset_paths())
+def test_every_preset_gives_every_key_and_comments_it(name):
+    path = preset_paths()[name]
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert set(document["model"]) == set(vars(ModelSettings()))
+    assert set(document["train"]) == set(vars(TrainSettings()))
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if re.match(r"  \w+:", line):
+            assert re.search(r" # \S", line), f"{path.name}: no comment: {line}"
+
+
+def test_the_published_keys_are_train_keys():
+    assert set(vars(TrainSettings())) >= PUBLISHED
+
+
+def test_settings_survive_yaml():
+    settings = make_settings(learning_rate=1e-5, save_total_limit=None, accumulate_steps="auto")
+    again = parse_settings(yaml.safe_load(settings.to_yaml()), "again")
+    assert again.to_dict() == settings.to_dict()
+
+
+def test_a_preset_is_found_by_name_and_by_path():
+    path = ROOT / "model" / "config" / "doge_25M.yaml"
+    assert find_preset("doge_25M").samefile(path)
+    assert find_preset("doge_25M.yaml").samefile(path)
+    assert find_preset(path) == path
+
+
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(UserError, match=r"doge_25: no such file.*nearest known one is 'doge_25M'"):
+        find_preset("doge_25")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train:\n  lerning_rate: 1.0e-3\n", r"x\.yaml: train\.lerning_rate: unknown key.*'learning_rate'"),
+        ("model:\n  num_cdmoe_experts: 4\n", r"x\.yaml: model\.num_cdmoe_experts: unknown key.*'num_cdmmoe_experts'"),
+        ("trian: {}\n", r"x\.yaml: unknown part 'trian'.*'train'"),
+        ("train:\n  bf16: 1\n", r"train\.bf16: 1 does not fit; bf16 must be true or false or auto"),
+        ("train:\n  num_train_epochs: 2.5\n", r"num_train_epochs must be a whole number"),
+        ("train:\n  learning_rate: fast\n", r"learning_rate must be a number"),
+        ("train:\n  learning_rate: -1\n", r"learning_rate must be above 0"),
+        ("train:\n  learning_rate: .nan\n", r"learning_rate must be a number"),
+        ("train:\n  warmup_ratio: 1.0\n", r"warmup_ratio must be 0 or more and below 1"),
+        ("train:\n  accumulate_steps: none\n", r"accumulate_steps must be a whole number or auto"),
+        ("train:\n  logging_steps: true\n", r"logging_steps must be a whole number"),
+        ("train:\n  lr_scheduler_type: linear\n", r"lr_scheduler_type must be cosine or constant"),
+        ("train:\n  seed: 1\n  seed: 2\n", r"x\.yaml: line 3: key 'seed' is given twice"),
+        ("train: [1\n", r"x\.yaml: line 2: "),
+        ("- 1\n", r"x\.yaml: expected two parts"),
+        ("train: 3\n", r"x\.yaml: train: expected `key: value` lines"),
+    ],
+)
+def test_a_bad_file_names_the_culprit(tmp_path, text, message):
+    path = tmp_path / "x.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        load_settings(path)
+
+
+def test_sizes_that_do_not_fit_name_the_file_and_the_field(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("model:\n  num_attention_heads: 3\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"x\.yaml: model: num_attention_heads 3"):
+        load_settings(path).model_config()
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "train.learning_rate"])
+def test_an_override_reaches_its_key(key):
+    settings = load_settings("doge_tiny", [f"{key}=8e-4", "hidden_size=64", "save_total_limit=null"])
+    assert settings.train.learning_rate == 8e-4
+    assert settings.model.hidden_size == 64
+    assert settings.train.save_total_limit is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lerning_rate=1", r"--set lerning_rate=1: unknown key 'lerning_rate'.*'learning_rate'"),
+        ("train.hidden_size=1", r"unknown key 'hidden_size'"),
+        ("tarin.seed=1", r"unknown part 'tarin'.*'train'"),
+        ("seed", r"--set seed: expected key=value"),
+        ("seed=-1", r"--set seed=-1: -1 does not fit; seed must be 0 or more"),
+        ("seed=[1", r"--set seed=\[1: '\[1' is not a YAML value"),
+    ],
+)
+def test_a_bad_override_names_the_flag(override, message):
+    with pytest.raises(UserError, match=message):
+        apply_override(make_settings(), override)
