@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from doge_lm.errors import UserError
+from doge_lm.model.configuration_doge import DogeConfig
 from doge_lm.training.settings import (
     ModelSettings,
     TrainSettings,
@@ -176,3 +177,9 @@ def test_an_override_reaches_its_key(key):
 def test_a_bad_override_names_the_flag(override, message):
     with pytest.raises(UserError, match=message):
         apply_override(make_settings(), override)
+
+
+def test_the_model_part_is_the_configuration_field_by_field() -> None:
+    """The two lists cannot drift apart: every field of `DogeConfig` can be set, with its default."""
+    expected = {name: getattr(DogeConfig, name) for name in DogeConfig.__annotations__}
+    assert vars(ModelSettings()) == expected
