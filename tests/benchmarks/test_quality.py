@@ -1,0 +1,75 @@
+"""`benchmarks/quality.py`: the Llama beside Doge is of its size, and a row runs through the project's own trainer."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from doge_lm import DogeConfig, DogeForCausalLM
+from doge_lm.training.plan import count_model
+from doge_lm.training.settings import load_settings
+from tests.training.support import World, make_settings
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import quality  # noqa: E402
+
+
+@pytest.mark.parametrize("preset", ["doge_25M", "doge_80M", "doge_450M"])
+def test_the_llama_has_as_many_parameters(preset: str) -> None:
+    settings = load_settings(preset)
+    config = settings.model_config()
+    with torch.device("meta"):
+        llama = quality.LlamaForCausalLM(quality.llama_like(config))
+    total = count_model(config).total
+    assert abs(sum(parameter.numel() for parameter in llama.parameters()) / total - 1) < 1e-3
+    assert llama.config.num_hidden_layers == config.num_hidden_layers
+    assert llama.config.hidden_size == config.hidden_size
+
+
+def test_the_llama_starts_by_the_same_rule() -> None:
+    settings = make_settings({"weight_init": "fan_in", "hidden_size": 64, "cross_domain_intermediate_size": 256})
+    llama = quality.build_llama(settings.model_config(), settings.train)
+    assert abs(llama.model.layers[0].self_attn.q_proj.weight.std().item() * 64**0.5 - 1) < 0.05
+    assert abs(llama.model.embed_tokens.weight.std().item() / 0.02 - 1) < 0.05
+
+
+def test_usage_counts_what_the_layers_choose() -> None:
+    torch.manual_seed(0)
+    config = DogeConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, inner_values_retrieval_size=8,
+        cross_domain_intermediate_size=16, private_expert_intermediate_size=8, num_cdmmoe_experts=16,
+    )  # fmt: skip
+    model = DogeForCausalLM(config).eval()
+    layer = model.model.layers[0]
+    experts = quality.watch_experts(layer.feed_forward, 16)
+    values = quality.watch_values(layer.attn, 2)
+    with torch.no_grad():
+        layer.attn.v_keys.zero_()  # a tie everywhere: the first value is taken
+        model(input_ids=torch.randint(0, 64, (3, 10)))
+    assert values.tolist() == [30, 0]
+    assert experts.sum().item() == 3 * 10 * config.num_cdmmoe_experts_per_head
+
+
+def test_a_row_of_each_architecture_runs(tmp_path: Path) -> None:
+    world = World(tmp_path / "world")
+    config = tmp_path / "settings.yaml"
+    config.write_text(make_settings().to_yaml(), encoding="utf-8")
+    small = "sequences_per_step=8,per_epoch_max_steps=2,num_train_epochs=1,logging_steps=1,per_device_eval_batch_size=4"
+    command = [
+        *(sys.executable, str(ROOT / "benchmarks" / "quality.py"), "--preset", str(config), "--sequence_length", "32"),
+        *("--dataset_path", str(world.data), "--tokenizer_path", str(world.tokenizer_path)),
+        *("--output_dir", str(tmp_path / "out"), f"doge:{small}", f"llama:{small}"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "out" / "quality.jsonl").read_text(encoding="utf-8").splitlines()
+    doge, llama = map(json.loads, lines)
+    assert doge["tokens"] == llama["tokens"] == 2 * 8 * 32
+    assert doge["eval_loss"] != llama["eval_loss"]
+    assert len(doge["experts_used"]) == 2
+    assert "experts_used" not in llama
