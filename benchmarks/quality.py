@@ -3,8 +3,8 @@
     python benchmarks/quality.py --dataset_path DIR --tokenizer_path DIR --output_dir OUT RUN [RUN …]
 
 A RUN is a row of the protocol, e.g. `doge:inner_value_init=identity,seed=1` or `llama:learning_rate=2e-3`: what
-stands behind the colon are settings of the preset doge_25M, changed. The protocol of docs/evidence is the default
-under them: T = 1,024, 64K tokens a step, cosine over 60M tokens, peak learning rate 3e-3, 1/√fan_in init.
+stands behind the colon are settings of the preset doge_25M, changed. The protocol is the default under them:
+T = 1,024, 64K tokens a step, cosine over 60M tokens, peak learning rate 3e-3, 1/√fan_in init.
 Prints a table and appends each row to OUT/quality.jsonl.
 """
 

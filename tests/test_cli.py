@@ -1,7 +1,11 @@
 """The command line: what it lists, how it fails, and that help needs no heavy imports."""
 
+import errno
+import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -76,3 +80,34 @@ def test_the_overview_imports_neither_torch_nor_transformers() -> None:
         "sys.exit(sum(name in sys.modules for name in ('torch', 'transformers', 'datasets')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+def test_a_place_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(self: Path, *args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert main(["demo", "--work_dir", str(tmp_path / "demo"), "--steps", "1"]) == 1
+    err = capsys.readouterr().err
+    assert str(tmp_path / "demo") in err
+    assert "Traceback" not in err
+
+
+def test_other_system_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(self: Path, *args: object, **kwargs: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        main(["demo", "--work_dir", str(tmp_path / "demo"), "--steps", "1"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of a POSIX shell")
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = f"{shlex.quote(sys.executable)} -m doge_lm.cli --help | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stdout == "u"
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr

@@ -184,7 +184,7 @@ def test_it_ends_by_saying_where_everything_is(
     end = capsys.readouterr().out.partition("\nmodel:")[2]
     assert str(work_dir / "model") in end
     assert str(work_dir / "log" / "curve.png") in end
-    assert f'generate {work_dir / "model"} "Once upon a time"' in end
+    assert f'generate {work_dir / "model"} "def main("' in end
 
 
 def test_commands_are_printed_so_that_the_shell_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

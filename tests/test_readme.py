@@ -204,11 +204,11 @@ TRAIN = (
 )
 
 RUNS = {
-    "make demo": Run(makes=("demo/model/config.json",), says="Once upon a time", after=check_demo),
+    "make demo": Run(makes=("demo/model/config.json",), says="next:", after=check_demo),
     "make test": Run(itself=True),
     "python3 -m venv .venv": Run(),
     '.venv/bin/python -m pip install --constraint constraints.txt --editable ".[dev]"': Run(),
-    ".venv/bin/doge-lm demo": Run("--steps 1 --max_documents 8", says="Once upon a time", after=check_demo),
+    ".venv/bin/doge-lm demo": Run("--steps 1 --max_documents 8", says="next:", after=check_demo),
     ". .venv/bin/activate": Run(),
     "doge-lm tokenizer build --save_dir ./tokenizer": Run(makes=("tokenizer/tokenizer.json",)),
     "python scripts/download_datasets.py --save_dir ./datasets --cache_dir ./datasets/cache --num_proc 16": Run(
@@ -232,7 +232,10 @@ RUNS = {
     ),
     "python train.py --config_path ./model/config/doge_25M.yaml --logging_dir ./log --output_dir ./results "
     "--tokenizer_path ./tokenizer --resume_from_checkpoint": Run(
-        TRAIN, makes=("results/model.safetensors", "results/checkpoint-2"), says=" 50%", before=interrupt
+        TRAIN,
+        makes=("results/model.safetensors", "results/checkpoint-2"),
+        says="1 of 2 steps are done",
+        before=interrupt,
     ),
     "doge-lm train --config_path doge_80M --dry_run --set learning_rate=1e-3 --set sequences_per_step=64": Run(
         says="78,572,032 total"

@@ -5,6 +5,8 @@ called for, so that `doge-lm --help` is quick and data preparation does not wait
 """
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +14,9 @@ from importlib import import_module
 
 from . import __version__
 from .errors import UserError
+
+# The system refuses to write: the user's to mend, wherever it happens.
+_NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -48,25 +53,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         _overview().parse_args(arguments)  # prints help or the version, or complains, and exits
         raise AssertionError("no command was named, yet the arguments were accepted")
     try:
-        module = import_module(command.module)
-        parser = argparse.ArgumentParser(prog=f"doge-lm {command.name}", description=command.summary)
-        module.add_arguments(parser)
-        return module.run(parser.parse_args(arguments[1:]))
+        return _run(command, arguments[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        message = str(error)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("doge_lm"):
             raise
-        print(
-            f"error: doge-lm {command.name} needs the package {error.name!r}, which is not installed; "
-            "install the extra that brings it: pip install 'doge-lm[all]'",
-            file=sys.stderr,
+        message = (
+            f"doge-lm {command.name} needs the package {error.name!r}, which is not installed; "
+            "install the extra that brings it: pip install 'doge-lm[all]'"
         )
-        return 1
+    except BrokenPipeError:
+        # The reader of a pipe has left (`… | head`): nothing is wrong. Keeps Python's own flush at exit quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if error.errno not in _NO_WRITING:
+            raise
+        place = f" {error.filename}" if error.filename else ""
+        message = f"cannot write{place}: {error.strerror}; make room, or choose another place"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+def _run(command: Command, arguments: list[str]) -> int:
+    module = import_module(command.module)
+    parser = argparse.ArgumentParser(prog=f"doge-lm {command.name}", description=command.summary)
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(arguments))
 
 
 def _overview() -> argparse.ArgumentParser:

@@ -171,6 +171,6 @@ def _conclude(work_dir: Path) -> None:
     print(
         f"\nmodel:  {work_dir / 'model'}\n"
         f"curve:  {work_dir / 'log' / CURVE_NAME}\n"
-        f'next:   {_own_name()} generate {work_dir / "model"} "Once upon a time"\n'
+        f'next:   {_own_name()} generate {work_dir / "model"} "{PROMPTS[1]}"\n'
         f"        and with texts of your own: {_own_name()} download_datasets --help"
     )

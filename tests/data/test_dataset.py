@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from doge_lm.data import storage
 from doge_lm.data.dataset import PackedCollator, count_targets, count_tokens, load_prepared
 from doge_lm.data.manifest import Manifest
 from doge_lm.data.merge import merge
@@ -100,6 +101,13 @@ def test_a_row_that_is_too_long_is_refused() -> None:
         PackedCollator(0, 8)([row])
 
 
+def test_ids_outside_the_vocabulary_are_refused() -> None:
+    row = {"input_ids": np.array([1, 5, 9], np.uint16), "document_lengths": [3], "context_spans": []}
+    assert PackedCollator(0, 4, vocab_size=10)([row])["input_ids"].tolist() == [[1, 5, 9, 0]]
+    with pytest.raises(UserError, match="holds the token id 9, but the vocabulary has 9 ids"):
+        PackedCollator(0, 4, vocab_size=9)([row])
+
+
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])
 def test_a_prepared_set_through_a_data_loader(prepared: Path, kind: str) -> None:
     prepared_set = load_prepared(prepared / kind)
@@ -158,6 +166,18 @@ def test_a_truncated_arrow_file(prepared: Path, cut: int) -> None:
     with pytest.raises(UserError, match=r"train/data-00000\.arrow is truncated") as raised:
         load_prepared(prepared / "pretrain")
     assert "merge_datasets" in str(raised.value) or "make" in str(raised.value)
+
+
+def test_damage_that_leaves_the_size(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = prepared / "pretrain" / "train" / "data-00000.arrow"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"train/data-00000\.arrow is damaged: its sha256 is"):
+        load_prepared(prepared / "pretrain")
+    # Of a set too large to be hashed each time, only the sizes are looked at.
+    monkeypatch.setattr(storage, "MAX_HASHED_BYTES", len(content) - 1)
+    load_prepared(prepared / "pretrain")
 
 
 def test_files_that_are_gone_or_broken(prepared: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from doge_lm.data import documents
-from doge_lm.data.documents import Tokenizing, special_tokens
+from doge_lm.data.documents import Tokenizing, nothing_to_learn, special_tokens
 from doge_lm.data.manifest import SourceAccounting
 from doge_lm.data.sources import ConversationRow, Row, TextRow
 from doge_lm.data.tokenizer import encode_text
@@ -215,3 +215,26 @@ def test_a_tokenizer_without_a_control_token() -> None:
     Bare.eos_token_id = 2
     with pytest.raises(UserError, match=r"no token '\[INST\]'"):
         special_tokens(Bare())
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (TextRow("text"), None),
+        (TextRow(" .\n", "prompt"), None),
+        (TextRow("", "prompt"), documents.EMPTY_TEXT),
+        (TextRow(" \n\u2003\x85"), documents.EMPTY_TEXT),
+        (chat(("gpt", "a")), None),
+        (chat(("human", "q"), ("gpt", " "), ("gpt", "a")), None),
+        (chat(("human", "q"), ("gpt", "\t")), documents.NO_ASSISTANT),
+        (chat(("system", "s"), ("human", "q")), documents.NO_ASSISTANT),
+        (chat(), documents.NO_ASSISTANT),
+    ],
+)
+def test_rows_with_nothing_to_learn_are_known_before_they_are_dropped(
+    tokenizer: Any, row: Row, reason: str | None
+) -> None:
+    assert nothing_to_learn(row) == reason
+    found, account = made_of(tokenizer, row)
+    assert bool(found) == (reason is None)
+    assert reason is None or account.dropped[reason].times == 1

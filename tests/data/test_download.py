@@ -41,7 +41,10 @@ def test_local_files_are_referred_to(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert RawSource.read(tmp_path / "D" / "raw" / "infinity-instruct-7M").kind == "finetune"
     # Only these: the catalogue was not asked for.
     assert sorted(path.name for path in (tmp_path / "D" / "raw").iterdir()) == ["infinity-instruct-7M", "mine"]
-    assert "preprocess_datasets" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "mine: pretrain, 2 files of 15 bytes" in out
+    assert "infinity-instruct-7M: finetune, 1 file of" in out
+    assert "preprocess_datasets" in out
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,52 @@ def test_what_is_not_ours_is_not_replaced(tmp_path: Path) -> None:
     with atomic_directory(tmp_path / "empty") as folder:
         source().write(folder)
     assert (tmp_path / "a" / "thesis.txt").read_bytes() == b"years of work"
+
+
+def test_two_runs_do_not_make_the_same_directory_at_once(tmp_path: Path) -> None:
+    """The second one is another process, as it would be; the first is not harmed by it."""
+    program = """
+import sys
+from pathlib import Path
+from doge_lm.data.manifest import atomic_directory
+from doge_lm.errors import UserError
+try:
+    with atomic_directory(Path(sys.argv[1])):
+        print("got it")
+except UserError as error:
+    print(error)
+"""
+    target = tmp_path / "a"
+    command = [sys.executable, "-c", program, str(target)]
+    with atomic_directory(target) as folder:
+        source().write(folder)
+        second = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
+        assert f"another process is writing {target} at this moment" in second.stdout
+        assert all(path.name.startswith(".tmp-") for path in tmp_path.iterdir())
+    assert RawSource.read(target) == source()
+    assert left_over(tmp_path) == []
+
+
+def test_a_killed_run_lets_go_of_its_lock(tmp_path: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+from doge_lm.data.manifest import atomic_directory
+with atomic_directory(Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "a")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline().split() == [b"locked"]
+        with pytest.raises(UserError, match="another process is writing"), atomic_directory(tmp_path / "a"):
+            pytest.fail("the block must not run")
+        run.kill()
+    assert left_over(tmp_path) != []
+    with atomic_directory(tmp_path / "a") as folder:
+        source().write(folder)
+    assert left_over(tmp_path) == []
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])

@@ -16,7 +16,7 @@ from doge_lm.cli import main
 from doge_lm.data import merge as module
 from doge_lm.data import storage
 from doge_lm.data.manifest import AccountingError, Manifest
-from doge_lm.data.merge import choose_test_groups, merge
+from doge_lm.data.merge import choose_test_groups, merge, share_test_groups
 from doge_lm.errors import UserError
 from tests.data.conftest import conversation, left_over
 from tests.data.reference import pieces_in
@@ -160,9 +160,60 @@ def test_one_kind_alone(tmp_path: Path, prepare: Prepare, capsys: pytest.Capture
 
 
 def test_groups_of_different_sources_are_different_groups(tmp_path: Path, prepare: Prepare) -> None:
-    short = [{"text": f"number {n}"} for n in range(20)]
-    prepare({"a": short, "b": short}, sequence_length=64, padding="max_length")
+    short = {name: [{"text": f"{name} number {n}"} for n in range(20)] for name in ("a", "b")}
+    prepare(short, sequence_length=64, padding="max_length")
     assert merge(tmp_path, tmp_path, test_size=1)["pretrain"].split_counts("test").samples == 1
+
+
+def whole_documents(rows: Any) -> set[tuple[int, ...]]:
+    """The pieces of rows that a document begins with, as they are."""
+    return {ids for ids, _ in pieces_in(rows) if ids[0] == 1}
+
+
+def sides(folder: Path) -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]:
+    made = rows_of(folder)
+    return whole_documents(made["train"]), whole_documents(made["test"])
+
+
+@pytest.mark.parametrize("padding", ["packed", "max_length"])
+@pytest.mark.parametrize("within", [True, False])
+def test_a_document_that_occurs_twice_is_on_one_side(
+    tmp_path: Path, prepare: Prepare, capsys: pytest.CaptureFixture[str], padding: str, within: bool
+) -> None:
+    """Within a source and across sources; half the texts are longer than a row."""
+    other, twice = marked_texts("other", 120), marked_texts("twice", 40)
+    sources = {"a": other + twice + twice[::-1]} if within else {"a": other + twice, "b": twice[::-1]}
+    prepare(sources, sequence_length=128, padding=padding)
+    place = ["--datasets_dir", str(tmp_path), "--save_dir", str(tmp_path), "--test_size", "60"]
+    assert main(["merge_datasets", *place]) == 0
+    assert "pretrain: 40 documents occur more than once; their samples stay" in capsys.readouterr().out
+    assert Manifest.read(tmp_path / "pretrain").repeated_documents == 40
+    train, test = sides(tmp_path / "pretrain")
+    assert train.isdisjoint(test)
+    assert len(train | test) == 160
+    assert len(rows_of(tmp_path / "pretrain")["test"]) == 60
+
+
+def test_a_conversation_that_occurs_twice_is_on_one_side(tmp_path: Path, prepare: Prepare) -> None:
+    """With prompts longer than a row too, of which the first piece is left out, for it holds no target."""
+    long = [conversation(("human", f"{n} plus " * 90), ("gpt", f"{n} " * 9)) for n in range(60)]
+    prepare({"a": chats(80), "b": long}, place=tmp_path / "one", sequence_length=64, padding="max_length")
+    once = rows_of(tmp_path / "one" / "tokenized" / "b")
+    assert all(row["input_ids"][0] != 1 for row in once)
+    prepare({"a": chats(80) + long, "b": chats(80)[::2] + long}, sequence_length=64)
+    merge(tmp_path, tmp_path, test_size=20)
+    made = rows_of(tmp_path / "finetune")
+    train, test = ({ids for ids, _ in pieces_in(made[split])} for split in ("train", "test"))
+    assert train.isdisjoint(test)
+    assert len(made["test"]) == 20
+
+
+def test_repeats_that_leave_no_test_set_are_said(tmp_path: Path, prepare: Prepare) -> None:
+    prepare({"a": [{"text": "the same again"}] * 30}, sequence_length=64, padding="max_length")
+    with pytest.raises(
+        UserError, match=r"choose a larger --test_size, or remove repeats \(1 document occurs more than once\)"
+    ):
+        merge(tmp_path, tmp_path, test_size=5)
 
 
 def test_padded_rows_are_merged_too(tmp_path: Path, prepare: Prepare, tokenizer: Any) -> None:
@@ -252,6 +303,24 @@ def test_sources_that_do_not_fit_together(tmp_path: Path, prepare: Prepare) -> N
         merge(tmp_path, tmp_path, test_size=2)
 
 
+@pytest.mark.parametrize(
+    ("setting", "values"), [("padding", ("packed", "max_length")), ("train_on_prompts", (False, True))]
+)
+def test_settings_that_differ_within_a_kind(
+    tmp_path: Path, prepare: Prepare, setting: str, values: tuple[Any, Any]
+) -> None:
+    prepare({"a": marked_texts("a", 20), "b": marked_texts("b", 20)}, sequence_length=64, **{setting: values[0]})
+    prepare({"talk": chats(40)}, place=tmp_path / "x", sequence_length=64, **{setting: values[1]})
+    (tmp_path / "x" / "tokenized" / "talk").rename(tmp_path / "tokenized" / "talk")
+    merge(tmp_path, tmp_path, test_size=2)  # kinds may differ
+    prepare({"b": marked_texts("b", 20)}, place=tmp_path / "y", sequence_length=64, **{setting: values[1]})
+    (tmp_path / "tokenized" / "b").rename(tmp_path / "away")
+    (tmp_path / "y" / "tokenized" / "b").rename(tmp_path / "tokenized" / "b")
+    message = f"'a' and 'b' were made with different --{setting} ({values[0]} and {values[1]})"
+    with pytest.raises(UserError, match=re.escape(message)):
+        merge(tmp_path, tmp_path, test_size=2)
+
+
 def test_what_was_not_preprocessed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenized does not exist; run `doge-lm preprocess_datasets"):
         merge(tmp_path, tmp_path)
@@ -263,12 +332,16 @@ def test_what_was_not_preprocessed(tmp_path: Path) -> None:
         merge(tmp_path, tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "damaged"])
 def test_a_damaged_source_is_named(tmp_path: Path, prepare: Prepare, damage: str) -> None:
     prepare({"a": marked_texts("a", 20)}, sequence_length=64)
     path = tmp_path / "tokenized" / "a" / "data-00000.arrow"
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "damaged":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
     else:
         path.unlink()
     with pytest.raises(UserError, match=f"data-00000.arrow is {damage}"):
@@ -311,3 +384,39 @@ def test_rows_that_get_lost_are_noticed(tmp_path: Path, prepare: Prepare, monkey
     with pytest.raises(AccountingError, match="does not add up"):
         merge(tmp_path, tmp_path, test_size=2)
     assert not (tmp_path / "pretrain").exists()
+
+
+def test_every_source_gives_its_share_of_the_test_set() -> None:
+    """Three sources: single rows, pairs, and two huge documents; the last can give nothing, the others make it up."""
+    sizes = [1] * 600, [2] * 150, [50, 50]
+    groups = np.repeat(np.arange(sum(map(len, sizes))), np.concatenate(sizes))
+    row_source = np.repeat(np.arange(3), [sum(part) for part in sizes])
+    chosen = share_test_groups(groups, row_source, 40, 233)
+    taken = np.bincount(row_source[chosen[groups]], minlength=3)
+    assert taken.sum() == 40
+    assert taken[0] >= 24
+    assert taken[1] >= 12
+    assert taken[2] == 0
+    proportional = share_test_groups(groups[:900], row_source[:900], 90, 233)
+    assert np.bincount(row_source[:900][proportional[groups[:900]]]).tolist() == [60, 30]
+
+
+def test_the_size_comes_before_the_shares() -> None:
+    """Only both sources' odd groups together come to the size."""
+    groups = np.repeat(np.arange(4), [3, 3, 4, 4])
+    row_source = np.repeat(np.arange(2), [6, 8])
+    chosen = share_test_groups(groups, row_source, 7, 233)
+    assert np.bincount(groups)[chosen].sum() == 7
+
+
+def test_a_test_set_that_takes_much_of_a_source_is_said(
+    tmp_path: Path, prepare: Prepare, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare({"apple": marked_texts("apple", 60), "whole": marked_texts("whole", 1)}, sequence_length=64)
+    rows = len(rows_of(tmp_path / "tokenized" / "apple"))
+    flags = ["--datasets_dir", str(tmp_path), "--save_dir", str(tmp_path), "--test_size", str(rows // 2)]
+    assert main(["merge_datasets", *flags]) == 0
+    out = capsys.readouterr().out
+    assert "samples of apple are in the test set; a smaller --test_size" in out
+    assert main(["merge_datasets", *flags[:-1], "2"]) == 0
+    assert "nothing of whole is in the test set" in capsys.readouterr().out

@@ -144,13 +144,10 @@ def test_rows_are_spread_over_shards(tmp_path: Path, prepare: Prepare, monkeypat
     assert len(rows_of(tmp_path / "tokenized" / "a")) == 30
 
 
-def test_a_source_of_whole_batches_and_one_of_nothing(tmp_path: Path, prepare: Prepare) -> None:
+def test_a_source_of_whole_batches(tmp_path: Path, prepare: Prepare) -> None:
     full = [{"text": f"text {n}"} for n in range(storage.ROWS_PER_BATCH)]
-    manifests = prepare({"full": full, "nothing": [{"text": ""}]}, sequence_length=64, padding="max_length")
-    assert [file.rows for file in manifests["full"].files] == [storage.ROWS_PER_BATCH]
-    assert manifests["nothing"].samples["all"]["nothing"].samples == 0
-    assert len(rows_of(tmp_path / "tokenized" / "nothing")) == 0
-    assert manifests["nothing"].accounting["nothing"].dropped[documents.EMPTY_TEXT].times == 1
+    manifest = prepare({"full": full}, sequence_length=64, padding="max_length")["full"]
+    assert [file.rows for file in manifest.files] == [storage.ROWS_PER_BATCH]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt"])
@@ -242,6 +239,50 @@ def test_a_bad_line_ends_the_run_and_leaves_nothing(
     assert command(tmp_path / "own.jsonl") == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path / 'own.jsonl'}, {message}")
+    assert list((tmp_path / "tokenized").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([GOOD, {"text": " \n\u3000"}, GOOD], documents.EMPTY_TEXT),
+        (
+            [
+                conversation(("human", "q"), ("gpt", "a")),
+                conversation(("human", "q"), ("gpt", " ")),
+                conversation(("human", "q"), ("gpt", "a")),
+            ],
+            documents.NO_ASSISTANT,
+        ),
+    ],
+)
+def test_a_row_with_nothing_to_learn_stops_or_is_skipped(
+    tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str], rows: list[Any], reason: str
+) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_bytes(json_lines(rows))
+    assert command(path) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}, line 2: {reason}")
+    assert "--on_error skip" in error
+    assert list((tmp_path / "tokenized").iterdir()) == []
+    assert command(path, "--on_error", "skip") == 0
+    account = Manifest.read(tmp_path / "tokenized" / "a").accounting["a"]
+    assert account.dropped[reason].times == 1
+    assert (account.documents_in, account.documents_kept) == (3, 2)
+
+
+@pytest.mark.parametrize(("content", "read"), [(json_lines([{"text": ""}, {"text": " "}]), 2), (b"\n", 0)])
+def test_a_source_of_which_nothing_is_left(tmp_path: Path, tokenizer_path: Path, content: bytes, read: int) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_bytes(json_lines([GOOD]))
+    source = take_local("a", path, tmp_path / "raw" / "a")
+    path.write_bytes(content)
+    source.files[0].bytes = len(content)
+    source.write(tmp_path / "raw" / "a")
+    for on_error in ("skip",) if read else ("skip", "stop"):
+        with pytest.raises(UserError, match=rf"nothing is left of the source 'a', .*\(documents read: {read}"):
+            preprocess(tmp_path, tmp_path, tokenizer_path, PreprocessSettings(64, on_error=on_error))
     assert list((tmp_path / "tokenized").iterdir()) == []
 
 

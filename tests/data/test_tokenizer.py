@@ -450,6 +450,24 @@ def test_broken_file_is_named(directory: Path, tmp_path: Path) -> None:
         load_tokenizer(broken)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", '{"model": {"type": "BPE"}}'),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": 5}'),
+    ],
+)
+def test_files_that_cannot_be_loaded_are_named(directory: Path, tmp_path: Path, name: str, content: str) -> None:
+    broken = copy_of(directory, tmp_path / "broken")
+    (broken / name).write_text(content, encoding="utf-8")
+    message = rf"{name} cannot be loaded \(.*doge-lm tokenizer build --save_dir .*broken"
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(broken)
+
+
 def test_other_tokenizers_are_refused(directory: Path, tmp_path: Path) -> None:
     loose = copy_of(directory, tmp_path / "loose")
     config = json.loads((loose / "tokenizer_config.json").read_text("utf-8"))

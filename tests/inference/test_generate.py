@@ -1,6 +1,9 @@
 """`doge-lm generate`: streaming, sampling flags, devices and errors."""
 
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,14 +85,42 @@ def test_control_strings_in_the_prompt_stay_text(model_dir: Path, capsys: pytest
 def test_the_prompt_can_come_from_standard_input(
     model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe"))
-    _, out, _ = run(capsys, str(model_dir), "-", "--max_new_tokens", "1")
-    assert out.startswith("from a pipe")
+    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe\nand more\n"))
+    options = ("--max_new_tokens", "1", "--temperature", "0")
+    _, piped, _ = run(capsys, str(model_dir), "-", *options)
+    _, given, _ = run(capsys, str(model_dir), "from a pipe\nand more", *options)
+    assert piped == given  # the newline that ends the last line is not part of the text
+
+
+def test_text_that_is_not_utf8_is_an_error(
+    model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, _, err = run(capsys, str(model_dir), "bad \udcff")
+    assert status == 1
+    assert "not UTF-8" in err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"bad \xff"), encoding="utf-8"))
+    status, _, err = run(capsys, str(model_dir), "-")
+    assert status == 1
+    assert "standard input" in err
+
+
+def test_a_console_without_chinese_gets_utf8(model_dir: Path) -> None:
+    command = [sys.executable, "-m", "doge_lm.cli", "generate", str(model_dir), "床前", "--max_new_tokens", "1"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "cp1252"}, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode("utf-8").startswith("床前")
 
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("--top_p", "1.5"), ("--temperature", "-1"), ("--max_new_tokens", "0"), ("--repetition_penalty", "0")],
+    [
+        ("--top_p", "1.5"),
+        ("--temperature", "-1"),
+        ("--temperature", "1e-320"),
+        ("--max_new_tokens", "0"),
+        ("--repetition_penalty", "0"),
+        ("--seed", "99999999999999999999999"),
+    ],
 )
 def test_a_flag_out_of_range_is_named(
     model_dir: Path, capsys: pytest.CaptureFixture[str], flag: str, value: str
@@ -100,10 +131,13 @@ def test_a_flag_out_of_range_is_named(
     assert value in err
 
 
-def test_a_missing_device_is_named(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, _, err = run(capsys, str(model_dir), "x", "--device", "nonsense")
+@pytest.mark.parametrize("device", ["nonsense", "meta"])
+def test_a_device_that_cannot_be_used_is_named(
+    model_dir: Path, capsys: pytest.CaptureFixture[str], device: str
+) -> None:
+    status, _, err = run(capsys, str(model_dir), "x", "--device", device)
     assert status == 1
-    assert "--device nonsense" in err
+    assert f"--device {device}" in err
 
 
 def test_a_directory_without_a_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,12 +162,36 @@ def test_a_cut_checkpoint_is_an_error(model_dir: Path, tmp_path: Path, capsys: p
     assert str(tmp_path) in err
 
 
+def copied(model_dir: Path, target: Path) -> Path:
+    for path in model_dir.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def test_weights_of_another_shape_are_an_error(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = load_file(copied(model_dir, tmp_path) / "model.safetensors")
+    weights["model.layers.0.feed_forward.keys"] = weights["model.layers.0.feed_forward.keys"][:, :4].contiguous()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    status, _, err = run(capsys, str(tmp_path), "x")
+    assert status == 1
+    assert str(tmp_path) in err
+
+
+def test_a_config_of_another_architecture_is_an_error(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copied(model_dir, tmp_path) / "config.json").write_text('{"model_type": "doge"}', encoding="utf-8")
+    status, _, err = run(capsys, str(tmp_path), "x")
+    assert status == 1
+    assert str(tmp_path) in err
+
+
 def test_a_checkpoint_that_lacks_weights_is_an_error(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for path in model_dir.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    weights = load_file(tmp_path / "model.safetensors")
+    weights = load_file(copied(model_dir, tmp_path) / "model.safetensors")
     del weights["model.layers.0.attn.v_keys"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     status, _, err = run(capsys, str(tmp_path), "x")

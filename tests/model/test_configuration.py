@@ -248,3 +248,35 @@ def test_transformers_own_doge_is_left_alone() -> None:
         "doge", vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
     )
     assert type(AutoModelForCausalLM.from_config(small)).__module__.startswith("transformers.")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rope_parameters", {"rope_type": "foo"}),
+        ("rope_parameters", {"rope_type": "linear"}),
+        ("rope_parameters", {"rope_type": "linear", "factor": "abc"}),
+        ("rope_parameters", {"rope_type": "linear", "factor": 0.0}),
+        ("rope_parameters", {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}),
+        ("rope_parameters", {"rope_typ": "linear", "factor": 2.0}),
+        ("rope_parameters", [1]),
+        ("hidden_dropout", "a"),
+        ("hidden_dropout", 1.0),
+        ("rms_norm_eps", None),
+        ("initializer_range", float("nan")),
+        ("rope_theta", 0),
+        ("rope_theta", -1.0),
+        ("pad_token_id", 1.5),
+        ("eos_token_id", [2, 99_999_999]),
+    ],
+)
+def test_values_of_the_wrong_kind_name_the_field(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        DogeConfig(**{field: value})
+
+
+def test_a_huge_size_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="hidden_size is 100000000000; it must be"):
+        DogeConfig(hidden_size=10**11)
+    with pytest.raises(ValueError, match=r"num_attention_heads 7 .* 8 would do"):
+        DogeConfig(hidden_size=2**24, num_attention_heads=7)

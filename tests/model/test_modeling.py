@@ -403,7 +403,8 @@ def test_shifting_all_positions_changes_nothing(attention: str) -> None:
         base = model(ids, position_ids=positions).logits
         # 100, the shift that showed the defect; angles are computed in float32, which leaves a few 1e-6.
         torch.testing.assert_close(model(ids, position_ids=positions + 100).logits, base, rtol=0, atol=2e-4)
-        stretched = model(ids, position_ids=positions * 2).logits
+        # With a mask, gaps between positions do not mark documents of a packed batch: only the angles change.
+        stretched = model(ids, position_ids=positions * 2, attention_mask=torch.ones_like(ids)).logits
     assert float((stretched - base).abs().max()) > 0.05, "positions do not count at all"
 
 
@@ -564,11 +565,7 @@ class Trained:
     losses: list[float]
 
 
-@pytest.fixture(
-    scope="module",
-    params=["normal", "fan_in"],
-)
-def trained(request: pytest.FixtureRequest) -> Trained:
+def train_200_steps(weight_init: str, heads: int, experts_per_head: int) -> Trained:
     """200 steps of 512 tokens with 64 experts and 2 inner values."""
     torch.manual_seed(233)
     model = DogeForCausalLM(
@@ -581,9 +578,9 @@ def trained(request: pytest.FixtureRequest) -> Trained:
             cross_domain_intermediate_size=128,
             private_expert_intermediate_size=64,
             num_cdmmoe_experts=64,
-            num_cdmmoe_heads=2,
-            num_cdmmoe_experts_per_head=4,
-            weight_init=request.param,
+            num_cdmmoe_heads=heads,
+            num_cdmmoe_experts_per_head=experts_per_head,
+            weight_init=weight_init,
         )
     )
     before = usage_on_text(model, seed=10_000)
@@ -600,7 +597,23 @@ def trained(request: pytest.FixtureRequest) -> Trained:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    return Trained(request.param, before, usage_on_text(model, seed=20_000), losses)
+    return Trained(weight_init, before, usage_on_text(model, seed=20_000), losses)
+
+
+@pytest.fixture(scope="module", params=["normal", "fan_in"])
+def trained(request: pytest.FixtureRequest) -> Trained:
+    """Two heads of four experts, as the larger presets have them."""
+    return train_200_steps(request.param, heads=2, experts_per_head=4)
+
+
+def test_one_head_of_two_experts_uses_more_than_the_defect_left() -> None:
+    """The router of the 25M and 80M presets. Nothing in the published architecture balances it, and most of its
+    experts fall out of use (docs/log.md has figures); zero keys, the defect, left exactly 2 of them from the start."""
+    trained = train_200_steps("fan_in", heads=1, experts_per_head=2)
+    for counts in trained.before.experts:
+        assert float((counts > 0).float().mean()) >= 0.9
+    for counts in trained.after.experts:
+        assert int((counts > 0).sum()) >= 8
 
 
 def test_experts_are_used_at_initialization(trained: Trained) -> None:

@@ -111,6 +111,14 @@ def test_auto_fills_a_gpu_but_not_over_the_estimate():
     assert make_plan(config, train, small).micro_batch < make_plan(config, train, GPU).micro_batch
 
 
+def test_auto_takes_small_micro_batches_on_a_cpu_however_much_fits():
+    settings = load_settings("doge_tiny")
+    assert (settings.train.sequence_length, settings.train.sequences_per_step) == (512, 4)
+    assert plan_of(settings, CPU).micro_batch == 2
+    assert plan_of(settings, GPU).micro_batch == 4
+    assert plan_of(load_settings("doge_25M"), CPU).micro_batch == 1  # one sequence is more than that
+
+
 def test_checkpointing_and_compiling_lower_the_estimate():
     settings = load_settings("doge_80M")
     plain = plan_of(settings, GPU).memory

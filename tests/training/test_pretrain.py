@@ -10,10 +10,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from doge_lm.cli import main
 from doge_lm.data.dataset import PackedCollator, load_prepared
 from doge_lm.model.modeling_doge import DogeForCausalLM
+from doge_lm.training.checkpoints import RunRecord, check_whole, list_checkpoints
 from doge_lm.training.order import StreamSampler, permutation
 from doge_lm.training.settings import load_settings
 
-from .support import LENGTH, finish, log_lines, losses, make_set, make_settings, make_tokenizer, one_thread, start
+from . import support
+from .support import (
+    LENGTH,
+    finish,
+    log_lines,
+    losses,
+    make_rows,
+    make_set,
+    make_settings,
+    make_tokenizer,
+    one_thread,
+    start,
+)
 
 
 def train(world, place, *flags, **train_settings):
@@ -139,6 +152,9 @@ def test_two_processes_train_as_one(world, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     output = finish(start(world.flags(two, model=model, **settings), launcher))
     assert "4 sequences x 1 accumulated x 2 devices" in output
+    checkpoint = list_checkpoints(two / "out")[-1]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(RunRecord.read(checkpoint).files)
+    check_whole(checkpoint)
     for a, b in zip(log_lines(one), log_lines(two), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-5)
         assert (a["tokens_seen"], a["targets_seen"]) == (b["tokens_seen"], b["targets_seen"])
@@ -189,6 +205,12 @@ def test_a_dry_run_needs_neither_data_nor_tokenizer(world, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_builds_no_model_of_sizes_that_do_not_fit(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("doge_lm.training.plan.count_model", lambda config: pytest.fail("it was built"))
+    assert main(["train", *world.flags(tmp_path, "--dry_run", model={"num_attention_heads": 3})]) == 1
+    assert "model: num_attention_heads" in capsys.readouterr().err
+
+
 def test_a_missing_dataset_says_which_commands_make_it(world, tmp_path, capsys):
     flags = world.flags(tmp_path, "--dataset_path", str(tmp_path / "none"))
     assert main(["train", *flags]) == 1
@@ -225,7 +247,9 @@ def test_a_new_run_does_not_bury_another(run, world, tmp_path, capsys):
     assert "holds the checkpoints of another run (up to checkpoint-12)" in error
     assert "--resume_from_checkpoint" in error
     assert train(world, run, "--output_dir", str(tmp_path / "out")) == 1
-    assert "train.jsonl is the log of another run" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"train.jsonl is the log of another run, which left nothing in {tmp_path / 'out'}" in error
+    assert "--overwrite" in error
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -247,6 +271,31 @@ def test_overwrite_starts_anew(world, tmp_path):
     names = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
     assert names == ["checkpoint-2", "checkpoint-4"]
     assert [line["step"] for line in log_lines(tmp_path)] == [1, 2, 3, 4]
+
+
+SHORT = {"num_train_epochs": 1, "per_epoch_max_steps": 2, "save_steps": 100}
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_started_anew_as_the_message_says(world, tmp_path, capsys):
+    log = tmp_path / "log" / "train.jsonl"
+    log.parent.mkdir()
+    log.write_text('{"step": 0, "kind": "plan"}\n{"step": 1, "kind": "train", "loss": 6.0}\n', encoding="utf-8")
+    assert train(world, tmp_path, "--resume_from_checkpoint", **SHORT) == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'out'} holds no checkpoint to resume from" in error
+    assert "give --overwrite in place of --resume_from_checkpoint" in error
+    assert train(world, tmp_path, **SHORT) == 1
+    assert "start anew with --overwrite, which removes the log" in capsys.readouterr().err
+    assert train(world, tmp_path, "--overwrite", **SHORT) == 0
+    assert [line["step"] for line in log_lines(tmp_path)] == [1, 2]
+
+
+def test_a_log_without_a_line_of_training_makes_way(world, tmp_path):
+    log = tmp_path / "log" / "train.jsonl"
+    log.parent.mkdir()
+    log.write_text('{"step": 0, "kind": "plan"}\n', encoding="utf-8")
+    assert train(world, tmp_path, **SHORT) == 0
+    assert len(log_lines(tmp_path, "plan")) == 1
 
 
 def test_a_diverging_run_stops_and_says_so(world, tmp_path, capsys):
@@ -271,6 +320,15 @@ def test_too_little_disk_is_said_before_the_first_step(world, tmp_path, capsys, 
     assert train(world, tmp_path) == 1
     assert "one checkpoint takes about 0.50 MB and only 0.00 MB are free" in capsys.readouterr().err
     assert not (tmp_path / "log").exists()
+
+
+def test_a_token_beyond_the_vocabulary_is_named(world, tmp_path, capsys, monkeypatch):
+    rows = make_rows(world.tokenizer, 22)
+    rows[-1]["input_ids"][-1] = 400
+    monkeypatch.setattr(support, "make_rows", lambda tokenizer, count: rows)
+    data = make_set(tmp_path / "set", world.tokenizer_path, world.tokenizer, train_rows=16)
+    assert train(world, tmp_path, "--dataset_path", str(data), per_epoch_max_steps=2, num_train_epochs=1) == 1
+    assert "holds the token id 400, but the vocabulary has 400 ids" in capsys.readouterr().err
 
 
 def test_only_the_sources_of_the_test_set_are_scored(world, tmp_path):

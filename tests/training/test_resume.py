@@ -5,11 +5,12 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
 from doge_lm.cli import main
-from doge_lm.training.checkpoints import list_checkpoints, missing_files
+from doge_lm.training.checkpoints import RunRecord, check_whole, list_checkpoints
 
 from .support import ROOT, finish, log_lines, losses, make_set, one_thread, start
 
@@ -44,7 +45,7 @@ def test_killed_at_random_steps_and_resumed_equals_uninterrupted_bit_for_bit(wor
         process.kill()  # SIGKILL; on Windows TerminateProcess
         process.communicate()
         for checkpoint in list_checkpoints(tmp_path / "out"):
-            assert not missing_files(checkpoint), f"killed at step {step}"
+            check_whole(checkpoint)
         resume = ["--resume_from_checkpoint"] if list_checkpoints(tmp_path / "out") else ["--overwrite"]
     finish(start(world.flags(tmp_path, *resume, **STEPS)))
     assert losses(tmp_path) == losses(whole), f"killed at steps {steps}"
@@ -175,36 +176,120 @@ def test_a_checkpoint_of_another_model_is_refused(world, interrupted, capsys, ch
     path = list_checkpoints(interrupted / "out")[-1] / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**config, **change}), encoding="utf-8")
+    RunRecord.read(path.parent).write(path.parent)  # as if it had been saved so
     assert resume(world, interrupted) == 1
     assert message in capsys.readouterr().err
 
 
-def test_damaged_weights_are_named(world, interrupted, capsys):
-    path = list_checkpoints(interrupted / "out")[-1] / "model.safetensors"
+def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
-    assert resume(world, interrupted) == 1
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def write_garbage(path):
+    path.write_bytes(b"garbage")
+
+
+def open_a_brace(path):
+    path.write_bytes(b"{")
+
+
+def remove(path):
+    path.unlink()
+
+
+def add_a_number(path):
+    path.write_text(path.read_text(encoding="utf-8").replace('"step": ', '"step": 1'), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "message"),
+    [
+        (truncate, "model.safetensors", "is damaged (it has "),
+        (flip_a_byte, "model.safetensors", "is damaged (its sha256 is another"),
+        (write_garbage, "optimizer.pt", "is damaged (it has 7 bytes and was written with "),
+        (flip_a_byte, "optimizer.pt", "is damaged (its sha256 is another"),
+        (remove, "optimizer.pt", "is missing"),
+        (remove, "scheduler.pt", "is missing"),
+        (open_a_brace, "trainer_state.json", "is damaged (it has 1 bytes"),
+        (remove, "rng_state.pth", "is missing"),
+        (open_a_brace, "config.json", "is damaged (it has 1 bytes"),
+        (remove, "tokenizer.json", "is missing"),
+        (open_a_brace, "run.json", "is damaged (Expecting "),
+        (add_a_number, "run.json", "is damaged (its content does not fit its record_sha256"),
+        (remove, "run.json", "is missing"),
+    ],
+)
+def test_a_damaged_checkpoint_names_the_file_and_the_checkpoint_before(
+    world, whole, tmp_path, capsys, damage, name, message
+):
+    place = tmp_path / "damaged"
+    shutil.copytree(whole, place)
+    before, last = list_checkpoints(place / "out")[-2:]
+    damage(last / name)
+    assert resume(world, place) == 1
     error = capsys.readouterr().err
-    assert "model.safetensors is damaged" in error
+    assert f"{last / name} {message}" in error
+    assert f"give --resume_from_checkpoint {before} instead" in error
+
+
+def test_the_checkpoint_that_is_offered_is_whole_and_can_be_resumed(world, whole, tmp_path, capsys):
+    place = tmp_path / "damaged"
+    shutil.copytree(whole, place)
+    oldest, *later = list_checkpoints(place / "out")
+    assert len(later) == 2
+    for checkpoint in later:
+        remove(checkpoint / "rng_state.pth")
+    assert resume(world, place, checkpoint=[str(later[-1])]) == 1
+    assert f"give --resume_from_checkpoint {oldest} instead" in capsys.readouterr().err
+    assert resume(world, place, checkpoint=[str(oldest)]) == 0
+    assert losses(place) == losses(whole)
+
+
+def test_a_later_checkpoint_is_offered_where_none_is_before(world, whole, tmp_path, capsys):
+    place = tmp_path / "damaged"
+    shutil.copytree(whole, place)
+    first, second, _ = list_checkpoints(place / "out")
+    remove(first / "optimizer.pt")
+    assert resume(world, place, checkpoint=[str(first)]) == 1
+    assert f"give --resume_from_checkpoint {second} instead" in capsys.readouterr().err
 
 
 def test_what_cannot_be_resumed_says_why(world, interrupted, tmp_path, capsys):
     assert resume(world, interrupted, checkpoint=[str(tmp_path / "none")]) == 1
     assert "there is no such directory" in capsys.readouterr().err
-    checkpoint = list_checkpoints(interrupted / "out")[-1]
+    (checkpoint,) = list_checkpoints(interrupted / "out")
     (checkpoint / "optimizer.pt").unlink()
-    assert resume(world, interrupted, checkpoint=[str(checkpoint)]) == 1
-    assert "not a whole checkpoint, it lacks optimizer.pt" in capsys.readouterr().err
     assert resume(world, interrupted) == 1
-    assert "holds no whole checkpoint" in capsys.readouterr().err
+    assert "give --overwrite in place of --resume_from_checkpoint" in capsys.readouterr().err  # none is before it
+    (checkpoint / "run.json").write_text('{"step": 20}', encoding="utf-8")
+    assert resume(world, interrupted) == 1
+    assert "is not a record that this version of doge-lm writes" in capsys.readouterr().err
+    shutil.rmtree(checkpoint)
+    assert resume(world, interrupted) == 1
+    assert "holds no checkpoint to resume from" in capsys.readouterr().err
     assert resume(world, interrupted, "--overwrite") == 1
     assert "give one of the two" in capsys.readouterr().err
 
 
+def test_a_record_must_list_the_random_numbers(world, interrupted, capsys):
+    (checkpoint,) = list_checkpoints(interrupted / "out")
+    (checkpoint / "rng_state.pth").unlink()
+    RunRecord.read(checkpoint).write(checkpoint)
+    assert resume(world, interrupted) == 1
+    assert f"{checkpoint / 'run.json'} lists no rng_state*.pth" in capsys.readouterr().err
+
+
 def test_targets_are_counted_exactly_however_many(world, whole, interrupted):
     """In float32, as the Trainer counts a step's targets, 2**24 + 1 is 2**24."""
-    path = list_checkpoints(interrupted / "out")[-1] / "run.json"
-    record = json.loads(path.read_text(encoding="utf-8"))
+    checkpoint = list_checkpoints(interrupted / "out")[-1]
+    record = RunRecord.read(checkpoint)
     beyond = 2**40 + 1
-    path.write_text(json.dumps({**record, "targets_seen": record["targets_seen"] + beyond}), encoding="utf-8")
+    replace(record, targets_seen=record.targets_seen + beyond).write(checkpoint)
     assert resume(world, interrupted) == 0
     assert log_lines(interrupted)[-1]["targets_seen"] == log_lines(whole)[-1]["targets_seen"] + beyond

@@ -138,6 +138,15 @@ def test_an_unknown_preset_names_the_nearest():
         ("train:\n  seed: 1\n  seed: 2\n", r"x\.yaml: line 3: key 'seed' is given twice"),
         ("train: [1\n", r"x\.yaml: line 2: "),
         ("- 1\n", r"x\.yaml: expected two parts"),
+        ("? [a]\n: b\n", r"x\.yaml: line 1: \['a'\] cannot be a key"),
+        ("train:\n  ? {a: 1}\n  : b\n", r"x\.yaml: line 2: \{'a': 1\} cannot be a key"),
+        ("model:\n  rope_parameters: &r {a: *r}\n", r"x\.yaml: line 2: the alias \*r is not supported"),
+        ("model: &m\n  <<: *m\n", r"x\.yaml: line 2: the alias \*m is not supported"),
+        ("train: " + "[" * 3000, r"x\.yaml: values are nested too deeply"),
+        ("train:\n  seed: 2024-13-45\n", r"x\.yaml: a value cannot be read \(month must be in 1\.\.12\)"),
+        ("train:\n  seed: !!bool maybe\n", r"x\.yaml: a value cannot be read"),
+        ("train:\n  seed: !!timestamp x\n", r"x\.yaml: a value cannot be read"),
+        ("train:\n  learning_rate: 1" + "0" * 400, r"learning_rate must be a number"),
         ("train: 3\n", r"x\.yaml: train: expected `key: value` lines"),
     ],
 )
@@ -172,6 +181,10 @@ def test_an_override_reaches_its_key(key):
         ("seed", r"--set seed: expected key=value"),
         ("seed=-1", r"--set seed=-1: -1 does not fit; seed must be 0 or more"),
         ("seed=[1", r"--set seed=\[1: '\[1' is not a YAML value"),
+        ("rope_parameters=&r {a: *r}", r"--set rope_parameters=.*: line 1: the alias \*r is not supported"),
+        ("rope_parameters={? [a] : 1}", r"--set rope_parameters=.*: line 1: \['a'\] cannot be a key"),
+        ("rope_parameters={a: 1, a: 2}", r"--set rope_parameters=.*: line 1: key 'a' is given twice"),
+        ("seed=2024-13-45", r"--set seed=2024-13-45: .*month must be in 1\.\.12"),
     ],
 )
 def test_a_bad_override_names_the_flag(override, message):

@@ -34,6 +34,8 @@ class PreparedSet:
 def load_prepared(path: str | Path) -> PreparedSet:
     """Opens what `merge_datasets` wrote, as memory maps.
 
+    Of a set of up to 4 GiB the content of every file is checked first, by its sha256; of a larger one only the sizes.
+
     Args:
         path: `SAVE_DIR/pretrain` or `SAVE_DIR/finetune`.
 
@@ -100,11 +102,13 @@ class PackedCollator:
         sequence_length: T, the same for every batch.
         document_mask: also give `position_ids` that restart at 0 at every piece (and once more where the padding
             begins), by which attention can be kept within documents.
+        vocab_size: if given, ids that are not below it are refused.
     """
 
     pad_token_id: int
     sequence_length: int
     document_mask: bool = False
+    vocab_size: int | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Makes a batch.
@@ -117,6 +121,7 @@ class PackedCollator:
 
         Raises:
             ValueError: if a row is longer than `sequence_length`.
+            UserError: if a token id is outside the vocabulary.
         """
         T = self.sequence_length
         ids_BT = np.full((len(rows), T), self.pad_token_id, np.int64)
@@ -136,6 +141,11 @@ class PackedCollator:
             context_BT1[b, spans[1::2]] -= 1  # where one span ends and the next begins, the two cancel
             filled = int(ends[-1]) if len(ends) else 0
             context_BT1[b, filled] += 1  # padding: open to the end
+        if self.vocab_size is not None and ids_BT.max(initial=0) >= self.vocab_size:
+            raise UserError(
+                f"the data set holds the token id {ids_BT.max():,}, but the vocabulary has {self.vocab_size:,} ids: it "
+                "is damaged, or was made with another tokenizer; run preprocess_datasets and merge_datasets again"
+            )
         ignored_BT = (np.cumsum(context_BT1, axis=1)[:, :T] > 0) | first_BT1[:, :T]
         batch = {
             "input_ids": torch.from_numpy(ids_BT),

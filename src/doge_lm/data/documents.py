@@ -91,6 +91,14 @@ class _Plan(NamedTuple):
     dropped: list[tuple[str, str]]
 
 
+def nothing_to_learn(row: Row) -> str | None:
+    """Why a row comes to no document at all, or None if it comes to one."""
+    if isinstance(row, TextRow):
+        return None if row.text.strip() else EMPTY_TEXT
+    answered = any(role == "gpt" and content.strip() for role, content in row.turns)
+    return None if answered else NO_ASSISTANT
+
+
 class DocumentBuilder:
     """Turns rows into documents, and counts.
 

@@ -110,7 +110,8 @@ def run(args: argparse.Namespace) -> int:
         taken.append(download(name, target, args.cache_dir, args.max_rows, fetcher))
     for source in taken:
         size = sum(file.bytes for file in source.files)
-        print(f"{source.name}: {source.kind}, {len(source.files)} files of {size:,} bytes, from {source.origin}")
+        files = "1 file" if len(source.files) == 1 else f"{len(source.files):,} files"
+        print(f"{source.name}: {source.kind}, {files} of {size:,} bytes, from {source.origin}")
         for reason, count in source.counts.items():
             print(f"{source.name}: {reason}: {count:,}")
     print(

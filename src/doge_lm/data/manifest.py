@@ -6,7 +6,8 @@ Three kinds of directory are made, and each says what it is in one JSON file:
 - `tokenized/NAME/manifest.json` and `pretrain/manifest.json` (`Manifest`): settings, tokenizer, inputs, files with
   their sizes and hashes, and the token accounting.
 
-`atomic_directory` writes a directory beside its place and renames it when it is whole.
+`atomic_directory` writes a directory beside its place and renames it when it is whole; a lock keeps a second process
+from making the same one meanwhile.
 """
 
 import contextlib
@@ -20,6 +21,8 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from filelock import FileLock, Timeout
 
 from doge_lm.errors import UserError
 
@@ -228,6 +231,7 @@ class Manifest:
     """How a tokenized source or a merged set was made, and what is in it.
 
     `samples` maps a split (`all` for a tokenized source; `train`, `test` for a merged set) to sources to counts.
+    `repeated_documents` is the number of documents that occur more than once in a merged set.
     """
 
     stage: Literal["tokenized", "merged"]
@@ -241,6 +245,7 @@ class Manifest:
     accounting: dict[str, SourceAccounting]
     samples: dict[str, dict[str, SampleCounts]]
     versions: dict[str, str] = field(default_factory=dict)
+    repeated_documents: int = 0
 
     def split_counts(self, split: str) -> SampleCounts:
         """The counts of one split, summed over its sources."""
@@ -416,8 +421,9 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     """A directory that takes its place only when the block ends without an exception.
 
     The block writes into the yielded directory `.tmp-NAME`, a sibling of the target. What an interrupted run left
-    there is removed first, so two runs must not make the same target at once. An existing target is replaced if it
-    is empty or one of ours (it holds `manifest.json` or `source.json`).
+    there is removed first. While the block runs, `.tmp-NAME.lock` beside it is locked: of two runs that make the same
+    target at once, the second ends with an error. An existing target is replaced if it is empty or one of ours (it
+    holds `manifest.json` or `source.json`).
 
     Args:
         target: where the finished directory belongs.
@@ -426,21 +432,44 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         The directory to write into.
 
     Raises:
-        UserError: if the target is something that doge-lm did not make, the disk is full, or it cannot be written.
+        UserError: if the target is something that doge-lm did not make, another process is making it, the disk is
+            full, or it cannot be written.
     """
     _refuse_foreign(target)
     temporary = target.with_name(f".tmp-{target.name}")
+    with _explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target):
+            try:
+                if temporary.exists():
+                    shutil.rmtree(temporary)
+                temporary.mkdir()
+                yield temporary
+                _put_in_place(temporary, target)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+
+
+@contextlib.contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Holds the lock of a target; the operating system lets go of it if the process is killed."""
+    path = target.with_name(f".tmp-{target.name}.lock")
+    lock = FileLock(path)
     try:
-        with _explained(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if temporary.exists():
-                shutil.rmtree(temporary)
-            temporary.mkdir()
-            yield temporary
-            _put_in_place(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(
+            f"another process is writing {target} at this moment; wait until it has ended, or choose another --save_dir"
+        ) from None
+    try:
+        yield
+    finally:
+        # Removed while it is held: filelock does not give out a lock on a file that is no longer there, so nobody who
+        # has it open already can hold it beside a third one. Windows removes no open file; there the release does.
+        with contextlib.suppress(PermissionError, FileNotFoundError):
+            path.unlink()
+        lock.release()
 
 
 def _refuse_foreign(target: Path) -> None:

@@ -2,7 +2,8 @@
 
 Sources are grouped by what they are for, `pretrain` and `finetune`. All samples of a kind are permuted by the seed
 and written shard by shard, so that training reads files from front to back. The test set is made of whole groups
-(see `doge_lm.data.packing`), so no document is on both sides.
+(see `doge_lm.data.packing`). Groups that hold the same document, of whatever source, are joined first (see
+`doge_lm.data.repeats`), so that no document is on both sides, even if it occurs more than once.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from doge_lm.data.manifest import (
     check_sums,
     package_versions,
 )
+from doge_lm.data.repeats import Pieces, join_groups, pieces_of_batch
 from doge_lm.data.storage import (
     ROWS_PER_BATCH,
     ROWS_PER_SHARD,
@@ -49,6 +51,8 @@ from doge_lm.errors import UserError
 _Indices = npt.NDArray[np.int64]
 # Rows gathered at a time: 4,096 of 2,048 tokens are 17 MB. More rows mean longer runs in each file that is read.
 _GATHER_ROWS = 4096
+# A test set that takes more of a source than this is worth a word.
+_LARGE_TEST_SHARE = 0.2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +78,10 @@ def run(args: argparse.Namespace) -> int:
         manifest = manifests[kind]
         print(f"{args.save_dir / kind}: sequences of {manifest.sequence_length:,} tokens")
         print(_split_table(manifest))
+        for note in _split_notes(manifest):
+            print(f"{kind}: note: {note}")
+        if manifest.repeated_documents:
+            print(f"{kind}: {_repeats(manifest.repeated_documents)}; their samples stay on one side of the split")
         wanted, got = args.test_size, manifest.split_counts("test").samples
         if got != wanted:
             print(
@@ -101,8 +109,8 @@ def merge(
         The manifest of each kind that was there.
 
     Raises:
-        UserError: if there is nothing to merge, a file is damaged, two sources differ in tokenizer or length, there
-            are too few samples, or the disk is full.
+        UserError: if there is nothing to merge, a file is damaged, two sources differ in tokenizer or length (or,
+            within a kind, in another setting), there are too few samples, or the disk is full.
     """
     check_num_proc(num_proc)
     if test_size < 1:
@@ -115,6 +123,7 @@ def merge(
     for kind in KINDS:
         chosen = [source for source in sources if source.manifest.kind == kind]
         if chosen:
+            _check_same_settings([source.manifest for source in chosen])
             plans[kind] = _plan(kind, chosen, seed, test_size)
     settings = {"seed": seed, "test_size": test_size}
     return {kind: _write(plan, save_dir / kind, settings, num_proc) for kind, plan in plans.items()}
@@ -137,6 +146,7 @@ class _Plan:
     kind: Kind
     sources: list[_Source]
     splits: dict[str, _Indices]
+    repeated_documents: int
 
 
 def _tokenized_sources(folder: Path) -> list[_Source]:
@@ -173,43 +183,120 @@ def _check_alike(manifests: Sequence[Manifest]) -> None:
             )
 
 
+def _check_same_settings(manifests: Sequence[Manifest]) -> None:
+    first = manifests[0]
+    for other in manifests[1:]:
+        for name in sorted(first.settings.keys() | other.settings.keys()):
+            one, two = first.settings.get(name), other.settings.get(name)
+            if one != two:
+                raise UserError(
+                    f"the sources {first.name!r} and {other.name!r} were made with different --{name} ({one} and "
+                    f"{two}); preprocess one of them again"
+                )
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Order and split
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def _plan(kind: Kind, sources: list[_Source], seed: int, test_size: int) -> _Plan:
-    groups = _groups(sources)
+    groups, repeated = _groups(sources)
     total = len(groups)
     if total <= test_size:
         raise UserError(
             f"{kind}: there are only {total:,} samples, so --test_size {test_size} leaves none to train on; choose a "
             "smaller --test_size or add data"
         )
-    in_test = choose_test_groups(np.bincount(groups), test_size, seed)[groups]
+    row_source = np.repeat(np.arange(len(sources)), [_rows(source) for source in sources])
+    in_test = share_test_groups(groups, row_source, test_size, seed)[groups]
     if not in_test.any():
         raise UserError(
             f"{kind}: no test set of up to {test_size:,} samples can be split off: the {total:,} samples share "
             f"documents so that every group of them is larger; choose a larger --test_size"
+            + (f", or remove repeats ({_repeats(repeated)})" if repeated else "")
         )
     order = _random(seed, 0).permutation(total)
-    return _Plan(kind, sources, {"train": order[~in_test[order]], "test": order[in_test[order]]})
+    return _Plan(kind, sources, {"train": order[~in_test[order]], "test": order[in_test[order]]}, repeated)
 
 
-def _groups(sources: list[_Source]) -> _Indices:
-    """The group of every row, numbered from 0 over all sources: a group belongs to one source."""
-    parts = []
-    offset = 0
+def _groups(sources: list[_Source]) -> tuple[_Indices, int]:
+    """The group of every row, numbered from 0 over all sources, and how many documents occur more than once.
+
+    Rows that share a document have the same group: rows of one source by packing, and all others because the same
+    document stands in both.
+    """
+    rows: list[_Indices] = []
+    pieces: list[Pieces] = []
+    count = 0
     for source in sources:
-        groups = RowReader(source.files).column("group").astype(np.int64)
-        parts.append(groups + offset)
-        offset += int(groups.max()) + 1 if len(groups) else 0
-    return np.concatenate(parts)
+        manifest = source.manifest
+        reader = RowReader(source.files)
+        groups = reader.column("group").astype(np.int64) + count
+        begin = 0
+        for batch in reader.batches:
+            end = begin + batch.num_rows
+            bos, length = manifest.tokenizer.bos_token_id, manifest.sequence_length
+            pieces.append(pieces_of_batch(batch, groups[begin:end], bos, length))
+            begin = end
+        rows.append(groups)
+        count = 1 + int(groups.max(initial=count - 1))
+    if not pieces:
+        return np.concatenate(rows), 0
+    joined, repeated = join_groups(Pieces.join(pieces), count)
+    return joined[np.concatenate(rows)], repeated
+
+
+def _repeats(count: int) -> str:
+    return "1 document occurs more than once" if count == 1 else f"{count:,} documents occur more than once"
 
 
 def _random(seed: int, stream: int) -> np.random.RandomState:
     # The legacy generator: its stream is frozen (NEP 19), so a seed means the same order with every later numpy.
     return np.random.RandomState([seed, stream])
+
+
+def _rows(source: _Source) -> int:
+    return sum(file.rows for file in source.manifest.files)
+
+
+def share_test_groups(groups: _Indices, row_source: _Indices, test_size: int, seed: int) -> npt.NDArray[np.bool_]:
+    """Chooses groups for the test set, from each source in proportion to its samples as far as its groups allow.
+
+    What a source's groups are too large for is made up from the others, for the size comes first.
+
+    Args:
+        groups: the group of every row, (R,).
+        row_source: the source of every row, (R,), ascending.
+        test_size: samples wanted.
+        seed: fixes the choice.
+
+    Returns:
+        Which groups are chosen, (G,).
+    """
+    sizes = np.bincount(groups)
+    owner = np.zeros(len(sizes), np.int64)
+    owner[groups[::-1]] = row_source[::-1]  # a group over several sources counts as the first one's
+    chosen = np.zeros(len(sizes), np.bool_)
+    for source, share in enumerate(_shares(np.bincount(row_source), test_size)):
+        own = np.flatnonzero((owner == source) & (sizes > 0))
+        chosen[own] = choose_test_groups(sizes[own], share, seed)
+    rest = np.flatnonzero(~chosen)
+    chosen[rest] = choose_test_groups(sizes[rest], test_size - int(sizes[chosen].sum()), seed)
+    if sizes[chosen].sum() < test_size:
+        over_all = choose_test_groups(sizes, test_size, seed)
+        if sizes[over_all].sum() > sizes[chosen].sum():
+            return over_all
+    return chosen
+
+
+def _shares(counts: _Indices, total: int) -> list[int]:
+    """`total` shared out in proportion to `counts` in whole numbers, by the largest remainders."""
+    exact = counts * total
+    shares = exact // counts.sum()
+    order = np.argsort(-(exact % counts.sum()), kind="stable")
+    shares[order[: total - int(shares.sum())]] += 1
+    return [int(share) for share in shares]
 
 
 def choose_test_groups(sizes: npt.NDArray[np.int64], test_size: int, seed: int) -> npt.NDArray[np.bool_]:
@@ -320,6 +407,7 @@ def _write(plan: _Plan, target: Path, settings: dict[str, Any], num_proc: int) -
             accounting={name: entry for source in plan.sources for name, entry in source.manifest.accounting.items()},
             samples=samples,
             versions=package_versions(),
+            repeated_documents=plan.repeated_documents,
         )
         manifest.write(folder)
     return manifest
@@ -372,6 +460,24 @@ def _check_complete(plan: _Plan, samples: dict[str, dict[str, SampleCounts]]) ->
             name,
             {f"{field} of all splits": (value, getattr(before, field)) for field, value in vars(total).items()},
         )
+
+
+def _split_notes(manifest: Manifest) -> list[str]:
+    """What of the split a user should know: sources that it takes much of, or nothing."""
+    notes = []
+    train, test = manifest.samples["train"], manifest.samples["test"]
+    for name in sorted(train.keys() | test.keys()):
+        in_train, in_test = (split[name].samples if name in split else 0 for split in (train, test))
+        if in_test > _LARGE_TEST_SHARE * (in_train + in_test):
+            notes.append(
+                f"{in_test:,} of the {in_train + in_test:,} samples of {name} are in the test set; a smaller "
+                "--test_size leaves more to train on"
+            )
+        elif not in_test:
+            notes.append(
+                f"nothing of {name} is in the test set: its share is too small for the samples that share a document"
+            )
+    return notes
 
 
 def _split_table(manifest: Manifest) -> str:

@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from doge_lm.data.documents import PieceBatch, Tokenizing, special_tokens
+from doge_lm.data.documents import PieceBatch, Tokenizing, nothing_to_learn, special_tokens
 from doge_lm.data.manifest import (
     RAW_FOLDER,
     SOURCE_NAME,
     TOKENIZED_FOLDER,
     InputFile,
+    Kind,
     Manifest,
     RawSource,
     SourceAccounting,
@@ -30,7 +31,7 @@ from doge_lm.data.manifest import (
     package_versions,
 )
 from doge_lm.data.packing import BestFitPacker, Padder, RowMaker
-from doge_lm.data.sources import Row, TextRow, read_rows
+from doge_lm.data.sources import Row, TextRow, read_located_rows
 from doge_lm.data.storage import RowWriter, id_dtype
 from doge_lm.data.tokenizer import load_tokenizer, tokenizer_sha256
 from doge_lm.data.workers import Workers, check_num_proc
@@ -41,15 +42,25 @@ _BATCH_CHARACTERS = 2**19
 _BATCH_ROWS = 1024
 
 Padding = Literal["packed", "max_length"]
+OnError = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
 class PreprocessSettings:
-    """What the rows depend on, beside the text and the tokenizer."""
+    """What the rows depend on, beside the text and the tokenizer.
+
+    Attributes:
+        sequence_length: tokens of a row.
+        padding: whether documents share rows.
+        train_on_prompts: whether the loss covers the prompt of a text.
+        on_error: whether a row with nothing to learn (an empty text, a conversation without an answer) ends the run,
+            or is dropped and counted.
+    """
 
     sequence_length: int = 2048
     padding: Padding = "packed"
     train_on_prompts: bool = False
+    on_error: OnError = "stop"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,12 +83,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="packed",
         help="packed: documents share samples (default); max_length: one piece of a document a sample, padded",
     )
+    parser.add_argument(
+        "--on_error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="a text that is empty or a conversation without an answer: stop with an error that names file and line "
+        "(default), or skip it and count it as dropped",
+    )
     parser.add_argument("--datasets", nargs="+", metavar="NAME", help="the sources to do (default: all there are)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs `preprocess_datasets`; see `preprocess`."""
-    settings = PreprocessSettings(args.max_len, args.padding, args.train_on_prompts)
+    settings = PreprocessSettings(args.max_len, args.padding, args.train_on_prompts, args.on_error)
     manifests = preprocess(
         args.datasets_dir, args.save_dir, args.tokenizer_path, settings, num_proc=args.num_proc, names=args.datasets
     )
@@ -103,7 +121,7 @@ def preprocess(
         datasets_dir: holds `raw/NAME/source.json`, as `download_datasets` leaves it.
         save_dir: where to write.
         tokenizer_path: a directory that `doge_lm.data.tokenizer.load_tokenizer` opens.
-        settings: length, padding, loss on prompts.
+        settings: length, padding, loss on prompts, what becomes of rows with nothing to learn.
         num_proc: processes that tokenize; 1 works in this process.
         names: the sources to do; all by default.
 
@@ -111,7 +129,7 @@ def preprocess(
         The manifest of each source.
 
     Raises:
-        UserError: for bad flags, missing or broken input, and a full disk.
+        UserError: for bad flags, missing or broken input, a source of which nothing is left, and a full disk.
     """
     if settings.sequence_length < 8:
         raise UserError(f"--max_len {settings.sequence_length} is too short; it must be at least 8")
@@ -164,7 +182,7 @@ def _preprocess_source(
     workers: Workers,
 ) -> Manifest:
     files = source.paths(directory)
-    batches = _batches(read_rows(files, source.kind))
+    batches = _batches(_rows(files, source.kind, settings.on_error))
     maker: RowMaker = (
         BestFitPacker(settings.sequence_length)
         if settings.padding == "packed"
@@ -186,6 +204,7 @@ def _preprocess_source(
                     progress.update(result.account.documents_in)
             for row in maker.finish():
                 writer.write(row)
+            _check_anything_left(source.name, account)
             writer.close()
         finally:
             writer.abandon()
@@ -205,6 +224,28 @@ def _preprocess_source(
         )
         manifest.write(folder)
     return manifest
+
+
+def _rows(files: Iterable[Path], kind: Kind, on_error: OnError) -> Iterator[Row]:
+    """The rows of files; with `stop`, one with nothing to learn is an error that names its place."""
+    for location, row in read_located_rows(files, kind):
+        reason = nothing_to_learn(row) if on_error == "stop" else None
+        if reason is not None:
+            raise UserError(
+                f"{location}: {reason}; mend or remove it, or let `--on_error skip` drop and count such rows"
+            )
+        yield row
+
+
+def _check_anything_left(name: str, account: SourceAccounting) -> None:
+    if account.documents_kept == 0:
+        found = "".join(
+            f"; dropped, {reason}: {entry.times:,} times" for reason, entry in sorted(account.dropped.items())
+        )
+        raise UserError(
+            f"nothing is left of the source {name!r}, so it is not written (documents read: {account.documents_in:,}"
+            f"{found}); give it other files, or leave it out with --datasets"
+        )
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:

@@ -205,9 +205,14 @@ def read_rows(files: Iterable[Path], kind: Kind | None = None) -> Iterator[Row]:
         UserError: naming file and line, for a broken archive, invalid JSON or UTF-8, a row that is not an object,
             and a missing or ill-typed field.
     """
+    return (row for _, row in read_located_rows(files, kind))
+
+
+def read_located_rows(files: Iterable[Path], kind: Kind | None = None) -> Iterator[tuple[Location, Row]]:
+    """Reads rows as `read_rows` does, each with the place where it stands."""
     for path in files:
         for location, values in read_objects(path):
-            yield parse_row(values, location, kind)
+            yield location, parse_row(values, location, kind)
 
 
 def row_kind(row: Row) -> Kind:

@@ -22,6 +22,9 @@ from doge_lm.errors import UserError
 # 65,536 samples of 2,048 tokens are 270 MB: a shard. A record batch is what one look-up has to find.
 ROWS_PER_SHARD = 2**16
 ROWS_PER_BATCH = 256
+# The content of sets up to this size is checked whenever they are opened. Hashing runs at more than 1 GB/s, so that
+# takes a few seconds at most; larger sets would keep a training waiting.
+MAX_HASHED_BYTES = 4 * 2**30
 
 
 def id_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -140,9 +143,9 @@ class RowWriter:
             self._flush()
 
     def close(self) -> None:
-        """Writes what is left, and the files that make the directory a data set."""
-        if self._rows or (self._shard is None and not self.files):
-            self._flush()  # without any row too: a data set of no rows is one empty file
+        """Writes what is left, and the files that make the directory a data set. There must have been a row."""
+        if self._rows:
+            self._flush()
         self._close_shard()
         describe_dataset(self._directory, self._features, self.files, split=None)
 
@@ -235,10 +238,12 @@ def describe_dataset_dict(directory: Path, splits: Sequence[str]) -> None:
 
 
 def check_files(directory: Path, files: Sequence[OutputFile]) -> None:
-    """Checks that arrow files are there in their full size.
+    """Checks that arrow files are as they were written.
+
+    Their sizes are always checked, their content (by its sha256) only if they have at most `MAX_HASHED_BYTES` in all.
 
     Raises:
-        UserError: naming the file that is missing or of another size.
+        UserError: naming the file that is missing, of another size or of other content.
     """
     for file in files:
         path = directory / file.path
@@ -248,6 +253,17 @@ def check_files(directory: Path, files: Sequence[OutputFile]) -> None:
         if size != file.bytes:
             state = "truncated" if size < file.bytes else "longer than it was written"
             raise UserError(f"{path} is {state}: {size:,} of {file.bytes:,} bytes; make {directory} again")
+    if sum(file.bytes for file in files) > MAX_HASHED_BYTES:
+        return
+    for file in files:
+        path = directory / file.path
+        with path.open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        if found != file.sha256:
+            raise UserError(
+                f"{path} is damaged: its sha256 is {found[:12]}..., it was written as {file.sha256[:12]}...; make "
+                f"{directory} again"
+            )
 
 
 class RowReader:
@@ -268,6 +284,11 @@ class RowReader:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    @property
+    def batches(self) -> Sequence[pa.RecordBatch]:
+        """The record batches in order."""
+        return self._batches
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """A column of numbers, whole."""

@@ -153,7 +153,14 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         )
     for name in (TOKENIZER_NAME, CONFIG_NAME):
         _check_json(directory / name)
-    tokenizer = AutoTokenizer.from_pretrained(str(directory))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+    except Exception as error:  # `tokenizers` raises Exception itself, transformers whatever it stumbles over
+        broken = _broken_file(directory)
+        raise UserError(
+            f"{broken} cannot be loaded ({type(error).__name__}: {error}); remove {directory} and make the tokenizer "
+            f"anew with: doge-lm tokenizer build --save_dir {directory}"
+        ) from error
     _check_form(tokenizer, directory)
     return tokenizer
 
@@ -278,6 +285,16 @@ def _check_json(file: Path) -> None:
             f"{file} is not valid JSON ({error}); remove {file.parent} and make the tokenizer anew with: doge-lm "
             f"tokenizer build --save_dir {file.parent}"
         ) from error
+
+
+def _broken_file(directory: Path) -> Path:
+    """Which file it is that keeps a tokenizer from loading: the configuration, if `tokenizers` opens the other."""
+    file = directory / TOKENIZER_NAME
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception:  # `tokenizers` raises no narrower class
+        return file
+    return directory / CONFIG_NAME
 
 
 def _check_form(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:

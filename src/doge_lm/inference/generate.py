@@ -1,6 +1,7 @@
 """`doge-lm generate MODEL "text"`: continue a text with a trained model."""
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from transformers.utils import logging
 from .. import model as _registered  # noqa: F401  (registers doge_ifa with the Auto classes)
 from ..data.tokenizer import StreamDecoder, encode_text, load_tokenizer
 from ..errors import UserError
+
+# Logits over less than this overflow; 0 is greedy.
+MIN_TEMPERATURE = 0.01
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `doge-lm generate`."""
     settings = generation_settings(args)
-    text = sys.stdin.read() if args.text == "-" else args.text
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A redirected Windows console has a code page that lacks Chinese.
+        sys.stdout.reconfigure(encoding="utf-8")
+    text = read_text(args.text)
     device = pick_device(args.device)
     logging.disable_progress_bar()  # the output is the text
     model = load_model(args.model, device, args.dtype)
@@ -57,10 +64,14 @@ def generation_settings(args: argparse.Namespace) -> GenerationConfig:
     """
     ranges = {
         "max_new_tokens": (args.max_new_tokens >= 1, "at least 1"),
-        "temperature": (args.temperature >= 0, "at least 0"),
+        "temperature": (
+            args.temperature == 0 or args.temperature >= MIN_TEMPERATURE,
+            f"0, or {MIN_TEMPERATURE} or more",
+        ),
         "top_k": (args.top_k >= 0, "at least 0"),
         "top_p": (0 < args.top_p <= 1, "above 0 and at most 1"),
         "repetition_penalty": (args.repetition_penalty > 0, "above 0"),
+        "seed": (args.seed is None or 0 <= args.seed < 2**63, "at least 0 and below 2**63"),
     }
     for name, (holds, wanted) in ranges.items():
         if not holds:
@@ -74,6 +85,22 @@ def generation_settings(args: argparse.Namespace) -> GenerationConfig:
     )
 
 
+def read_text(argument: str) -> str:
+    """The prompt: the argument itself, or standard input for "-", without the newline that ends its last line.
+
+    Raises:
+        UserError: if it is not UTF-8.
+    """
+    place = "standard input" if argument == "-" else "the text"
+    try:
+        if argument == "-":
+            argument = sys.stdin.read().removesuffix("\n")
+        argument.encode("utf-8")  # undecodable bytes of the command line arrive as lone surrogates
+    except UnicodeError as error:
+        raise UserError(f"{place} is not UTF-8 ({error}); convert it first") from error
+    return argument
+
+
 def pick_device(name: str) -> torch.device:
     """A device by name; "auto" takes an accelerator where there is one.
 
@@ -85,10 +112,11 @@ def pick_device(name: str) -> torch.device:
         return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # a device that cannot compute fails here
     except (RuntimeError, AssertionError) as error:
         available = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
-        raise UserError(f"--device {name} cannot be used here ({error}); this machine has: {available}") from error
+        reason = str(error).partition("\n")[0].partition(":")[0]
+        raise UserError(f"--device {name} cannot be used here ({reason}); this machine has: {available}") from error
     return device
 
 
@@ -103,8 +131,9 @@ def load_model(path: Path, device: torch.device, dtype: str = "auto") -> PreTrai
     try:
         AutoConfig.from_pretrained(path)
         model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    except (ValueError, OSError, SafetensorError) as error:
-        raise UserError(f"the model in {path} cannot be loaded: {error}") from error
+    except (ValueError, KeyError, AttributeError, OSError, RuntimeError, SafetensorError) as error:
+        # transformers reports sizes that do not fit as RuntimeError, and a foreign config in any of these ways.
+        raise UserError(f"the model in {path} cannot be loaded: {type(error).__name__}: {error}") from error
     if loading["missing_keys"]:  # transformers would go on with random weights in their place
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         raise UserError(f"the model in {path} lacks {len(loading['missing_keys'])} weights ({missing}, …)")

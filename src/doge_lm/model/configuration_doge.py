@@ -1,10 +1,12 @@
 """Configuration of the Doge model (arXiv 2407.16958)."""
 
-from math import isqrt
+from difflib import get_close_matches
+from math import isfinite, isqrt
 from typing import Any
 
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .cdmoe import PATHS, key_table_sizes
 
@@ -24,6 +26,24 @@ _POSITIVE_INTEGERS = (
     "num_cdmmoe_experts",
     "num_cdmmoe_heads",
     "num_cdmmoe_experts_per_head",
+)
+
+# Beyond it the product of two sizes, in bytes, is more than a tensor can have.
+_LARGEST_SIZE = 2**24
+
+# Field: (lowest value, whether the lowest is allowed, first value that is too high).
+_NUMBERS = {
+    "hidden_dropout": (0.0, True, 1.0),
+    "rms_norm_eps": (0.0, False, 1.0),
+    "initializer_range": (0.0, False, float("inf")),
+    "rope_theta": (0.0, False, float("inf")),
+}
+
+# What the scaling types of transformers read; which of them a type needs, it says itself.
+_ROPE_KEYS = (
+    *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor", "long_factor"),
+    *("low_freq_factor", "high_freq_factor"),
 )
 
 
@@ -100,37 +120,42 @@ class DogeConfig(PreTrainedConfig):
         self._validate_sizes()
         self._validate_choices()
         self._validate_tokens()
+        self._validate_rope_keys()
         super().__post_init__(**kwargs)
         self._settle_rope_theta()
+        self._validate_rope()
 
     def _validate_sizes(self) -> None:
         for name in _POSITIVE_INTEGERS:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST_SIZE:
                 default = getattr(type(self), name)
-                raise ValueError(f"{name} is {value!r}; it must be a whole number above 0, e.g. {default}")
+                raise ValueError(
+                    f"{name} is {value!r}; it must be a whole number from 1 to {_LARGEST_SIZE}, e.g. {default}"
+                )
         self._validate_heads()
         self._validate_experts()
-        if not 0.0 <= self.hidden_dropout < 1.0:
-            raise ValueError(f"hidden_dropout is {self.hidden_dropout!r}; it must lie in [0, 1), e.g. 0.0")
-        if not self.initializer_range > 0.0:
-            raise ValueError(f"initializer_range is {self.initializer_range!r}; it must be above 0, e.g. 0.02")
-        if not self.rms_norm_eps > 0.0:
-            raise ValueError(f"rms_norm_eps is {self.rms_norm_eps!r}; it must be above 0, e.g. 1e-6")
+        for name, (low, inclusive, high) in _NUMBERS.items():
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+            if not (number and low <= value < high and (inclusive or value > low)):
+                default = getattr(type(self), name)
+                bounds = f"at least {low:g}" if inclusive else f"above {low:g}"
+                bounds += f" and below {high:g}" if isfinite(high) else ""
+                raise ValueError(f"{name} is {value!r}; it must be a number {bounds}, e.g. {default}")
 
     def _validate_heads(self) -> None:
         d, h = self.hidden_size, self.num_attention_heads
-        fitting = [count for count in range(1, d + 1) if d % (2 * count) == 0]
-        if h in fitting:
+        if d % (2 * h) == 0:
             return
         what = (
             f"does not divide hidden_size {d}"
             if d % h
             else f"gives heads of {d // h} features, and rotary embedding needs an even number"
         )
-        if not fitting:
+        if d % 2:
             raise ValueError(f"hidden_size is {d}; it must be even, e.g. {d + 1}")
-        nearest = min(fitting, key=lambda count: abs(count - h))
+        nearest = min(_divisors(d // 2), key=lambda count: abs(count - h))
         raise ValueError(f"num_attention_heads {h} {what}; {nearest} would do")
 
     def _validate_experts(self) -> None:
@@ -172,10 +197,47 @@ class DogeConfig(PreTrainedConfig):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, name)
             for token in value if isinstance(value, list) else [value]:
-                if token is not None and not 0 <= token < self.vocab_size:
+                if token is not None and not (isinstance(token, int) and 0 <= token < self.vocab_size):
                     raise ValueError(
-                        f"{name} {token} lies outside the vocabulary; it must be below vocab_size {self.vocab_size}"
+                        f"{name} {token!r} is no token; it must be a whole number below vocab_size {self.vocab_size}"
                     )
+
+    def _validate_rope_keys(self) -> None:
+        given = self.rope_parameters
+        if given is None:
+            return
+        if not isinstance(given, dict):
+            raise ValueError(f"rope_parameters is {given!r}; it must be a mapping, e.g. {{'rope_type': 'default'}}")
+        for key in given:
+            if key not in _ROPE_KEYS:
+                nearest = get_close_matches(str(key), _ROPE_KEYS, n=1, cutoff=0.0)[0]
+                raise ValueError(f"rope_parameters has the unknown key {key!r}; the nearest known one is {nearest}")
+        kinds = ("default", *ROPE_INIT_FUNCTIONS)
+        kind = given.get("rope_type", given.get("type", "default"))
+        if kind not in kinds:
+            raise ValueError(f"rope_parameters['rope_type'] is {kind!r}; it must be one of {', '.join(kinds)}")
+
+    def _validate_rope(self) -> None:
+        """Let transformers compute the frequencies once: it says what a scaling type lacks only then."""
+        kind = (self.rope_parameters or {}).get("rope_type", "default")
+        if kind == "default":
+            return
+        try:
+            frequencies, _ = ROPE_INIT_FUNCTIONS[kind](self)
+        except KeyError as error:
+            raise ValueError(f"rope_parameters lacks {error.args[0]!r}, which rope_type {kind!r} needs") from error
+        except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+            raise ValueError(f"rope_parameters does not fit rope_type {kind!r}: {error}") from error
+        self._validate_rope_factors()
+        if not bool(frequencies.isfinite().all()):
+            raise ValueError(f"rope_parameters of rope_type {kind!r} give frequencies that are not finite")
+
+    def _validate_rope_factors(self) -> None:
+        pairs = self.hidden_size // self.num_attention_heads // 2
+        for key in ("short_factor", "long_factor"):
+            factors = (self.rope_parameters or {}).get(key)
+            if factors is not None and len(factors) != pairs:
+                raise ValueError(f"rope_parameters[{key!r}] has {len(factors)} factors; a head needs {pairs}")
 
     def _settle_rope_theta(self) -> None:
         """Keep the field `rope_theta` equal to what the rotary embedding uses."""
@@ -186,6 +248,11 @@ class DogeConfig(PreTrainedConfig):
                 f"rope_theta is {self.rope_theta} and rope_parameters['rope_theta'] is {used}; give one of the two"
             )
         self.rope_theta = used
+
+
+def _divisors(number: int) -> list[int]:
+    low = [candidate for candidate in range(1, isqrt(number) + 1) if number % candidate == 0]
+    return low + [number // candidate for candidate in low]
 
 
 def _nearest_product(count: int) -> int:
@@ -199,7 +266,7 @@ def _nearest_product(count: int) -> int:
 
 def _near_square(count: int) -> bool:
     n1, n2 = key_table_sizes(count)
-    return n1 > 1 and n2 <= 2 * n1 and isqrt(count) >= n1
+    return n1 > 1 and n2 <= 2 * n1
 
 
 __all__ = ["DogeConfig"]

@@ -8,6 +8,9 @@ Shapes, the one legend of this file; a tensor's name ends in its shape where it 
     S  keys, with the cache    n  inner values             k  experts per head
     d  hidden size             r  retrieval size           M  tokens of the batch as one, B·T
 
+The paper's letters for tables: E is `v_embed` (n, d), K_v is `v_keys`, D is `down_embed` (N, e), U is `up_embed`
+(N, d). The field names `num_cdmmoe_*` keep the published spelling.
+
 Weights are meant to be in float32 and the computation in bfloat16 by autocast; norms, softmax and the loss are
 computed in float32 (in float64 for a float64 model).
 """
@@ -176,8 +179,9 @@ class DogeInnerFuncAttn(nn.Module):
 
 
 class DogeCDMoE(nn.Module):
-    """Cross Domain Mixture of Experts: c = W_down σ(W_up x) is shared by all domains; product keys retrieve,
-    for each token and head, k of N experts of one hidden unit each, and only these reach the output.
+    """Cross Domain Mixture of Experts: c = W_down σ(W_up x) is shared by all domains. It is the input of the
+    queries, by which product keys retrieve k of N experts for each token and head, and the input of these experts,
+    which have one hidden unit each. Only the experts reach the output.
 
     y = Σ over heads and chosen experts of σ(w · (c·D_expert)) U_expert.
     """

@@ -51,6 +51,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def holds_training(path: Path) -> bool:
+    """Whether a `train.jsonl`, which may be damaged, has a line of training."""
+    return path.exists() and '"kind": "train"' in path.read_text(encoding="utf-8", errors="replace")
+
+
 def rewind_log(path: Path, step: int) -> None:
     """Drop the lines of steps after `step`, in one rename. A missing file stays missing."""
     if not path.exists():
@@ -183,7 +188,10 @@ class TensorBoardLog(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """A bar on standard error with the last numbers beside it, and a line for every evaluation and checkpoint."""
+    """A bar on standard error with the last numbers beside it, and a line for every evaluation and checkpoint.
+
+    Where standard error is no terminal but a file or a pipe, there is a line for every log in place of the bar.
+    """
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
@@ -198,7 +206,7 @@ class ProgressBar(TrainerCallback):
                 initial=state.global_step,
                 unit="step",
                 dynamic_ncols=True,
-                mininterval=0.1 if sys.stderr.isatty() else 30,  # in a file, every refresh is a line
+                disable=not sys.stderr.isatty(),
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -219,10 +227,10 @@ class ProgressBar(TrainerCallback):
         if self._bar is None:
             return
         if kind_of(logs) == "train":
-            self._bar.set_postfix_str(
-                f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:,.0f} tokens/s, MFU {logs['mfu']:.1%}",
-                refresh=False,
-            )
+            numbers = f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:,.0f} tokens/s, MFU {logs['mfu']:.1%}"
+            self._bar.set_postfix_str(numbers, refresh=False)
+            if self._bar.disable:
+                print(f"step {state.global_step:,} of {state.max_steps:,}: {numbers}", flush=True)
         elif kind_of(logs) == "eval":
             self._bar.write(
                 f"step {state.global_step:,}: test loss {logs['eval_loss']:.4f}, "

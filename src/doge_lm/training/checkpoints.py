@@ -1,21 +1,24 @@
 """Checkpoints that are whole or not there, and the record that says what a run must keep to be resumed.
 
 `OUTPUT/checkpoint-N` appears by a rename, after everything in it was written and flushed under `OUTPUT/.tmp-…`;
-it disappears the same way. So whenever a run is killed, what stands under a checkpoint's name can be resumed.
+it disappears the same way. So whenever a run is killed, what stands under a checkpoint's name can be resumed. What
+happens to its files later is found by their sizes and hashes, which the record holds.
 """
 
 import errno
+import fnmatch
+import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from doge_lm.errors import UserError
 from doge_lm.model.configuration_doge import DogeConfig
@@ -24,7 +27,20 @@ from doge_lm.training.settings import ModelSettings
 RECORD_NAME = "run.json"
 STAGING_PREFIX = ".tmp-"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_REQUIRED = ("config.json", "trainer_state.json", "optimizer.pt", "scheduler.pt", RECORD_NAME)
+# Patterns of names: several processes write a state of random numbers each.
+_REQUIRED = (
+    "config.json",
+    "model*.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "trainer_state.json",
+    "rng_state*.pth",
+)
+_SEAL = "record_sha256"
+_HOW_TO_START_ANEW = (
+    "to start anew, give --overwrite in place of --resume_from_checkpoint (it removes what an earlier run left in "
+    "--output_dir and --logging_dir)"
+)
 
 # Settings that may differ when a run is resumed: they change neither the data, nor its order, nor what is learned
 # from it but for rounding.
@@ -51,8 +67,25 @@ _FREE = {
 
 
 @dataclass(frozen=True)
+class FileRecord:
+    """Size and hash of a file of a checkpoint."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> "FileRecord":
+        """Read a file."""
+        with path.open("rb") as file:
+            return cls(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+@dataclass(frozen=True)
 class RunRecord:
-    """What a checkpoint remembers of its run. `step`, `tokens_seen` and `targets_seen` are its progress."""
+    """What a checkpoint remembers of its run, and of its own files by their names.
+
+    `step`, `tokens_seen` and `targets_seen` are the run's progress.
+    """
 
     settings: dict[str, dict[str, Any]]
     sequences_per_step: int
@@ -64,10 +97,14 @@ class RunRecord:
     step: int = 0
     tokens_seen: int = 0
     targets_seen: int = 0
+    files: dict[str, FileRecord] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
-        """Write `run.json` into a checkpoint."""
-        text = json.dumps(asdict(self), ensure_ascii=False, indent=2) + "\n"
+        """Write `run.json` into a checkpoint whose other files are all there; their sizes and hashes go into it."""
+        paths = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / RECORD_NAME)
+        files = {path.relative_to(directory).as_posix(): FileRecord.of(path) for path in paths}
+        content = asdict(replace(self, files=files))
+        text = json.dumps({**content, _SEAL: _sha256_of(content)}, ensure_ascii=False, indent=2) + "\n"
         (directory / RECORD_NAME).write_text(text, encoding="utf-8", newline="\n")
 
     @classmethod
@@ -75,13 +112,26 @@ class RunRecord:
         """Read `run.json` of a checkpoint.
 
         Raises:
-            UserError: if it is not what this version of doge-lm writes.
+            UserError: if it is damaged, or not what this version of doge-lm writes.
         """
         path = checkpoint / RECORD_NAME
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is damaged ({error})") from error
+        if not isinstance(content, dict) or _SEAL not in content:
+            raise UserError(f"{path} is not a record that this version of doge-lm writes (it has no {_SEAL})")
+        if content.pop(_SEAL) != _sha256_of(content):
+            raise UserError(f"{path} is damaged (its content does not fit its {_SEAL})")
+        try:
+            files = {name: FileRecord(**each) for name, each in content.pop("files").items()}
+            return cls(**content, files=files)
+        except (KeyError, TypeError) as error:
             raise UserError(f"{path} is not a record that this version of doge-lm writes ({error})") from error
+
+
+def _sha256_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -93,52 +143,80 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def checkpoint_to_resume(request: str, output_dir: Path) -> Path:
-    """The checkpoint that `--resume_from_checkpoint` means.
+    """The checkpoint that `--resume_from_checkpoint` means, every file of it checked.
 
     Args:
-        request: the path of a checkpoint, or "" for the last whole one in `output_dir`.
+        request: the path of a checkpoint, or "" for the last one in `output_dir`.
         output_dir: directory of the run.
 
     Raises:
-        UserError: if there is none, or it lacks files.
+        UserError: if there is none, or a file of it is missing or damaged; the message names the file, and a whole
+            checkpoint beside it, if there is one.
     """
     if request:
         checkpoint = Path(request)
         if not checkpoint.is_dir():
             raise UserError(f"--resume_from_checkpoint {request}: there is no such directory")
-        missing = missing_files(checkpoint)
-        if missing:
-            raise UserError(
-                f"--resume_from_checkpoint {request}: not a whole checkpoint, it lacks {', '.join(missing)}"
-            )
-        return checkpoint
-    for checkpoint in reversed(list_checkpoints(output_dir)):
-        if not missing_files(checkpoint):
-            return checkpoint
-    raise UserError(
-        f"{output_dir} holds no whole checkpoint to resume from; leave out --resume_from_checkpoint to start anew"
-    )
+    else:
+        found = list_checkpoints(output_dir)
+        if not found:
+            raise UserError(f"{output_dir} holds no checkpoint to resume from; {_HOW_TO_START_ANEW}")
+        checkpoint = found[-1]
+    try:
+        check_whole(checkpoint)
+    except UserError as error:
+        other = _whole_beside(checkpoint)
+        instead = f"give --resume_from_checkpoint {other} instead" if other else _HOW_TO_START_ANEW
+        raise UserError(f"{error}, so {checkpoint} cannot be resumed; {instead}") from error
+    return checkpoint
 
 
-def missing_files(checkpoint: Path) -> list[str]:
-    """Names of the files that a checkpoint needs and lacks."""
-    missing = [name for name in _REQUIRED if not (checkpoint / name).is_file()]
-    if not list(checkpoint.glob("*.safetensors")):
-        missing.append("model.safetensors")
-    return missing
+def check_whole(checkpoint: Path) -> None:
+    """Check every file of a checkpoint against the sizes and hashes in its record.
+
+    Raises:
+        UserError: naming the file that is missing or damaged.
+    """
+    record_path = checkpoint / RECORD_NAME
+    if not record_path.is_file():
+        raise UserError(f"{record_path} is missing")
+    files = RunRecord.read(checkpoint).files
+    for pattern in _REQUIRED:
+        if not fnmatch.filter(files, pattern):
+            raise UserError(f"{record_path} lists no {pattern}")
+    for name, expected in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing")
+        size = path.stat().st_size
+        if size != expected.bytes:
+            raise UserError(f"{path} is damaged (it has {size:,} bytes and was written with {expected.bytes:,})")
+        if FileRecord.of(path) != expected:
+            raise UserError(f"{path} is damaged (its sha256 is another than when it was written)")
+
+
+def _whole_beside(checkpoint: Path) -> Path | None:
+    """The nearest whole checkpoint before this one, or else the nearest behind it."""
+    place = checkpoint.absolute()
+    siblings = list_checkpoints(place.parent)
+    # One that the user has renamed counts as the last.
+    index = siblings.index(place) if place in siblings else len(siblings)
+    for each in (*reversed(siblings[:index]), *siblings[index + 1 :]):
+        try:
+            check_whole(each)
+        except UserError:
+            continue
+        return each
+    return None
 
 
 def check_architecture(checkpoint: Path, config: DogeConfig) -> None:
-    """Check that a checkpoint is of this model, and that its weights are readable.
+    """Check that a whole checkpoint is of this model.
 
     Raises:
-        UserError: for another architecture, other sizes (each is named), or a damaged file.
+        UserError: for another architecture, or other sizes (each is named).
     """
-    path = checkpoint / "config.json"
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from error
+    saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     if saved.get("model_type") != DogeConfig.model_type:
         raise UserError(
             f"{checkpoint} is a checkpoint of {saved.get('model_type')!r}, not of {DogeConfig.model_type!r}; it cannot "
@@ -150,12 +228,6 @@ def check_architecture(checkpoint: Path, config: DogeConfig) -> None:
     if differing:
         listed = "; ".join(f"{name} is {saved[name]!r} there and {current.get(name)!r} here" for name in differing)
         raise UserError(f"{checkpoint} is a checkpoint of another model: {listed}; use the settings it was made with")
-    for weights in checkpoint.glob("*.safetensors"):
-        try:
-            with safe_open(weights, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{weights} is damaged ({error}); resume from an earlier checkpoint") from error
 
 
 def check_record(checkpoint: Path, current: RunRecord) -> RunRecord:

@@ -21,8 +21,12 @@ from doge_lm.training.settings import TrainSettings
 
 # Share of a GPU's memory that the estimate may fill: the rest is for fragmentation and for what it leaves out.
 _USABLE_MEMORY = 0.75
-# On a CPU larger micro-batches bring no speed, and the logits of 4,096 tokens already take half a gigabyte.
-_CPU_MICRO_TOKENS = 4096
+# On a CPU larger micro-batches cost speed: their logits (128 KiB a token in float32, at 32,768 ids) are given back to
+# the system and faulted in anew at every step. doge_tiny, T = 512, forward and backward, thousands of tokens/s at
+# micro-batches of 512, 1,024, 2,048 and 4,096 tokens: in bf16 4.7, 4.7, 4.2, 4.1; in float32, which hardly minds, 3.7,
+# 3.7, 3.6, 3.7; of the CPU time in bf16 the system took 19%, 35%, 47%, 52% (2026-11-24, 2 shared cores of a Xeon with
+# AMX; the middle one of three runs, each the median of 5 to 9 rounds in alternation).
+_CPU_MICRO_TOKENS = 1024
 
 
 @dataclass(frozen=True)

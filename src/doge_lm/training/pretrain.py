@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from doge_lm.errors import UserError
 from doge_lm.model.configuration_doge import DogeConfig
 from doge_lm.model.modeling_doge import DogeForCausalLM
 from doge_lm.training import checkpoints
-from doge_lm.training.callbacks import LOG_NAME, JsonLog, ProgressBar, TensorBoardLog
+from doge_lm.training.callbacks import LOG_NAME, JsonLog, ProgressBar, TensorBoardLog, holds_training
 from doge_lm.training.checkpoints import RunRecord
-from doge_lm.training.hardware import Hardware, bf16_is_faster, detect_hardware, peak_flops
+from doge_lm.training.hardware import Hardware, Peak, bf16_is_faster, detect_hardware, peak_flops
 from doge_lm.training.plan import Plan, make_plan
 from doge_lm.training.report import CURVE_NAME, draw_curve
 from doge_lm.training.settings import Settings, TrainSettings, load_settings, preset_paths
@@ -104,7 +105,9 @@ def run(args: argparse.Namespace, build_model: ModelBuilder = build_model) -> in
     hardware = detect_hardware()
     machine = Machine.settle(settings, hardware)
     if args.dry_run:
-        print(_plan(settings, config, machine, rows=None, strict=False).table())
+        plan = _plan(settings, config, machine, rows=None, strict=False)
+        print(plan.table())
+        print(_least_time(plan, peak_flops(hardware, machine.bf16)))
         return 0
     tokenizer = _load_tokenizer(args.tokenizer_path, config)
     data = _load_data(settings, args.tokenizer_path)
@@ -126,12 +129,16 @@ def run(args: argparse.Namespace, build_model: ModelBuilder = build_model) -> in
     disable_progress_bar()  # transformers' own, which would break up ours at every checkpoint
     if process.is_main_process:
         print(plan.table(), flush=True)
+        if checkpoint is not None:
+            print(f"resuming from {checkpoint}: {record.step:,} of {plan.total_steps:,} steps are done", flush=True)
         _clear_place(args, fresh=checkpoint is None)
     process.wait_for_everyone()
 
     model = _fresh_model(build_model, settings, config, machine)
     trainer = _build(model, settings, plan, machine, data, tokenizer, record, args)
-    with checkpoints.disk_errors_explained(args.logging_dir):
+    if process.is_main_process:
+        print(_least_time(plan, trainer.peak), flush=True)
+    with checkpoints.disk_errors_explained(args.logging_dir), _interruption_explained(args.output_dir):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if process.is_main_process:
         save_final(trainer, settings, args.output_dir)
@@ -157,6 +164,25 @@ class Machine:
         bf16 = bf16_is_faster(hardware.device) if train.bf16 == "auto" else train.bf16
         compiled = hardware.device.type == "cuda" if train.torch_compile == "auto" else train.torch_compile
         return cls(hardware, int(os.environ.get("WORLD_SIZE", "1")), bool(bf16), bool(compiled))
+
+
+def _least_time(plan: Plan, peak: Peak) -> str:
+    """The time that the whole work takes at the peak of the devices: no run is faster, and most are slower by far."""
+    hours = plan.total_flops / (peak.flops * plan.world_size) / 3600
+    time = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.1f} minutes"
+    return f"  at the peak of the device ({peak.flops / 1e12:,.2f} TFLOP/s, {peak.source}) the work takes {time}"
+
+
+@contextmanager
+def _interruption_explained(output_dir: Path) -> Iterator[None]:
+    """On Ctrl-C, say how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        found = checkpoints.list_checkpoints(output_dir)
+        how = "go on from it with --resume_from_checkpoint" if found else "start anew with --overwrite"
+        print(f"\nlast checkpoint: {found[-1] if found else 'none yet'}; {how}", flush=True)
+        raise
 
 
 def _plan(settings: Settings, config: DogeConfig, machine: Machine, rows: int | None, strict: bool) -> Plan:
@@ -235,10 +261,12 @@ def _refuse_other_run(output_dir: Path, logging_dir: Path) -> None:
         )
     if any((output_dir / name).exists() for name in _MODEL_FILES):
         raise UserError(f"{output_dir} holds a model; choose another --output_dir, or remove it by --overwrite")
-    if (logging_dir / LOG_NAME).exists():
+    # Though this place of output is empty, the log may be all that is known of a run with another, as --logging_dir has
+    # the same default for all. One without a line of training is worth nothing, and makes way.
+    if holds_training(logging_dir / LOG_NAME):
         raise UserError(
-            f"{logging_dir / LOG_NAME} is the log of another run; choose another --logging_dir, or remove it by "
-            "--overwrite"
+            f"{logging_dir / LOG_NAME} is the log of another run, which left nothing in {output_dir}; start anew with "
+            "--overwrite, which removes the log, or choose another --logging_dir"
         )
 
 
@@ -287,7 +315,9 @@ def _build(
         plan=plan,
         train=train,
         data=data,
-        collator=PackedCollator(tokenizer.pad_token_id, train.sequence_length, train.document_mask),
+        collator=PackedCollator(
+            tokenizer.pad_token_id, train.sequence_length, train.document_mask, settings.model.vocab_size
+        ),
         tokenizer=tokenizer,
         record=record,
         peak=peak_flops(machine.hardware, machine.bf16),

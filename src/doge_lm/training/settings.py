@@ -216,10 +216,7 @@ def apply_override(settings: Settings, override: str) -> None:
         raise UserError(f"{where}: unknown key {name!r}; {_nearest(name, _names('model') + _names('train'))}")
     if len(parts) > 1:
         raise UserError(f"{where}: {name} is a key of both parts; write {' or '.join(f'{p}.{name}' for p in parts)}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: {text!r} is not a YAML value: {_one_line(error)}") from error
+    value = _parse_yaml(text, f"{where}: {text!r} is not a YAML value")
     _assign(settings, parts[0], name, value, where)
 
 
@@ -254,13 +251,27 @@ def preset_paths() -> dict[str, Path]:
     return {path.stem: path for path in sorted(directory.glob("*.yaml"))}
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, where plain PyYAML quietly keeps the last."""
+class _PlainLoader(yaml.SafeLoader):
+    """YAML that is a tree of values under plain keys, each given once.
+
+    PyYAML quietly keeps the last of equal keys, fails on keys that are lists, and builds values that contain
+    themselves where an alias (`*name`) stands inside its own anchor (`&name`). Settings have no use for aliases.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()
+            problem = f"the alias *{alias.anchor} is not supported; write the value out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=alias.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if isinstance(key, list | dict | set):
+                problem = f"{key!r} cannot be a key; a key is a name"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
             if key in seen:
                 raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
             seen.add(key)
@@ -272,10 +283,19 @@ def _read_yaml(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: {error}") from error
+    return _parse_yaml(text, str(path))
+
+
+def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
+        return yaml.load(text, Loader=_PlainLoader)
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: {_one_line(error)}") from error
+        raise UserError(f"{where}: {_one_line(error)}") from error
+    except RecursionError:
+        raise UserError(f"{where}: values are nested too deeply") from None
+    except (ValueError, LookupError, AttributeError) as error:
+        # PyYAML fails so on values that only look like their kind, such as the date 2024-13-45 or `!!bool maybe`.
+        raise UserError(f"{where}: a value cannot be read ({error})") from error
 
 
 def _one_line(error: yaml.YAMLError) -> str:
@@ -342,7 +362,10 @@ def _to_float(value: Any) -> float:
     # YAML 1.1 reads 8e-4, without a dot, as text.
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(value)
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise ValueError(value) from error
     if not math.isfinite(number):
         raise ValueError(value)
     return number

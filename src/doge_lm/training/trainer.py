@@ -253,10 +253,10 @@ class DogeTrainer(Trainer):
             try:
                 self._staging = staging
                 super()._save_checkpoint(model, trial)
-                if self.args.should_save:
-                    self._progress().write(staging / name)
+                # Every process writes its state of random numbers; the record is made when all are there.
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
+                    self._progress().write(staging / name)
                     checkpoints.publish(staging / name, target)
                     checkpoints.rotate(output_dir, self.train_settings.save_total_limit)
             finally:
