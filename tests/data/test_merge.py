@@ -15,10 +15,11 @@ from datasets import load_from_disk
 from doge_lm.cli import main
 from doge_lm.data import merge as module
 from doge_lm.data import storage
+from doge_lm.data.download import take_local
 from doge_lm.data.manifest import AccountingError, Manifest
 from doge_lm.data.merge import choose_test_groups, merge, share_test_groups
 from doge_lm.errors import UserError
-from tests.data.conftest import conversation, left_over
+from tests.data.conftest import conversation, json_lines, left_over
 from tests.data.reference import pieces_in
 
 Prepare = Callable[..., dict[str, Manifest]]
@@ -420,3 +421,12 @@ def test_a_test_set_that_takes_much_of_a_source_is_said(
     assert "samples of apple are in the test set; a smaller --test_size" in out
     assert main(["merge_datasets", *flags[:-1], "2"]) == 0
     assert "nothing of whole is in the test set" in capsys.readouterr().out
+
+
+def test_a_source_that_was_taken_in_anew_must_be_tokenized_anew(tmp_path: Path, prepare: Prepare) -> None:
+    prepare({"apple": marked_texts("apple", 40)}, sequence_length=64)
+    merge(tmp_path, tmp_path, test_size=3)
+    (tmp_path / "own" / "apple.jsonl").write_bytes(json_lines(marked_texts("apple", 50)))
+    take_local("apple", tmp_path / "own" / "apple.jsonl", tmp_path / "raw" / "apple")
+    with pytest.raises(UserError, match=r"raw.apple names other files .* preprocess_datasets"):
+        merge(tmp_path, tmp_path, test_size=3)

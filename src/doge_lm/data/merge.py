@@ -20,11 +20,14 @@ from tqdm import tqdm
 from doge_lm.data.manifest import (
     KINDS,
     MANIFEST_NAME,
+    RAW_FOLDER,
+    SOURCE_NAME,
     TOKENIZED_FOLDER,
     InputFile,
     Kind,
     Manifest,
     OutputFile,
+    RawSource,
     SampleCounts,
     atomic_directory,
     check_name,
@@ -164,8 +167,19 @@ def _tokenized_sources(folder: Path) -> list[_Source]:
             raise UserError(f"{directory / MANIFEST_NAME} is not of a tokenized source; move {directory} elsewhere")
         check_name(directory, manifest.name)
         check_files(directory, manifest.files)
+        _check_fresh(folder.parent / RAW_FOLDER / manifest.name, manifest, command)
         sources.append(_Source(directory, manifest))
     return sources
+
+
+def _check_fresh(raw: Path, manifest: Manifest, command: str) -> None:
+    """Refuses a source that was taken in anew after it was tokenized: its old text would be trained on."""
+    if not (raw / SOURCE_NAME).is_file():
+        return
+    now = [(Path(file.path).name, file.bytes) for file in RawSource.read(raw).files]
+    then = [(Path(file.path).name, file.bytes) for file in manifest.inputs]
+    if now != then:
+        raise UserError(f"{raw} names other files than {manifest.name!r} was tokenized from; run {command} again")
 
 
 def _check_alike(manifests: Sequence[Manifest]) -> None:
