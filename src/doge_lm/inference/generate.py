@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
@@ -129,7 +129,6 @@ def load_model(path: Path, device: torch.device, dtype: str = "auto") -> PreTrai
     if not (path / "config.json").is_file():
         raise UserError(f"{path} holds no model (no config.json there); give the --output_dir of `doge-lm train`")
     try:
-        AutoConfig.from_pretrained(path)
         model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except (ValueError, KeyError, AttributeError, OSError, RuntimeError, SafetensorError) as error:
         # transformers reports sizes that do not fit as RuntimeError, and a foreign config in any of these ways.
