@@ -34,6 +34,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cdmoe import cdmoe, cdmoe_route, key_table_sizes
 from .configuration_doge import DogeConfig
+from .document_attention import Layout, document_attention, document_layout
 
 INNER_VALUE_STD = 0.02
 
@@ -159,9 +160,13 @@ class DogeInnerFuncAttn(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        documents: Layout | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, T, d) to (B, T, d), and the weights (B, h, T, S) where the backend returns them."""
+        """(B, T, d) to (B, T, d), and the weights (B, h, T, S) where the backend returns them.
+
+        With `documents`, attention stays within them and there is no mask.
+        """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         cos_BTf, sin_BTf = position_embeddings
         query_BhTf = rotate(self.q_proj(hidden_states).view(shape).transpose(1, 2), cos_BTf, sin_BTf)
@@ -169,6 +174,9 @@ class DogeInnerFuncAttn(nn.Module):
         value_BhSf = self.inner_values(hidden_states).to(key_BhSf.dtype).view(shape).transpose(1, 2)
         if past_key_values is not None:
             key_BhSf, value_BhSf = past_key_values.update(key_BhSf, value_BhSf, self.layer_idx)
+        if documents is not None:
+            output_BThf = document_attention(query_BhTf, key_BhSf, value_BhSf, documents, self.scaling)
+            return self.o_proj(output_BThf.reshape(hidden_states.shape)), None
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -338,7 +346,10 @@ class DogeModel(DogePreTrainedModel):
             input_ids: (B, T) int64; or else `inputs_embeds`, (B, T, d).
             attention_mask: (B, S), 0 at padding; or a mask of the backend's own, (B, 1, T, S).
             position_ids: (B, T). Without `attention_mask` and cache, positions that start over mark the
-                documents of a packed batch, and attention stays within them.
+                documents of a packed batch, and attention stays within them (with the backend `sdpa` without a
+                T×T mask, but for compiled runs on a CPU).
+            cu_seq_lens_q (in `kwargs`): where the documents of such a batch start in its B·T tokens, int32, then B·T
+                up to a fixed size; on CUDA in half precision FlashAttention then takes FlexAttention's place.
             past_key_values: keys (rotated) and values of earlier tokens.
             use_cache: whether to return them for this call's tokens; `config.use_cache` if None.
 
@@ -350,7 +361,12 @@ class DogeModel(DogePreTrainedModel):
         x_BTd = self.word_embed(input_ids) if inputs_embeds is None else inputs_embeds
         # Made before the cache: transformers looks for packed documents only where there is none, and a cache
         # that is still empty must not let documents see each other.
-        mask = self._attention_mask(x_BTd, attention_mask, position_ids, past_key_values)
+        documents = None
+        if attention_mask is None and position_ids is not None and past_key_values is None:
+            documents = self._documents(x_BTd, position_ids, kwargs.get("cu_seq_lens_q"))
+        mask = None
+        if documents is None:
+            mask = self._attention_mask(x_BTd, attention_mask, position_ids, past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -365,9 +381,21 @@ class DogeModel(DogePreTrainedModel):
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
+                documents=documents,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.final_layernorm(x_BTd), past_key_values=past_key_values)
+
+    def _documents(self, x_BTd: Tensor, position_ids: Tensor, starts: object) -> Layout | None:
+        """The documents of a packed batch for attention without a mask; None where the backend has its own way."""
+        if self.config._attn_implementation != "sdpa":
+            return None
+        device, dtype = x_BTd.device.type, x_BTd.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        given = starts if isinstance(starts, Tensor) else None
+        return document_layout(position_ids.expand(x_BTd.shape[:2]), dtype, head_dim, given)
 
     def _attention_mask(
         self,

@@ -1,0 +1,228 @@
+"""Attention within the documents of packed rows: equal to a dense mask, without its memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from doge_lm.model.document_attention import (
+    BLOCK,
+    block_mask,
+    cumulative_lengths,
+    document_attention,
+    document_groups,
+    document_starts,
+)
+
+from .support import random_ids, tiny_model
+
+ROWS = {
+    "several": [[5, 1, 7, 3], [8, 8]],
+    "all of length 1": [[1] * 6, [1] * 6],
+    "whole rows": [[9], [9]],
+    "a row of one beside pieces": [[12], [1, 1, 9, 1], [4, 4, 4]],
+    "one row": [[3, 2]],
+}
+
+
+def positions_of(rows: list[list[int]], first: int = 0) -> Tensor:
+    """Positions of packed rows, given the lengths of their documents."""
+    return torch.stack([torch.cat([torch.arange(length) + first for length in lengths]) for lengths in rows])
+
+
+def allowed(position_ids: Tensor) -> Tensor:
+    """(B, 1, T, T), true where a query sees a key, told by plain loops."""
+    batch, length = position_ids.shape
+    seen = torch.zeros(batch, 1, length, length, dtype=torch.bool)
+    for b, row in enumerate(position_ids.tolist()):
+        start = 0
+        for t in range(length):
+            if t > 0 and row[t] != row[t - 1] + 1:
+                start = t
+            seen[b, 0, t, start : t + 1] = True
+    return seen
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for found in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(found, Tensor):
+                self.numel = max(self.numel, found.numel())
+        return out
+
+
+def attend(
+    position_ids: Tensor, dtype: torch.dtype, *, dense: bool, features: int = 6, heads: int = 2
+) -> tuple[Tensor, list[Tensor]]:
+    """The output and the gradients of queries, keys and values, for one fixed loss."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (*position_ids.shape, heads, features)
+    leaves = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3)]
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    query, key, value = (leaf.transpose(1, 2) for leaf in leaves)
+    if dense:
+        scores = (query @ key.transpose(2, 3) * 0.3).masked_fill(~allowed(position_ids), -torch.inf)
+        output = (scores.softmax(-1) @ value).transpose(1, 2)
+    else:
+        output = document_attention(query, key, value, document_groups(position_ids), 0.3)
+    return output.detach(), list(torch.autograd.grad((output * weight).sum(), leaves))
+
+
+@pytest.mark.parametrize("first", [0, 40])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+def test_groups_equal_a_dense_mask(rows: list[list[int]], first: int) -> None:
+    position_ids = positions_of(rows, first)
+    expected, expected_gradients = attend(position_ids, torch.float64, dense=True)
+    found, gradients = attend(position_ids, torch.float64, dense=False)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=0, atol=1e-12)
+
+
+def test_groups_in_bfloat16() -> None:
+    position_ids = positions_of(ROWS["several"])
+    expected, expected_gradients = attend(position_ids, torch.float64, dense=True)
+    found, gradients = attend(position_ids, torch.bfloat16, dense=False)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.05)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient.double(), expected_gradient, rtol=0, atol=0.1)
+
+
+def test_cumulative_lengths() -> None:
+    starts, longest = cumulative_lengths(positions_of([[5, 1, 7, 3], [8, 8]]))
+    assert starts.tolist() == [0, 5, 6, 13, 16, 24, 32]
+    assert starts.dtype == torch.int32
+    assert longest == 16
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[3 * BLOCK], [BLOCK, 2 * BLOCK]],
+        [[100, 300, 1, 111], [1] * 512, [BLOCK, BLOCK + 1, 255]],
+        [[300, 1], [150, 151]],
+        [[20, 30]],
+    ],
+    ids=["whole blocks", "across blocks", "a last block cut short", "less than a block"],
+)
+def test_block_mask_equals_that_of_pytorch(rows: list[list[int]]) -> None:
+    """The blocks skipped, in part and in full are those that PyTorch finds by writing out the T×T mask."""
+    position_ids = positions_of(rows)
+    length = position_ids.shape[1]
+    seen = allowed(position_ids)
+    found = block_mask(position_ids)
+    expected = create_block_mask(
+        lambda b, h, q, k: seen[b, 0, q, k], len(rows), None, length, length, device="cpu", BLOCK_SIZE=BLOCK
+    )
+    assert torch.equal(found.to_dense(), expected.to_dense())
+    assert torch.equal(found.kv_num_blocks + found.full_kv_num_blocks, found.to_dense().sum(-1))
+    every = torch.arange(length)
+    b = torch.arange(len(rows))[:, None, None]
+    assert torch.equal(found.mask_mod(b, torch.tensor(0), every[:, None], every), seen[:, 0])
+    # A block taken in full must be all visible; the mask is not asked there.
+    for row, (counts, indices) in enumerate(zip(found.full_kv_num_blocks, found.full_kv_indices, strict=True)):
+        for block, count in enumerate(counts[0].tolist()):
+            for other in indices[0, block, :count].tolist():
+                rows_seen = seen[row, 0, block * BLOCK : (block + 1) * BLOCK, other * BLOCK : (other + 1) * BLOCK]
+                assert bool(rows_seen.all())
+
+
+def test_a_document_starts_wherever_positions_do_not_go_on() -> None:
+    position_ids = torch.tensor([[4, 5, 6, 0, 1, 0, 0, 7]])
+    assert document_starts(position_ids).tolist() == [[True, False, False, True, False, True, True, True]]
+
+
+def gradients_of(model: Any, ids: Tensor, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    out = model(ids, labels=ids, **inputs)
+    out.loss.backward()
+    return out.logits.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+def test_model_equals_a_dense_mask(rows: list[list[int]], use_cache: bool, checkpointing: bool) -> None:
+    """Logits and every gradient against the eager model with its T×T mask."""
+    position_ids = positions_of(rows)
+    ids = random_ids(*position_ids.shape)
+    expected, expected_gradients = gradients_of(
+        tiny_model(attention="eager", dtype=torch.float64), ids, position_ids=position_ids, use_cache=False
+    )
+    model = tiny_model(dtype=torch.float64).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found, gradients = gradients_of(model, ids, position_ids=position_ids, use_cache=use_cache and not checkpointing)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-5, atol=1e-7)
+
+
+def test_one_row_of_positions_serves_the_whole_batch() -> None:
+    model, ids = tiny_model(), random_ids(3, 9)
+    position_ids = positions_of([[4, 5]])
+    with torch.no_grad():
+        found = model(ids, position_ids=position_ids, use_cache=False).logits
+        expected = model(ids, position_ids=position_ids.expand(3, -1), use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_no_tensor_is_as_large_as_a_mask() -> None:
+    """Forward and backward of a training step; the eager model shows that a T×T tensor would be seen."""
+    length = 600
+    position_ids = positions_of([[250, 1, 49, 300]])
+    ids = random_ids(*position_ids.shape)
+    largest = {}
+    for attention in ("sdpa", "eager"):
+        model = tiny_model(attention=attention).train()
+        with LargestTensor() as watch:
+            model(ids, position_ids=position_ids, labels=ids, use_cache=False).loss.backward()
+        largest[attention] = watch.numel
+    assert largest["sdpa"] < length * length <= largest["eager"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("given", [False, True], ids=["found", "given"])
+def test_kernels_on_a_gpu_equal_a_dense_mask(compiled: bool, given: bool) -> None:
+    """FlashAttention and FlexAttention in bfloat16, forward and backward."""
+    for rows in ([[200, 1, 55], [256]], [[3, 125, 128], [100, 156]]):
+        cpu = positions_of(rows)
+        expected, expected_gradients = attend_model("eager", cpu, compiled=False, given=False)
+        found, gradients = attend_model("sdpa", cpu, compiled=compiled, given=given)
+        # Rounding may turn the choice of an expert for a few tokens, whose logits are then others altogether.
+        same = torch.isclose(found, expected, rtol=0.05, atol=0.1).all(dim=-1).float().mean()
+        assert float(same) >= 0.97
+        for name, gradient in gradients.items():
+            difference = (gradient - expected_gradients[name]).norm()
+            assert float(difference) <= 0.1 * float(expected_gradients[name].norm()) + 1e-4, name
+
+
+def attend_model(
+    attention: str, position_ids: Tensor, *, compiled: bool, given: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and gradients of a small model on the GPU, under autocast to bfloat16."""
+    model = tiny_model(attention=attention, hidden_size=128, num_attention_heads=2).cuda()
+    run = torch.compile(model, fullgraph=True) if compiled else model
+    ids, positions = random_ids(*position_ids.shape).cuda(), position_ids.cuda()
+    inputs: dict[str, Any] = {"position_ids": positions, "use_cache": False}
+    if given:
+        starts = cumulative_lengths(positions).starts
+        inputs["cu_seq_lens_q"] = torch.nn.functional.pad(starts, (0, 16 - len(starts)), value=positions.numel())
+    with torch.autocast("cuda", torch.bfloat16):
+        out = run(ids, labels=ids, **inputs)
+    out.loss.backward()
+    return out.logits.detach().float(), {name: p.grad.float() for name, p in model.named_parameters()}
