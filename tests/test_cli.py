@@ -35,7 +35,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("command", [command.name for command in COMMANDS])
 def test_every_command_has_help_of_its_own(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert exit_.value.code == 0
     assert f"usage: doge-lm {command}" in capsys.readouterr().out
 
@@ -64,8 +64,8 @@ def test_an_error_of_the_user_is_one_line_and_status_1(capsys: pytest.CaptureFix
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delitem(sys.modules, "doge_lm.data.merge", raising=False)
-    monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.delitem(sys.modules, "doge_lm.data.storage", raising=False)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert main(["merge_datasets", "--datasets_dir", "x", "--save_dir", "x"]) == 1
     err = capsys.readouterr().err
     assert "doge-lm[all]" in err

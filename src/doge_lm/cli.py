@@ -33,6 +33,8 @@ COMMANDS = (
     Command("tokenizer", "doge_lm.data.tokenizer", "build the published tokenizer, or train a new one"),
     Command("preprocess_datasets", "doge_lm.data.preprocess", "tokenize the datasets and pack them into samples"),
     Command("merge_datasets", "doge_lm.data.merge", "merge, shuffle and split the tokenized datasets"),
+    Command("data near_duplicates", "doge_lm.data.near_duplicates", "keep one of documents that are nearly the same"),
+    Command("data inspect", "doge_lm.data.inspect", "show what lies in a tokenized source or a merged set"),
     Command("train", "doge_lm.training.pretrain", "pre-train a model"),
     Command("generate", "doge_lm.inference.generate", "continue a text with a trained model"),
     Command("demo", "doge_lm.demo", "the whole path on a small embedded corpus, without a network"),
@@ -42,6 +44,9 @@ COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; the exit status is 0, 1 for an error the user can mend, 2 for wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # The commands on data are named by two words.
+    if len(arguments) > 1 and arguments[0] == "data":
+        arguments[:2] = [" ".join(arguments[:2])]
     # `doge-lm preprocess-datasets` is as good as `doge-lm preprocess_datasets`.
     if arguments and not arguments[0].startswith("-"):
         arguments[0] = arguments[0].replace("-", "_")

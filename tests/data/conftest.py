@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from doge_lm.data import preprocess as module
 from doge_lm.data.download import take_local
 from doge_lm.data.manifest import Manifest
 from doge_lm.data.preprocess import PreprocessSettings, preprocess
@@ -50,12 +49,8 @@ def library_rows() -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def prepare(
-    tmp_path: Path, tokenizer_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., dict[str, Manifest]]:
+def prepare(tmp_path: Path, tokenizer_path: Path) -> Callable[..., dict[str, Manifest]]:
     """Takes rows by source in, and preprocesses them into `tmp_path`."""
-    # In this process the tokenizer need not be opened again for every test.
-    monkeypatch.setattr(module, "load_tokenizer", lambda path: tokenizer)
 
     def prepare_(
         sources: dict[str, Iterable[dict[str, Any]]],

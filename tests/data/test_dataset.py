@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader
 
+from doge_lm.data import merge as merge_module
 from doge_lm.data import storage
 from doge_lm.data.dataset import PackedCollator, count_targets, count_tokens, load_prepared
-from doge_lm.data.manifest import Manifest
+from doge_lm.data.manifest import FORMAT_VERSION, Manifest
 from doge_lm.data.merge import merge
 from doge_lm.errors import UserError
 from tests.data.conftest import conversation
@@ -126,6 +128,17 @@ def test_a_prepared_set_through_a_data_loader(prepared: Path, kind: str) -> None
     assert len(prepared_set.test) == 5
 
 
+def test_the_sizes_of_the_shards_are_known(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = load_prepared(prepared / "pretrain")
+    assert (whole.train_shards, whole.test_shards) == ((len(whole.train),), (5,))
+    monkeypatch.setattr(merge_module, "ROWS_PER_SHARD", 20)
+    merge(prepared, prepared / "small", test_size=5)
+    small = load_prepared(prepared / "small" / "pretrain")
+    files = sorted((prepared / "small" / "pretrain" / "train").glob("*.arrow"))
+    assert len(small.train_shards) == len(files) > 1
+    assert list(small.train_shards) == [len(Dataset.from_file(str(file))) for file in files]
+
+
 def test_counting_follows_a_selection(prepared: Path) -> None:
     train = load_prepared(prepared / "pretrain").train
     some = train.select([5, 2, 7])
@@ -154,8 +167,10 @@ def test_what_is_not_a_prepared_set(prepared: Path) -> None:
 def test_another_version(prepared: Path) -> None:
     path = prepared / "pretrain" / "manifest.json"
     text = path.read_text(encoding="utf-8")
-    path.write_text(text.replace('"format_version": 1', '"format_version": 2'), encoding="utf-8")
-    with pytest.raises(UserError, match="format version 2, this doge-lm reads version 1"):
+    now = f'"format_version": {FORMAT_VERSION}'
+    assert now in text
+    path.write_text(text.replace(now, '"format_version": 99'), encoding="utf-8")
+    with pytest.raises(UserError, match=f"format version 99, this doge-lm reads version {FORMAT_VERSION}"):
         load_prepared(prepared / "pretrain")
 
 

@@ -144,7 +144,7 @@ def test_descriptions_of_another_version_or_none(tmp_path: Path) -> None:
     source().write(tmp_path)
     text = (tmp_path / "source.json").read_text(encoding="utf-8")
     for bad, message in (
-        (text.replace('"format_version": 1', '"format_version": 99'), "format version 99"),
+        (text.replace('"format_version": 2', '"format_version": 99'), "format version 99"),
         (text[:-20], "not valid JSON"),
         ("[]", "not written by doge-lm"),
         (text.replace('"kind": "pretrain"', '"kind": "other"'), "kind 'other'"),
@@ -167,8 +167,8 @@ def test_files_that_changed_since_are_named(tmp_path: Path) -> None:
 
 def balanced() -> tuple[SourceAccounting, SampleCounts]:
     account = SourceAccounting(
-        documents_in=3, documents_kept=2, bytes_in=20, bytes_trained=10, bytes_context=6, tokens_in=30, targets=20,
-        first_tokens=2, context=5, overlap=1,
+        documents_in=3, documents_kept=2, documents_dropped=1, bytes_in=20, bytes_trained=10, bytes_context=6,
+        tokens_in=30, targets=20, first_tokens=2, context=5, overlap=1,
     )  # fmt: skip
     account.drop("empty text", times=1, bytes_=4, tokens=3)
     return account, SampleCounts(samples=1, tokens=28, pieces=3, targets=20, context=5, padding=4, text_bytes=10)
@@ -178,10 +178,12 @@ def test_the_accounting_adds_up() -> None:
     account, rows = balanced()
     account.check("a", rows)
     table = accounting_table({"a": account}, {"a": rows})
-    assert "a: dropped, empty text: 1 times, 3 tokens" in table
+    assert "a: dropped, empty text: 1 times, 4 bytes, 3 tokens" in table
 
 
-@pytest.mark.parametrize("field", ["tokens_in", "targets", "first_tokens", "context", "overlap", "bytes_trained"])
+@pytest.mark.parametrize(
+    "field", ["documents_in", "tokens_in", "targets", "first_tokens", "context", "overlap", "bytes_trained"]
+)
 def test_an_account_that_does_not_add_up_is_found(field: str) -> None:
     account, rows = balanced()
     setattr(account, field, getattr(account, field) + 1)

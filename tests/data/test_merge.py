@@ -14,10 +14,13 @@ from datasets import load_from_disk
 
 from doge_lm.cli import main
 from doge_lm.data import merge as module
-from doge_lm.data import storage
+from doge_lm.data import shuffle, storage
+from doge_lm.data import split as split_module
 from doge_lm.data.download import take_local
 from doge_lm.data.manifest import AccountingError, Manifest
-from doge_lm.data.merge import choose_test_groups, merge, share_test_groups
+from doge_lm.data.merge import merge
+from doge_lm.data.shuffle import random_stream
+from doge_lm.data.split import choose_test_groups, share_test_groups
 from doge_lm.errors import UserError
 from tests.data.conftest import conversation, json_lines, left_over
 from tests.data.reference import pieces_in
@@ -110,7 +113,7 @@ def test_the_order_is_shuffled_and_fixed_by_the_seed(two_sources: Path, tmp_path
 
 def test_the_order_of_a_seed_is_fixed_for_good(two_sources: Path) -> None:
     """Recorded when this was written: another order would make runs of another version not comparable."""
-    assert module._random(233, 0).permutation(10).tolist() == [9, 4, 5, 3, 2, 0, 8, 6, 1, 7]
+    assert random_stream(233, "candidates").permutation(10).tolist() == [9, 4, 5, 3, 2, 0, 8, 6, 1, 7]
 
 
 def test_rows_lie_in_their_order(two_sources: Path) -> None:
@@ -139,14 +142,90 @@ def test_one_and_two_processes_make_the_same_bytes(
             assert (one / file).read_bytes() == (two / file).read_bytes(), file
 
 
-def test_many_small_batches_are_gathered_right(
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many buckets and runs, and a test set chosen among some groups only: as in a large set."""
+    monkeypatch.setattr(module, "ROWS_PER_SHARD", 16)
+    monkeypatch.setattr(module, "_RUN_BYTES", 1)
+    monkeypatch.setattr(module, "_CANDIDATE_ROWS", 64)
+    monkeypatch.setattr(module, "_CANDIDATE_TIMES", 4)
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_a_large_set_is_split_without_leaks(tmp_path: Path, prepare: Prepare) -> None:
+    """Every other document occurs twice, in a source of its own."""
+    other, twice = marked_texts("other", 150), marked_texts("twice", 150)
+    sources = {"a": other + twice, "b": twice[::-1]}
+    prepare(sources, sequence_length=128, padding="max_length")
+    manifest = merge(tmp_path, tmp_path, test_size=30)["pretrain"]
+    assert manifest.settings["candidates"] == "some"
+    train, test = sides(tmp_path / "pretrain")
+    assert train.isdisjoint(test)
+    assert len(train | test) == 300
+    made = rows_of(tmp_path / "pretrain")
+    assert len(made["test"]) == 30
+    before = sum((pieces_in(rows_of(tmp_path / "tokenized" / name)) for name in sources), Counter[Any]())
+    assert pieces_in(made["train"]) + pieces_in(made["test"]) == before
+
+
+class Killed(BaseException):
+    """What stands for SIGKILL: nothing in the package catches it."""
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_a_run_killed_at_any_step_goes_on_to_the_same_bytes(
     two_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merge(two_sources, tmp_path / "one", test_size=30)
-    monkeypatch.setattr(module, "_GATHER_ROWS", 7)
-    monkeypatch.setattr(module, "ROWS_PER_SHARD", 20)
-    merge(two_sources, tmp_path / "two", test_size=30)
-    assert order_of(tmp_path / "one" / "pretrain") == order_of(tmp_path / "two" / "pretrain")
+    """Killed at every n-th record, before and after it is written; what has a record is not made again."""
+    merge(two_sources, tmp_path / "whole", test_size=30)
+    expected = contents(tmp_path / "whole" / "pretrain")
+    honest = shuffle.write_record
+    for late in (False, True):
+        made: list[str] = []
+        left = [3]
+
+        def write(path: Path, values: Any, late: bool = late, made: list[str] = made, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] == 0 and not late:
+                raise Killed
+            honest(path, values)
+            made.append(path.name)
+            if left[0] == 0:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            for place in (shuffle, module, split_module):
+                patch.setattr(place, "write_record", write)
+            kills = 0
+            while True:
+                left[0] = 3
+                try:
+                    merge(two_sources, tmp_path / str(late), test_size=30)
+                    break
+                except Killed:
+                    kills += 1
+                    assert not (tmp_path / str(late) / "finetune").exists() or kills > 3
+        assert kills > 5
+        assert contents(tmp_path / str(late) / "pretrain") == expected
+        # Both kinds write records of the same names, each once.
+        assert max(Counter(made).values()) <= 2
+        assert left_over(tmp_path / str(late)) == []
+
+
+def test_what_is_made_already_is_left_alone(two_sources: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = merge(two_sources, two_sources, test_size=30)
+    before = (two_sources / "pretrain" / "manifest.json").stat().st_mtime_ns
+    assert merge(two_sources, two_sources, test_size=30) == first
+    assert "pretrain is made already" in capsys.readouterr().out
+    assert (two_sources / "pretrain" / "manifest.json").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"other settings \(seed: was 233, is 5\).*--overwrite"):
+        merge(two_sources, two_sources, test_size=30, seed=5)
+    merge(two_sources, two_sources, test_size=30, seed=5, overwrite=True)
+    assert Manifest.read(two_sources / "pretrain").settings["seed"] == 5
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])
@@ -322,6 +401,17 @@ def test_settings_that_differ_within_a_kind(
         merge(tmp_path, tmp_path, test_size=2)
 
 
+def test_sources_of_other_sizes_and_limits_are_merged(tmp_path: Path, prepare: Prepare) -> None:
+    prepare({"a": marked_texts("a", 20)}, sequence_length=64)
+    prepare({"b": marked_texts("b", 20)}, place=tmp_path / "x", sequence_length=64, max_document_bytes=10_000)
+    (tmp_path / "x" / "tokenized" / "b").rename(tmp_path / "tokenized" / "b")
+    path = tmp_path / "tokenized" / "b" / "manifest.json"
+    text = path.read_text(encoding="utf-8")
+    assert '"unit_bytes": 16777216' in text  # what a small source has; a large one has larger units
+    path.write_text(text.replace('"unit_bytes": 16777216', '"unit_bytes": 268435456'), encoding="utf-8")
+    assert merge(tmp_path, tmp_path, test_size=2)["pretrain"].accounting.keys() == {"a", "b"}
+
+
 def test_what_was_not_preprocessed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenized does not exist; run `doge-lm preprocess_datasets"):
         merge(tmp_path, tmp_path)
@@ -350,7 +440,7 @@ def test_a_damaged_source_is_named(tmp_path: Path, prepare: Prepare, damage: str
 
 
 @pytest.mark.parametrize("options", [{"num_proc": 0}, {"test_size": 0}, {"seed": -1}, {"seed": 2**32}])
-def test_flags_that_cannot_be(tmp_path: Path, options: dict[str, int]) -> None:
+def test_flags_that_cannot_be(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"--{next(iter(options))} .* is not possible"):
         merge(tmp_path, tmp_path, **options)
 
@@ -373,15 +463,19 @@ def test_a_full_disk_leaves_the_earlier_set(tmp_path: Path, prepare: Prepare, mo
 
     monkeypatch.setattr(storage._Hashing, "write", full)
     with pytest.raises(UserError, match=r"the disk is full .*pretrain"):
-        merge(tmp_path, tmp_path, test_size=3)
+        merge(tmp_path, tmp_path, test_size=3, overwrite=True)
     assert Manifest.read(tmp_path / "pretrain") == before
+    # What is finished is kept, and the same command goes on with it.
+    assert left_over(tmp_path) != []
+    monkeypatch.undo()
+    merge(tmp_path, tmp_path, test_size=3, overwrite=True)
     assert left_over(tmp_path) == []
 
 
 def test_rows_that_get_lost_are_noticed(tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare({"a": marked_texts("a", 20)}, sequence_length=64)
-    honest = storage.RowReader.take
-    monkeypatch.setattr(storage.RowReader, "take", lambda self, indices: honest(self, indices[:-1]))
+    honest = shuffle.RowGatherer.gather
+    monkeypatch.setattr(shuffle.RowGatherer, "gather", lambda self, indices: honest(self, indices[:-1]))
     with pytest.raises(AccountingError, match="does not add up"):
         merge(tmp_path, tmp_path, test_size=2)
     assert not (tmp_path / "pretrain").exists()
@@ -419,7 +513,7 @@ def test_a_test_set_that_takes_much_of_a_source_is_said(
     assert main(["merge_datasets", *flags]) == 0
     out = capsys.readouterr().out
     assert "samples of apple are in the test set; a smaller --test_size" in out
-    assert main(["merge_datasets", *flags[:-1], "2"]) == 0
+    assert main(["merge_datasets", *flags[:-1], "2", "--overwrite"]) == 0
     assert "nothing of whole is in the test set" in capsys.readouterr().out
 
 

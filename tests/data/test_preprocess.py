@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,42 @@ import zstandard
 from datasets import load_from_disk
 
 from doge_lm.cli import main
-from doge_lm.data import documents, storage
+from doge_lm.data import documents, sources, storage
 from doge_lm.data import preprocess as module
 from doge_lm.data.download import take_local
 from doge_lm.data.manifest import Manifest, SourceAccounting
 from doge_lm.data.preprocess import PreprocessSettings, preprocess
 from doge_lm.data.sources import ConversationRow, read_rows
-from doge_lm.data.tokenizer import encode_text
+from doge_lm.data.tokenizer import encode_text, load_tokenizer
 from doge_lm.errors import UserError
 from tests.data.conftest import conversation, json_lines, left_over
 from tests.data.reference import chat_document, pieces_in, pieces_of, text_document
 
 Prepare = Callable[..., dict[str, Manifest]]
+
+
+@pytest.fixture
+def prepare(tmp_path: Path, tokenizer_path: Path) -> Prepare:
+    """Takes rows by source in, and preprocesses them into `tmp_path`."""
+
+    def prepare_(
+        sources: dict[str, Iterable[dict[str, Any]]],
+        *,
+        place: Path = tmp_path,
+        num_proc: int = 1,
+        unit_bytes: int | None = None,
+        **settings: Any,
+    ) -> dict[str, Manifest]:
+        for name, rows in sources.items():
+            file = place / "own" / f"{name}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(json_lines(rows))
+            take_local(name, file, place / "raw" / name)
+        return preprocess(
+            place, place, tokenizer_path, PreprocessSettings(**settings), num_proc=num_proc, unit_bytes=unit_bytes
+        )
+
+    return prepare_
 
 
 def rows_of(folder: Path) -> Any:
@@ -107,14 +132,13 @@ def test_sources_are_done_by_name(tmp_path: Path, prepare: Prepare, order: tuple
 
 @pytest.mark.slow
 def test_one_and_two_processes_make_the_same_bytes(
-    tmp_path: Path, prepare: Prepare, library_rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, prepare: Prepare, library_rows: list[dict[str, Any]]
 ) -> None:
-    """The only test here that starts processes, some five seconds."""
-    monkeypatch.setattr(module, "_BATCH_CHARACTERS", 20_000)
+    """With units so small that each source has many."""
     chats = [conversation(("human", f"How much is {n} and {n}?"), ("gpt", str(2 * n))) for n in range(400)]
     sources = {"chat": chats, "library": library_rows[:30]}
     for number in (1, 2):
-        prepare(sources, place=tmp_path / str(number), num_proc=number, sequence_length=256)
+        prepare(sources, place=tmp_path / str(number), num_proc=number, unit_bytes=30_000, sequence_length=256)
     for name in sources:
         one, two = (tmp_path / number / "tokenized" / name for number in ("1", "2"))
         assert [path.name for path in sorted(one.iterdir())] == [path.name for path in sorted(two.iterdir())]
@@ -135,13 +159,16 @@ def test_batches_do_not_change_the_rows(
     assert files[0] == files[1]
 
 
-def test_rows_are_spread_over_shards(tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "ROWS_PER_SHARD", 8)
-    monkeypatch.setattr(storage, "ROWS_PER_BATCH", 4)
+def test_every_unit_is_a_shard_and_groups_do_not_cross_it(tmp_path: Path, prepare: Prepare) -> None:
     texts = [{"text": " ".join(f"w{n}x{m}" for m in range(10))} for n in range(30)]
-    manifest = prepare({"a": texts}, sequence_length=64, padding="max_length")["a"]
-    assert [file.rows for file in manifest.files] == [8, 8, 8, 6]
-    assert len(rows_of(tmp_path / "tokenized" / "a")) == 30
+    manifest = prepare({"a": texts}, sequence_length=64, padding="max_length", unit_bytes=len(json_lines(texts[:10])))[
+        "a"
+    ]
+    assert len(manifest.files) > 2
+    assert [file.path for file in manifest.files] == [f"data-{n:05d}.arrow" for n in range(len(manifest.files))]
+    made = rows_of(tmp_path / "tokenized" / "a")
+    assert len(made) == 30
+    assert len(set(made["group"])) == 30
 
 
 def test_a_source_of_whole_batches(tmp_path: Path, prepare: Prepare) -> None:
@@ -163,7 +190,7 @@ def test_all_formats_come_to_the_same_rows(tmp_path: Path, tokenizer_path: Path,
     take_local("a", path, tmp_path / "raw" / "a")
     preprocess(tmp_path, tmp_path, tokenizer_path, PreprocessSettings(64))
     row = rows_of(tmp_path / "tokenized" / "a")[0]
-    tokenizer = module.load_tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path)
     assert row["input_ids"].tolist() == [1, *encode_text(tokenizer, text), 2]
     assert row["text_bytes"] == len(text.encode())
 
@@ -430,7 +457,7 @@ def test_a_disk_that_is_really_full(
     assert main(["preprocess_datasets", *flags, "--save_dir", str(small_disk)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: the disk is full")
-    assert f"{small_disk / 'tokenized' / 'a'} could not be written" in error
+    assert f"{small_disk / 'tokenized' / 'a'} could not be finished" in error
     assert list((small_disk / "tokenized").iterdir()) == []
 
 
@@ -444,6 +471,148 @@ def test_a_directory_that_was_renamed(tmp_path: Path, prepare: Prepare, tokenize
 def test_settings_are_in_the_manifest(tmp_path: Path, prepare: Prepare) -> None:
     prepare({"a": [GOOD]}, sequence_length=64, train_on_prompts=True)
     written = json.loads((tmp_path / "tokenized" / "a" / "manifest.json").read_text(encoding="utf-8"))
-    assert written["settings"] == {"padding": "packed", "train_on_prompts": True}
+    assert written["settings"] == {
+        "padding": "packed",
+        "packing": "best_fit",
+        "train_on_prompts": True,
+        "max_document_bytes": 2**28,
+        "unit_bytes": 2**24,
+    }
     assert written["sequence_length"] == 64
     assert set(written["versions"]) >= {"python", "datasets", "tokenizers"}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Interruption, other settings, bad input that is skipped
+# ---------------------------------------------------------------------------------------------------------------
+
+_KILLED = """
+import sys
+from pathlib import Path
+from doge_lm.data.preprocess import PreprocessSettings, preprocess
+place, tokenizer, num_proc = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+preprocess(place, place, tokenizer, PreprocessSettings(256), num_proc=num_proc, unit_bytes=20_000)
+"""
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    tmp_path: Path, tokenizer_path: Path, library_rows: list[dict[str, Any]], num_proc: int
+) -> None:
+    """Killed as soon as there is one record, then two more, ...: what is finished is not touched again."""
+    packed = tmp_path / "own.jsonl.zst"
+    packed.write_bytes(zstandard.compress(json_lines(library_rows[:30])))
+    take_local("a", packed, tmp_path / "raw" / "a")
+    command = [sys.executable, "-c", _KILLED, str(tmp_path), str(tokenizer_path), str(num_proc)]
+    subprocess.run(command, check=True)
+    target = tmp_path / "tokenized" / "a"
+    expected = content(target)
+    shutil.rmtree(target)
+    partial = target.with_name(".tmp-a")
+    for wanted in (1, 4, 7):
+        with subprocess.Popen(command) as running:
+            while running.poll() is None and len(list(partial.glob("work/data-*.json"))) < wanted:
+                time.sleep(0.005)
+            assert running.poll() is None, "the run must not end before it is killed"
+            running.kill()
+        finished = {path: path.stat().st_mtime_ns for path in partial.glob("work/data-*.json")}
+        assert len(finished) >= wanted
+    arrows = {path.stem.removeprefix("data-"): path.stat().st_ino for path in partial.glob("*.arrow")}
+    subprocess.run(command, check=True)
+    assert content(target) == expected
+    for record in finished:
+        name = record.stem.removeprefix("data-")
+        assert (target / f"data-{name}.arrow").stat().st_ino == arrows[name]
+    assert left_over(tmp_path / "tokenized") == []
+
+
+def test_other_settings_are_named(
+    tmp_path: Path, prepare: Prepare, capsys: pytest.CaptureFixture[str], tokenizer_path: Path
+) -> None:
+    prepare({"a": [GOOD]}, sequence_length=64)
+    prepare({"a": [GOOD]}, sequence_length=64)
+    assert "is done already" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"other settings \(max_len: was 64, is 128\); .*--overwrite"):
+        prepare({"a": [GOOD]}, sequence_length=128)
+    with pytest.raises(UserError, match=r"inputs .*a\.jsonl: was"):
+        prepare({"a": [{"text": "a good lime"}]}, sequence_length=64)
+    made = preprocess(tmp_path, tmp_path, tokenizer_path, PreprocessSettings(128), overwrite=True)
+    assert made["a"].sequence_length == 128
+
+
+def test_what_was_skipped_is_not_passed_over_by_stop(tmp_path: Path, prepare: Prepare) -> None:
+    rows = [GOOD, {"title": "b"}]
+    manifest = prepare({"a": rows}, sequence_length=64, on_error="skip")["a"]
+    assert manifest.settings["on_error"] == "skip"
+    assert prepare({"a": rows}, sequence_length=64, on_error="skip")["a"] == manifest
+    with pytest.raises(UserError, match='on_error: was "skip", is absent'):
+        prepare({"a": rows}, sequence_length=64)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "brok', sources.INVALID_JSON),
+        (b"[1]", sources.INVALID_JSON),
+        (b'{"title": "a"}', sources.BAD_FIELD),
+        (b'{"text": 5}', sources.BAD_FIELD),
+        (b'{"text": "\\udc00"}', sources.LONE_SURROGATE),
+        (b'{"text": "\xe4"}', sources.INVALID_UTF8),
+        (b'{"text": "' + b"x" * 3_000_000 + b'"}', sources.TOO_LARGE),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_a_bad_line_is_skipped_and_counted(
+    tmp_path: Path, tokenizer_path: Path, line: bytes, reason: str, suffix: str
+) -> None:
+    path = tmp_path / f"own{suffix}"
+    text = json_lines([GOOD] * 2) + line + b"\n" + json_lines([GOOD])
+    path.write_bytes({".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}.get(suffix, bytes)(text))
+    take_local("a", path, tmp_path / "raw" / "a")
+    settings = PreprocessSettings(64, on_error="skip", max_document_bytes=2**20)
+    account = preprocess(tmp_path, tmp_path, tokenizer_path, settings)["a"].accounting["a"]
+    assert account.dropped[reason].times == 1
+    assert account.dropped[reason].bytes == len(line)
+    assert (account.documents_in, account.documents_kept, account.documents_dropped) == (4, 3, 1)
+
+
+@pytest.mark.parametrize("unit_bytes", [None, 20_000])
+def test_a_truncated_archive_is_kept_up_to_the_cut(
+    tmp_path: Path, tokenizer_path: Path, unit_bytes: int | None
+) -> None:
+    path = tmp_path / "own.jsonl.zst"
+    packed = zstandard.compress(json_lines([{"text": f"{n**9} and {n**8}"} for n in range(20_000)]))
+    path.write_bytes(packed[: len(packed) * 9 // 10])
+    take_local("a", path, tmp_path / "raw" / "a")
+    settings = PreprocessSettings(64, on_error="skip")
+    account = preprocess(tmp_path, tmp_path, tokenizer_path, settings, unit_bytes=unit_bytes)["a"].accounting["a"]
+    assert account.dropped[sources.BROKEN_FILE].times == 1
+    assert 10_000 < account.documents_kept < 20_000
+
+
+def test_a_share_is_the_fewest_units_that_reach_it(tmp_path: Path, prepare: Prepare) -> None:
+    rows = [{"text": f"number {n} of many"} for n in range(400)]
+    whole = prepare({"a": rows}, sequence_length=64, unit_bytes=5_000, place=tmp_path / "all")["a"]
+    wanted = whole.accounting["a"].targets // 2
+    made = prepare({"a": rows}, sequence_length=64, unit_bytes=5_000, tokens=wanted)["a"]
+    assert 0 < len(made.files) < len(whole.files)
+    assert made.files == whole.files[: len(made.files)]
+    assert made.accounting["a"].targets >= wanted > made.accounting["a"].targets - 2_000
+
+
+def test_concatenation_is_accounted_for_and_trains_on_the_same_tokens(
+    tmp_path: Path, prepare: Prepare, library_rows: list[dict[str, Any]]
+) -> None:
+    rows = library_rows[:12]
+    best_fit = prepare({"library": rows}, place=tmp_path / "a", sequence_length=128)["library"]
+    concat = prepare({"library": rows}, place=tmp_path / "b", sequence_length=128, packing="concat")["library"]
+    one, two = best_fit.split_counts("all"), concat.split_counts("all")
+    assert (one.targets, one.context, one.text_bytes) == (two.targets, two.context, two.text_bytes)
+    assert concat.accounting["library"].documents_cut > best_fit.accounting["library"].documents_cut
+    short = sum(len(row["input_ids"]) < 128 for row in rows_of(tmp_path / "b" / "tokenized" / "library"))
+    assert short <= two.samples // 64 + 1  # a group ends after 64 rows

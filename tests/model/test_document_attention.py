@@ -195,34 +195,26 @@ def test_no_tensor_is_as_large_as_a_mask() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("given", [False, True], ids=["found", "given"])
-def test_kernels_on_a_gpu_equal_a_dense_mask(compiled: bool, given: bool) -> None:
-    """FlashAttention and FlexAttention in bfloat16, forward and backward."""
+@pytest.mark.parametrize("kernel", ["flash", "flex"])
+def test_kernels_on_a_gpu_equal_a_dense_mask(kernel: str) -> None:
+    """FlashAttention and FlexAttention in bfloat16, forward and backward.
+
+    The operator alone: in a whole model, rounding changes the experts of some tokens, and with them what follows.
+    """
+    run = torch.compile(document_attention, fullgraph=True) if kernel == "flex" else document_attention
     for rows in ([[200, 1, 55], [256]], [[3, 125, 128], [100, 156]]):
-        cpu = positions_of(rows)
-        expected, expected_gradients = attend_model("eager", cpu, compiled=False, given=False)
-        found, gradients = attend_model("sdpa", cpu, compiled=compiled, given=given)
-        # Rounding may turn the choice of an expert for a few tokens, whose logits are then others altogether.
-        same = torch.isclose(found, expected, rtol=0.05, atol=0.1).all(dim=-1).float().mean()
-        assert float(same) >= 0.97
-        for name, gradient in gradients.items():
-            difference = (gradient - expected_gradients[name]).norm()
-            assert float(difference) <= 0.1 * float(expected_gradients[name].norm()) + 1e-4, name
-
-
-def attend_model(
-    attention: str, position_ids: Tensor, *, compiled: bool, given: bool
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and gradients of a small model on the GPU, under autocast to bfloat16."""
-    model = tiny_model(attention=attention, hidden_size=128, num_attention_heads=2).cuda()
-    run = torch.compile(model, fullgraph=True) if compiled else model
-    ids, positions = random_ids(*position_ids.shape).cuda(), position_ids.cuda()
-    inputs: dict[str, Any] = {"position_ids": positions, "use_cache": False}
-    if given:
-        starts = cumulative_lengths(positions).starts
-        inputs["cu_seq_lens_q"] = torch.nn.functional.pad(starts, (0, 16 - len(starts)), value=positions.numel())
-    with torch.autocast("cuda", torch.bfloat16):
-        out = run(ids, labels=ids, **inputs)
-    out.loss.backward()
-    return out.logits.detach().float(), {name: p.grad.float() for name, p in model.named_parameters()}
+        position_ids = positions_of(rows)
+        expected, expected_gradients = attend(position_ids, torch.float64, dense=True, features=64)
+        generator = torch.Generator().manual_seed(0)
+        shape = (*position_ids.shape, 2, 64)
+        tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).bfloat16().cuda() for _ in range(4)]
+        *leaves, weight = tensors
+        for leaf in leaves:
+            leaf.requires_grad_()
+        layout = (block_mask if kernel == "flex" else cumulative_lengths)(position_ids.cuda())
+        output = run(*(leaf.transpose(1, 2) for leaf in leaves), layout, 0.3)
+        gradients = torch.autograd.grad((output * weight).sum(), leaves)
+        torch.testing.assert_close(output.double().cpu(), expected, rtol=0.02, atol=0.05)
+        for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+            difference = (gradient.double().cpu() - expected_gradient).norm()
+            assert float(difference) <= 0.02 * float(expected_gradient.norm())

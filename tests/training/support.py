@@ -108,7 +108,7 @@ def make_set(directory, tokenizer_path, tokenizer, train_rows=50, test_rows=6, s
     for path in sorted(directory.rglob("*.arrow")):
         content = path.read_bytes()
         name = path.relative_to(directory).as_posix()
-        files.append(OutputFile(name, len(content), 0, hashlib.sha256(content).hexdigest()))
+        files.append(OutputFile(name, len(content), len(splits[path.parent.name]), hashlib.sha256(content).hexdigest()))
     Manifest(
         stage="merged",
         name="pretrain",
@@ -140,7 +140,9 @@ class World:
         config.write_text(make_settings(model, **train).to_yaml(), encoding="utf-8")
         return [
             *("--config_path", str(config), "--logging_dir", str(place / "log"), "--output_dir", str(place / "out")),
-            *("--tokenizer_path", str(self.tokenizer_path), "--dataset_path", str(self.data), *flags),
+            *("--tokenizer_path", str(self.tokenizer_path)),
+            *(() if train.get("stream") else ("--dataset_path", str(self.data))),
+            *flags,
         ]
 
 

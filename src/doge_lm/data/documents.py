@@ -10,6 +10,7 @@ tokenizer sees many strings at once, and are cut into pieces of at most one samp
 crosses to another process as a few arrays.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,12 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from doge_lm.data.encoders import Encoder, SpecialTokens
 from doge_lm.data.manifest import SourceAccounting
-from doge_lm.data.packing import Piece, cut_document
+from doge_lm.data.packing import NO_TARGET, Piece, cut_document, piece_starts
 from doge_lm.data.sources import ConversationRow, Role, Row, TextRow
 from doge_lm.data.storage import id_dtype
-from doge_lm.data.tokenizer import encode_batch, token_byte_lengths
-from doge_lm.errors import UserError
 
 # Reasons, as they stand in the accounting.
 EMPTY_TEXT = "empty text"
@@ -30,7 +30,6 @@ BLANK_PROMPT = "blank prompt"
 NO_ASSISTANT = "conversation without an assistant's words"
 TRAILING_HUMAN = "turn of the human without an answer"
 TRAILING_SYSTEM = "system text without an answer"
-NO_TARGET = "piece of a long document without a target"
 JOINED_HUMAN = "turn of the human joined to the one before"
 JOINED_ASSISTANT = "turn of the assistant joined to the one before"
 EMPTY_ASSISTANT = "empty turn of the assistant"
@@ -38,37 +37,6 @@ EMPTY_HUMAN = "empty turn of the human"
 ONLY_SYSTEM = "answer to a system text alone"
 ASSISTANT_FIRST = "conversation that the assistant begins"
 LATE_SYSTEM = "system text in mid-conversation"
-
-
-class SpecialTokens(NamedTuple):
-    """The ids of the control tokens."""
-
-    pad: int
-    bos: int
-    eos: int
-    instruction_open: int
-    instruction_close: int
-
-
-def special_tokens(tokenizer: Any) -> SpecialTokens:
-    """Reads the control tokens off a tokenizer.
-
-    Raises:
-        UserError: if one is missing.
-    """
-    unknown = tokenizer.unk_token_id
-
-    def by_name(text: str) -> int:
-        token = tokenizer.convert_tokens_to_ids(text)
-        if token is None or token == unknown:
-            raise UserError(f"the tokenizer has no token {text!r}; make one with `doge-lm tokenizer build`")
-        return int(token)
-
-    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    missing = [name for name, token in ids.items() if token is None]
-    if missing:
-        raise UserError(f"the tokenizer has no {missing[0]} token; make one with `doge-lm tokenizer build`")
-    return SpecialTokens(int(ids["pad"]), int(ids["bos"]), int(ids["eos"]), by_name("[INST]"), by_name("[/INST]"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -271,112 +239,138 @@ class PieceBatch:
 
     def documents(self) -> Iterator[list[Piece]]:
         """The documents again, as lists of pieces that look into the arrays."""
-        id_ends = np.cumsum(self.lengths)
-        span_ends = np.cumsum(self.span_counts)
-        first = 0
+        sizes = self.text_bytes.tolist()
+        id_ends = np.cumsum(self.lengths).tolist()
+        span_ends = np.cumsum(self.span_counts).tolist()
+        pieces = (
+            Piece(self.ids[id_start:id_end], self.spans[span_start:span_end], size)
+            for id_start, id_end, span_start, span_end, size in zip(
+                [0, *id_ends[:-1]], id_ends, [0, *span_ends[:-1]], span_ends, sizes, strict=False
+            )
+        )
         for count in self.pieces_per_document.tolist():
-            yield [
-                Piece(
-                    self.ids[id_ends[index] - self.lengths[index] : id_ends[index]],
-                    self.spans[span_ends[index] - self.span_counts[index] : span_ends[index]],
-                    int(self.text_bytes[index]),
-                )
-                for index in range(first, first + count)
-            ]
-            first += count
+            yield list(itertools.islice(pieces, count))
+
+
+class _Parts(NamedTuple):
+    """The parts of some documents, as columns; `first` holds each document's first part."""
+
+    is_text: npt.NDArray[np.bool_]
+    trained: npt.NDArray[np.bool_]
+    sizes: npt.NDArray[np.int64]  # UTF-8 bytes
+    lengths: npt.NDArray[np.int64]  # tokens
+    starts: npt.NDArray[np.int64]  # where it begins among the tokens of all documents
+    first: npt.NDArray[np.int64]
+    document: npt.NDArray[np.int64]  # which one it belongs to
 
 
 class Tokenizing:
     """Everything that turns batches of rows into pieces; made once in each process.
 
     Args:
-        tokenizer: as `doge_lm.data.tokenizer.load_tokenizer` gives it.
+        encoder: as `doge_lm.data.encoders.load_encoder` gives it.
         sequence_length: tokens of a sample, at least 2.
         train_on_prompts: see `DocumentBuilder`.
     """
 
-    def __init__(self, tokenizer: Any, sequence_length: int, *, train_on_prompts: bool = False) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, encoder: Encoder, sequence_length: int, *, train_on_prompts: bool = False) -> None:
+        self.encoder = encoder
         self.sequence_length = sequence_length
-        self.builder = DocumentBuilder(special_tokens(tokenizer), train_on_prompts=train_on_prompts)
-        self.byte_lengths = np.asarray(token_byte_lengths(tokenizer), np.int64)
-        self.dtype = id_dtype(len(self.byte_lengths))
+        self.builder = DocumentBuilder(encoder.special, train_on_prompts=train_on_prompts)
+        self.dtype = id_dtype(encoder.vocab_size)
+        # Gathered for every token of a long document, so they are kept small.
+        self._byte_lengths = encoder.byte_lengths.astype(np.min_scalar_type(int(encoder.byte_lengths.max())))
 
     def __call__(self, rows: Sequence[Row]) -> PieceBatch:
         """Tokenizes rows, cuts what is longer than a sample, and counts."""
         account = SourceAccounting()
         plans = [self.builder.plan(row, account) for row in rows]
-        strings = [part.text for plan in plans for part in plan.parts if part.text is not None]
-        left_out = [text for plan in plans for _, text in plan.dropped]
-        encoded = encode_batch(self.tokenizer, strings + left_out)
-        contents = iter(encoded[: len(strings)])
-        for (reason, text), ids in zip(
-            (entry for plan in plans for entry in plan.dropped), encoded[len(strings) :], strict=True
-        ):
-            account.drop(reason, bytes_=_size(text), tokens=len(ids))
-            account.tokens_in += len(ids)
-        documents = [self._document(plan.parts, contents, account) for plan in plans if plan.parts]
+        parts = [part for plan in plans for part in plan.parts]
+        strings = [part.text for part in parts if part.text is not None]
+        left_out = [entry for plan in plans for entry in plan.dropped]
+        ids, lengths = self.encoder.encode(strings + [text for _, text in left_out])
+        for (reason, text), tokens in zip(left_out, lengths[len(strings) :].tolist(), strict=True):
+            account.drop(reason, bytes_=_size(text), tokens=tokens)
+            account.tokens_in += tokens
+        if not parts:
+            return PieceBatch.collect([], account, self.dtype)
+        counts = np.array([len(plan.parts) for plan in plans if plan.parts], np.int64)
+        columns = _columns(parts, counts, lengths[: len(strings)])
+        return self._assemble(self._flat(parts, columns, ids), columns, account)
+
+    def _flat(self, parts: list[_Part], columns: _Parts, ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The tokens of all documents: control tokens put between the texts."""
+        flat = np.empty(int(columns.lengths.sum()), self.dtype)
+        of_text = np.ones(len(flat), bool)
+        control = columns.starts[~columns.is_text]
+        of_text[control] = False
+        flat[control] = [part.token for part in parts if part.text is None]
+        flat[of_text] = ids[: len(flat) - len(control)]
+        return flat
+
+    def _assemble(self, flat: npt.NDArray[Any], columns: _Parts, account: SourceAccounting) -> PieceBatch:
+        lengths = np.add.reduceat(columns.lengths, columns.first)
+        trained_sizes = np.where(columns.trained, columns.sizes, 0)
+        text_bytes = np.add.reduceat(trained_sizes, columns.first)
+        spans, span_document = _context_spans(columns)
+        span_counts = 2 * np.bincount(span_document, minlength=len(lengths))
+        account.documents_kept += len(lengths)
+        account.tokens_in += len(flat)
+        account.bytes_trained += int(text_bytes.sum())
+        account.bytes_context += int(columns.sizes.sum() - trained_sizes.sum())
+        whole = PieceBatch(flat, lengths, spans, span_counts, text_bytes, np.ones(len(lengths), np.int64), account)
+        is_long = lengths > self.sequence_length
+        self._count_short(whole, ~is_long, span_document)
+        return self._cut_long(whole, is_long, columns) if is_long.any() else whole
+
+    @staticmethod
+    def _count_short(whole: PieceBatch, is_short: npt.NDArray[np.bool_], span_document: npt.NDArray[np.int64]) -> None:
+        account = whole.account
+        count = int(is_short.sum())
+        context = int((whole.spans[1::2] - whole.spans[::2])[is_short[span_document]].sum())
+        account.first_tokens += count
+        account.context += context
+        account.targets += int(whole.lengths[is_short].sum()) - count - context
+
+    def _cut_long(self, whole: PieceBatch, is_long: npt.NDArray[np.bool_], columns: _Parts) -> PieceBatch:
+        account = whole.account
+        last = np.append(columns.first[1:], len(columns.lengths))
+        documents = []
+        for number, document in enumerate(whole.documents()):
+            if not is_long[number]:
+                documents.append(document)
+                continue
+            account.documents_cut += 1
+            (piece,) = document
+            strings = _trained_strings(columns, int(columns.first[number]), int(last[number]))
+            documents.append(self._cut(piece, self._spelled(piece.ids, strings), account))
         return PieceBatch.collect([document for document in documents if document], account, self.dtype)
 
-    def _document(self, parts: list[_Part], contents: Iterator[list[int]], account: SourceAccounting) -> list[Piece]:
-        ids: list[int] = []
-        spans: list[int] = []
-        trained: list[tuple[int, int, int]] = []  # start, end, bytes of each trained string
-        for part in parts:
-            start = len(ids)
-            if part.text is None:
-                ids.append(part.token)
-            else:
-                ids.extend(next(contents))
-                if part.trained:
-                    trained.append((start, len(ids), _size(part.text)))
-                else:
-                    account.bytes_context += _size(part.text)
-            if not part.trained and start > 0 and len(ids) > start:
-                if spans and spans[-1] == start:
-                    spans[-1] = len(ids)
-                else:
-                    spans += [start, len(ids)]
-        total_bytes = sum(size for _, _, size in trained)
-        account.documents_kept += 1
-        account.tokens_in += len(ids)
-        account.bytes_trained += total_bytes
-        array = np.array(ids, self.dtype)
-        span_array = np.array(spans, np.int32)
-        if len(ids) <= self.sequence_length:
-            account.first_tokens += 1
-            context = int(np.sum(span_array[1::2] - span_array[::2]))
-            account.context += context
-            account.targets += len(ids) - 1 - context
-            return [Piece(array, span_array, total_bytes)]
-        account.documents_cut += 1
-        return self._cut(array, span_array, self._spelled(array, trained), account)
-
-    def _spelled(self, ids: npt.NDArray[Any], trained: list[tuple[int, int, int]]) -> npt.NDArray[np.int64]:
-        """Bytes that each token spells, zero outside the trained strings; they sum to the strings' bytes exactly.
+    def _spelled(self, ids: npt.NDArray[Any], strings: list[tuple[int, int, int]]) -> npt.NDArray[np.int64]:
+        """Bytes that the targets of each piece spell; they sum to the bytes of the trained strings exactly.
 
         A token's own length is not quite what it adds to the text: the first one of a string also carries the blank
         that SentencePiece puts in front. So the difference is taken from (or given to) the start of the string.
-        """
-        spelled = np.zeros(len(ids), np.int64)
-        for start, end, size in trained:
-            if end == start:
-                spelled[end] += size  # text that encodes to nothing; the `</s>` behind it is always there
-                continue
-            up_to = np.cumsum(self.byte_lengths[ids[start:end]])
-            marks = np.clip(up_to + (size - up_to[-1]), 0, size)
-            spelled[start:end] += np.diff(marks, prepend=0)
-        return spelled
 
-    def _cut(
-        self,
-        ids: npt.NDArray[Any],
-        spans: npt.NDArray[np.int32],
-        spelled: npt.NDArray[np.int64],
-        account: SourceAccounting,
-    ) -> list[Piece]:
+        Args:
+            ids: a document.
+            strings: start, end and bytes of each trained string.
+        """
+        # The targets of a piece are the tokens from one of these on to the next; the document's first is no target.
+        bounds = np.array([begin + 1 for begin in piece_starts(len(ids), self.sequence_length)[1:]] + [len(ids)])
+        before = np.zeros(len(bounds), np.int64)  # bytes spelled before each bound
+        for start, end, size in strings:
+            first, behind = np.searchsorted(bounds, start, "right"), np.searchsorted(bounds, max(end, start + 1))
+            before[behind:] += size
+            if first < behind:
+                cuts = np.concatenate(([0], bounds[first:behind] - start))
+                up_to = np.cumsum(np.add.reduceat(self._byte_lengths[ids[start:end]], cuts, dtype=np.int64))
+                before[first:behind] += np.clip(up_to[:-1] + (size - up_to[-1]), 0, size)
+        return np.diff(before, prepend=0)
+
+    def _cut(self, whole: Piece, text_bytes: npt.NDArray[np.int64], account: SourceAccounting) -> list[Piece]:
         pieces = []
-        for index, piece in enumerate(cut_document(ids, spans, spelled, self.sequence_length)):
+        for index, piece in enumerate(cut_document(whole.ids, whole.spans, text_bytes, self.sequence_length)):
             context = int(np.sum(piece.spans[1::2] - piece.spans[::2]))
             targets = len(piece.ids) - 1 - context
             if targets == 0:
@@ -389,3 +383,55 @@ class Tokenizing:
             account.targets += targets
             pieces.append(piece)
         return pieces
+
+
+def _columns(parts: list[_Part], counts: npt.NDArray[np.int64], text_lengths: npt.NDArray[np.int64]) -> _Parts:
+    """Makes columns of parts.
+
+    Args:
+        parts: of all documents, one after another.
+        counts: parts of each document.
+        text_lengths: tokens of each part that is a text.
+    """
+    is_text = np.array([part.text is not None for part in parts], bool)
+    lengths = np.ones(len(parts), np.int64)
+    lengths[is_text] = text_lengths
+    return _Parts(
+        is_text=is_text,
+        trained=np.array([part.trained for part in parts], bool),
+        sizes=np.array([0 if part.text is None else _size(part.text) for part in parts], np.int64),
+        lengths=lengths,
+        starts=np.cumsum(lengths) - lengths,
+        first=np.cumsum(counts) - counts,
+        document=np.repeat(np.arange(len(counts)), counts),
+    )
+
+
+def _context_spans(columns: _Parts) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Flat `start, end` pairs of context within each document, neighbours joined, and the document of each pair.
+
+    A document's first token is no target anyway: spans begin behind it.
+    """
+    starts = columns.starts - columns.starts[columns.first][columns.document]
+    chosen = np.flatnonzero(~columns.trained & (starts > 0) & (columns.lengths > 0))
+    begins, ends, document = starts[chosen], (starts + columns.lengths)[chosen], columns.document[chosen]
+    joined = np.zeros(len(chosen), bool)
+    joined[1:] = (begins[1:] == ends[:-1]) & (document[1:] == document[:-1])
+    spans = np.empty((int((~joined).sum()), 2), np.int32)
+    spans[:, 0] = begins[~joined]
+    spans[:, 1] = ends[~np.append(joined[1:], False)] if len(chosen) else 0
+    return spans.ravel(), document[~joined]
+
+
+def _trained_strings(columns: _Parts, first: int, last: int) -> list[tuple[int, int, int]]:
+    """Start, end and bytes of each trained string of the document whose parts are `first` to `last`."""
+    begins = columns.starts[first:last] - columns.starts[first]
+    chosen = columns.is_text[first:last] & columns.trained[first:last]
+    return list(
+        zip(
+            begins[chosen].tolist(),
+            (begins + columns.lengths[first:last])[chosen].tolist(),
+            columns.sizes[first:last][chosen].tolist(),
+            strict=True,
+        )
+    )

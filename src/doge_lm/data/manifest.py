@@ -6,8 +6,8 @@ Three kinds of directory are made, and each says what it is in one JSON file:
 - `tokenized/NAME/manifest.json` and `pretrain/manifest.json` (`Manifest`): settings, tokenizer, inputs, files with
   their sizes and hashes, and the token accounting.
 
-`atomic_directory` writes a directory beside its place and renames it when it is whole; a lock keeps a second process
-from making the same one meanwhile.
+`atomic_directory` writes a directory beside its place and renames it when it is whole; `resumable_directory` does so
+too, but keeps what an interrupted run has finished. A lock keeps a second process from making the same one meanwhile.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from doge_lm.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 SOURCE_NAME = "source.json"
 RAW_FOLDER = "raw"
@@ -81,11 +81,14 @@ class SourceAccounting:
     Every token of a document is a target, the first token of its document, context, or dropped. `overlap` counts
     the tokens that stand twice (the first token of a piece that continues a document), which is why rows hold more
     tokens than documents do. Bytes are UTF-8 bytes of the documents' words; `joiner_bytes` were added between
-    turns that had to be joined.
+    turns that had to be joined. `documents_dropped` are the documents of which nothing was kept; what could not be
+    read, or was sorted out before it was tokenized, counts no tokens, and as it stands in its file if it could not be
+    read: its bytes are those of the line.
     """
 
     documents_in: int = 0
     documents_kept: int = 0
+    documents_dropped: int = 0
     documents_cut: int = 0
     bytes_in: int = 0
     joiner_bytes: int = 0
@@ -105,6 +108,13 @@ class SourceAccounting:
         entry.times += times
         entry.bytes += bytes_
         entry.tokens += tokens
+
+    def leave_out(self, reason: str, bytes_: int, *, is_document: bool = True) -> None:
+        """Counts input that never came to the tokenizer: a document, or else (the rest of) a file."""
+        self.drop(reason, times=1, bytes_=bytes_)
+        self.bytes_in += bytes_
+        self.documents_in += is_document
+        self.documents_dropped += is_document
 
     def repair(self, reason: str, times: int = 1) -> None:
         """Counts something irregular that was kept, in a mended form."""
@@ -135,6 +145,7 @@ class SourceAccounting:
         dropped_bytes = sum(entry.bytes for entry in self.dropped.values())
         kept = self.targets + self.first_tokens + self.context
         sums = {
+            "documents in = kept + dropped": (self.documents_in, self.documents_kept + self.documents_dropped),
             "tokens in = targets + first tokens + context + dropped": (self.tokens_in, kept + dropped_tokens),
             "bytes in + joiners = trained + context + dropped": (
                 self.bytes_in + self.joiner_bytes,
@@ -166,6 +177,7 @@ def accounting_table(accounts: dict[str, SourceAccounting], rows: dict[str, Samp
     lines: list[tuple[str, Callable[[str], int]]] = [
         ("documents in", lambda name: accounts[name].documents_in),
         ("  kept", lambda name: accounts[name].documents_kept),
+        ("  dropped", lambda name: accounts[name].documents_dropped),
         ("  cut (longer than a sample)", lambda name: accounts[name].documents_cut),
         ("bytes in", lambda name: accounts[name].bytes_in),
         ("tokens in", lambda name: accounts[name].tokens_in),
@@ -186,7 +198,9 @@ def accounting_table(accounts: dict[str, SourceAccounting], rows: dict[str, Samp
         table.append(f"{label:<{label_width}}{cells}")
     for name in names:
         for reason, entry in sorted(accounts[name].dropped.items()):
-            table.append(f"{name}: dropped, {reason}: {entry.times:,} times, {entry.tokens:,} tokens")
+            table.append(
+                f"{name}: dropped, {reason}: {entry.times:,} times, {entry.bytes:,} bytes, {entry.tokens:,} tokens"
+            )
         for reason, times in sorted(accounts[name].repaired.items()):
             table.append(f"{name}: kept, {reason}: {times:,} times")
     return "\n".join(table)
@@ -210,10 +224,11 @@ class TokenizerIdentity:
 
 @dataclass
 class InputFile:
-    """A file that was read. `path` is absolute, or relative to the directory that names it."""
+    """A file that was read. `path` is absolute, or relative to the directory that names it; `sha256` may be empty."""
 
     path: str
     bytes: int
+    sha256: str = ""
 
 
 @dataclass
@@ -231,7 +246,8 @@ class Manifest:
     """How a tokenized source or a merged set was made, and what is in it.
 
     `samples` maps a split (`all` for a tokenized source; `train`, `test` for a merged set) to sources to counts.
-    `repeated_documents` is the number of documents that occur more than once in a merged set.
+    `repeated_documents` is the number of documents that occur more than once in a merged set. `settings` bear the names
+    of their flags. `versions` are those of the packages, and what else the rows do not depend on.
     """
 
     stage: Literal["tokenized", "merged"]
@@ -254,8 +270,12 @@ class Manifest:
             total.add(counts)
         return total
 
+    def identity(self) -> "Identity":
+        """What the result was made from; see `make_identity`."""
+        return make_identity(self.kind, self.sequence_length, self.tokenizer, self.settings, self.inputs)
+
     def write(self, directory: Path) -> None:
-        """Writes `manifest.json` into a directory."""
+        """Writes `manifest.json` into a directory, whole or not at all."""
         _write_json(directory / MANIFEST_NAME, asdict(self))
 
     @classmethod
@@ -348,7 +368,7 @@ def _manifest_from_json(raw: dict[str, Any]) -> Manifest:
     values["tokenizer"] = TokenizerIdentity(**raw["tokenizer"])
     values["inputs"] = [InputFile(**entry) for entry in raw["inputs"]]
     values["files"] = [OutputFile(**entry) for entry in raw["files"]]
-    values["accounting"] = {name: _accounting_from_json(entry) for name, entry in raw["accounting"].items()}
+    values["accounting"] = {name: accounting_from_json(entry) for name, entry in raw["accounting"].items()}
     values["samples"] = {
         split: {name: SampleCounts(**entry) for name, entry in sources.items()}
         for split, sources in raw["samples"].items()
@@ -363,7 +383,8 @@ def _raw_source_from_json(raw: dict[str, Any]) -> RawSource:
     return RawSource(**values)
 
 
-def _accounting_from_json(raw: dict[str, Any]) -> SourceAccounting:
+def accounting_from_json(raw: dict[str, Any]) -> SourceAccounting:
+    """The account that `dataclasses.asdict` made into plain values."""
     values = dict(raw)
     values["dropped"] = {reason: Dropped(**entry) for reason, entry in raw["dropped"].items()}
     return SourceAccounting(**values)
@@ -387,7 +408,7 @@ def _build(path: Path, make: Callable[[], _Record]) -> _Record:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     document = {"format": "doge-lm", "format_version": FORMAT_VERSION, **values}
-    path.write_text(json.dumps(document, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", newline="\n")
+    _write_whole(path, json.dumps(document, ensure_ascii=False, indent=2) + "\n")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -409,8 +430,114 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# What a directory was made from
+# ---------------------------------------------------------------------------------------------------------------
+
+Identity = dict[str, Any]
+"""What a result depends on (settings, tokenizer, inputs): JSON values under the names that a user knows them by."""
+
+
+# The content of inputs is part of the identity only up to this size in all: it must be read before anything else.
+MAX_IDENTITY_BYTES = 4 * 2**30
+
+
+def make_identity(
+    kind: Kind,
+    sequence_length: int,
+    tokenizer: TokenizerIdentity,
+    settings: dict[str, Any],
+    inputs: Sequence[InputFile],
+) -> Identity:
+    """What a result depends on, under the names of the flags; inputs as `path: [bytes, sha256]`.
+
+    The sha256 of inputs is left out where they have more than `MAX_IDENTITY_BYTES` in all.
+    """
+    small = sum(file.bytes for file in inputs) <= MAX_IDENTITY_BYTES
+    return {
+        "kind": kind,
+        "tokenizer": tokenizer.sha256,
+        "max_len": sequence_length,
+        **settings,
+        "inputs": {file.path: [file.bytes, file.sha256 if small else ""] for file in inputs},
+    }
+
+
+def first_difference(before: Identity, now: Identity, prefix: str = "") -> str | None:
+    """The first entry in which two identities differ, as `name: was X, is Y`; None if they are equal."""
+    for name in dict.fromkeys([*now, *before]):
+        one, two = before.get(name), now.get(name)
+        if isinstance(one, dict) and isinstance(two, dict):
+            found = first_difference(one, two, f"{prefix}{name} ")
+            if found is not None:
+                return found
+        elif one != two:
+            return f"{prefix}{name}: was {_shown(one)}, is {_shown(two)}"
+    return None
+
+
+def _shown(value: Any) -> str:
+    return "absent" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def is_made(target: Path, now: Identity, before: Callable[[Path], Identity], *, overwrite: bool) -> bool:
+    """Whether a finished directory is there already, made from the same.
+
+    Args:
+        target: the finished directory's place.
+        now: what it would be made from.
+        before: reads what a finished directory was made from.
+        overwrite: make it again, whatever it was made from.
+
+    Raises:
+        UserError: if it was made from something else, naming the first difference, unless `overwrite`.
+    """
+    _refuse_foreign(target)
+    # A run that was killed right after it had put the directory in its place has left this.
+    (target / _IDENTITY_NAME).unlink(missing_ok=True)
+    if overwrite or not target.is_dir() or not any(target.iterdir()):
+        return False
+    difference = first_difference(before(target), now)
+    if difference is not None:
+        raise UserError(
+            f"{target} was made with other settings ({difference}); give the same settings again, choose another "
+            "--save_dir, or make it anew with --overwrite"
+        )
+    return True
+
+
+def write_record(path: Path, values: dict[str, Any]) -> None:
+    """Writes a small JSON file so that it is there whole or not at all, and survives a loss of power."""
+    _write_whole(path, json.dumps(values, ensure_ascii=False) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{PART_SUFFIX}")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What `write_record` wrote, or None if there is no such file or it is not whole."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Directories that appear whole or not at all
 # ---------------------------------------------------------------------------------------------------------------
+
+_IDENTITY_NAME = "identity.json"
+# What a killed run was writing; thrown away by the next one.
+PART_SUFFIX = ".part"
 
 FULL_DISK = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -437,7 +564,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     """
     _refuse_foreign(target)
     temporary = target.with_name(f".tmp-{target.name}")
-    with _explained(target):
+    with explain_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target):
             try:
@@ -449,6 +576,65 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
+
+
+@contextlib.contextmanager
+def resumable_directory(target: Path, identity: Identity, *, overwrite: bool) -> Iterator[Path]:
+    """As `atomic_directory`, but an interrupted run's `.tmp-NAME` is kept and handed to the next run.
+
+    It holds `identity.json` meanwhile. Who writes into it must put every file in place whole (under another name with
+    `PART_SUFFIX` first, and then renamed), and say by a record (`write_record`, a name with `.json`) what is
+    finished. A directory without a record is not worth keeping, and is removed when the block ends with an exception.
+
+    Args:
+        target: where the finished directory belongs.
+        identity: what it is made from; an interrupted run's directory is gone on with only if this is the same.
+        overwrite: throw an interrupted run's directory away if it was made from something else.
+
+    Yields:
+        The directory to write into.
+
+    Raises:
+        UserError: as `atomic_directory`, and if an interrupted run began with something else, unless `overwrite`.
+    """
+    _refuse_foreign(target)
+    temporary = target.with_name(f".tmp-{target.name}")
+    with explain_disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target):
+            _take_over(temporary, identity, overwrite=overwrite)
+            try:
+                yield temporary
+            except BaseException:
+                if not _has_records(temporary):
+                    shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            _put_in_place(temporary, target)
+            # Only now: a run that is killed before the renaming must find its directory again.
+            (target / _IDENTITY_NAME).unlink()
+
+
+def _take_over(temporary: Path, identity: Identity, *, overwrite: bool) -> None:
+    """Makes a partial directory ready: goes on with the one that is there, or begins anew."""
+    if temporary.exists():
+        before = read_record(temporary / _IDENTITY_NAME)
+        difference = None if before is None else first_difference(before, json.loads(json.dumps(identity)))
+        if difference is not None and not overwrite and _has_records(temporary):
+            raise UserError(
+                f"{temporary} is of an interrupted run with other settings ({difference}); give the same settings to "
+                "go on with it, or throw it away with --overwrite"
+            )
+        if before is not None and difference is None:
+            for path in temporary.rglob(f"*{PART_SUFFIX}"):
+                path.unlink()
+            return
+        shutil.rmtree(temporary)
+    temporary.mkdir()
+    write_record(temporary / _IDENTITY_NAME, identity)
+
+
+def _has_records(temporary: Path) -> bool:
+    return any(path.name != _IDENTITY_NAME for path in temporary.rglob("*.json"))
 
 
 @contextlib.contextmanager
@@ -486,15 +672,19 @@ def _refuse_foreign(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(target: Path) -> Iterator[None]:
-    """Turns what the operating system says of a full or locked disk into a `UserError` that names the target."""
+def explain_disk_errors(target: Path) -> Iterator[None]:
+    """Turns what the operating system says of a full or locked disk into a `UserError` that names the target.
+
+    Raises:
+        UserError: in place of an `OSError` that the user can mend.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in FULL_DISK:
             raise UserError(
-                f"the disk is full ({error}): {target} could not be written, and nothing half written was left; free "
-                "some space, or choose another --save_dir"
+                f"the disk is full ({error}): {target} could not be finished, and nothing half written was put there; "
+                "free some space and run the same command again, or choose another --save_dir"
             ) from error
         if error.errno in _NOT_WRITABLE and _lies_under(error.filename, target.parent):
             raise UserError(
@@ -513,12 +703,12 @@ def _lies_under(filename: object, folder: Path) -> bool:
 
 def _put_in_place(temporary: Path, target: Path) -> None:
     """Renames; a directory cannot be renamed onto a full one, so the old one steps aside and comes back on failure."""
+    aside = target.with_name(f".tmp-old-{target.name}")
+    if aside.exists():  # of a run that was killed between the two renamings
+        shutil.rmtree(aside)
     if not target.exists():
         temporary.rename(target)
         return
-    aside = target.with_name(f".tmp-old-{target.name}")
-    if aside.exists():
-        shutil.rmtree(aside)
     target.rename(aside)
     try:
         temporary.rename(target)

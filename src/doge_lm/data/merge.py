@@ -1,20 +1,25 @@
 """`doge-lm merge_datasets`: tokenized sources -> a shuffled training set and a test set, physically in that order.
 
 Sources are grouped by what they are for, `pretrain` and `finetune`. All samples of a kind are permuted by the seed
-and written shard by shard, so that training reads files from front to back. The test set is made of whole groups
-(see `doge_lm.data.packing`). Groups that hold the same document, of whatever source, are joined first (see
-`doge_lm.data.repeats`), so that no document is on both sides, even if it occurs more than once.
+and written shard by shard, so that training reads files from front to back (see `doge_lm.data.shuffle`). The test set
+is made of whole groups with no document that is trained on (see `doge_lm.data.split`). With `--mix` and `--tokens`
+sources are repeated or cut to their shares (see `doge_lm.data.mix`).
+
+Every step leaves records in `.tmp-KIND/work`, so that an interrupted run goes on where it was. Memory does not grow
+with the corpus, but with the test set and the number of shards; the disk must hold the rows twice for a while.
 """
 
 import argparse
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
 from doge_lm.data.manifest import (
@@ -23,39 +28,70 @@ from doge_lm.data.manifest import (
     RAW_FOLDER,
     SOURCE_NAME,
     TOKENIZED_FOLDER,
+    Identity,
     InputFile,
     Kind,
     Manifest,
     OutputFile,
     RawSource,
     SampleCounts,
-    atomic_directory,
     check_name,
     check_sums,
+    is_made,
     package_versions,
+    read_record,
+    resumable_directory,
+    write_record,
 )
-from doge_lm.data.repeats import Pieces, join_groups, pieces_of_batch
+from doge_lm.data.mix import Mix, SourcePlan, epoch_warnings, epochs_table, parse_tokens, plan_epochs
+from doge_lm.data.shuffle import (
+    Buckets,
+    Dealt,
+    DealTask,
+    Share,
+    ShuffleTask,
+    Unit,
+    count_rows,
+    deal,
+    runs_of,
+    shuffle,
+    start_shuffling,
+    stop_shuffling,
+    unit_batches,
+)
+from doge_lm.data.split import (
+    Candidates,
+    ScanTask,
+    SearchTask,
+    choose_test_rows,
+    read_candidates,
+    scan,
+    search,
+    share_out,
+)
 from doge_lm.data.storage import (
-    ROWS_PER_BATCH,
     ROWS_PER_SHARD,
-    RowReader,
-    ShardWriter,
     check_files,
-    count_batch,
     describe_dataset,
     describe_dataset_dict,
     id_dtype,
-    row_features,
     shard_name,
 )
 from doge_lm.data.workers import Workers, check_num_proc
 from doge_lm.errors import UserError
 
-_Indices = npt.NDArray[np.int64]
-# Rows gathered at a time: 4,096 of 2,048 tokens are 17 MB. More rows mean longer runs in each file that is read.
-_GATHER_ROWS = 4096
+_Task = TypeVar("_Task")
+_Result = TypeVar("_Result")
+# A run is dealt by one process at a time, which holds some 50 bytes for each of its rows.
+_RUN_BYTES = 2**30
+_RUN_UNITS = 1024  # memory maps at once
+# The test set is chosen among groups with so many rows in all: these, or eight times the test set.
+_CANDIDATE_ROWS = 2**16
+_CANDIDATE_TIMES = 8
 # A test set that takes more of a source than this is worth a word.
 _LARGE_TEST_SHARE = 0.2
+_WORK = "work"
+BEYOND_BUDGET = "beyond the token budget"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,56 +100,98 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--datasets_dir", type=Path, required=True, help="where preprocess_datasets saved: DIR/tokenized is read"
     )
     parser.add_argument("--save_dir", type=Path, required=True, help="DIR/pretrain and DIR/finetune are written")
-    parser.add_argument("--num_proc", type=int, default=1, help="processes that write (default: 1)")
+    parser.add_argument("--num_proc", type=int, default=1, help="processes (default: 1)")
     parser.add_argument("--seed", type=int, default=233, help="fixes the order and the split (default: 233)")
     parser.add_argument("--test_size", type=int, default=1000, help="samples of the test set (default: 1000)")
+    parser.add_argument(
+        "--mix",
+        metavar="NAME=WEIGHT,...",
+        help="shares of sources in the tokens of the training set, as in a=0.5,b=0.3,c=0.2; other sources of their "
+        "kind are left out (default: every source once)",
+    )
+    parser.add_argument(
+        "--tokens",
+        metavar="N",
+        help="tokens of the training set, as in 4B, 500M or 1e9; of the kind that --mix names, or else of the "
+        "pre-training set (default: all there are; with --mix as many as there are without repeating a source)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="make the sets again, even if they are there with other settings"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs `merge_datasets`; see `merge`."""
     manifests = merge(
-        args.datasets_dir, args.save_dir, num_proc=args.num_proc, seed=args.seed, test_size=args.test_size
+        args.datasets_dir,
+        args.save_dir,
+        num_proc=args.num_proc,
+        seed=args.seed,
+        test_size=args.test_size,
+        mix=None if args.mix is None else Mix.parse(args.mix),
+        tokens=None if args.tokens is None else parse_tokens(args.tokens),
+        overwrite=args.overwrite,
     )
     for kind in KINDS:
         if kind not in manifests:
             print(f"{kind}: no source of this kind in {args.datasets_dir / TOKENIZED_FOLDER}, so none was written")
             continue
-        manifest = manifests[kind]
-        print(f"{args.save_dir / kind}: sequences of {manifest.sequence_length:,} tokens")
-        print(_split_table(manifest))
-        for note in _split_notes(manifest):
-            print(f"{kind}: note: {note}")
-        if manifest.repeated_documents:
-            print(f"{kind}: {_repeats(manifest.repeated_documents)}; their samples stay on one side of the split")
-        wanted, got = args.test_size, manifest.split_counts("test").samples
-        if got != wanted:
-            print(
-                f"{kind}: the test set has {got:,} samples, not {wanted:,}: samples that share a document stay "
-                "together, and no choice of them comes nearer"
-            )
+        _print_result(args.save_dir / kind, manifests[kind], args.test_size)
     return 0
 
 
+def _print_result(target: Path, manifest: Manifest, test_size: int) -> None:
+    kind = manifest.kind
+    print(f"{target}: sequences of {manifest.sequence_length:,} tokens")
+    print(_split_table(manifest))
+    for note in _split_notes(manifest):
+        print(f"{kind}: note: {note}")
+    if manifest.repeated_documents:
+        least = "" if manifest.settings["candidates"] == "all" else "at least "
+        print(f"{kind}: {least}{_repeats(manifest.repeated_documents)}; their samples stay on one side of the split")
+    got = manifest.split_counts("test").samples
+    if got != test_size:
+        print(
+            f"{kind}: the test set has {got:,} samples, not {test_size:,}: samples that share a document stay "
+            "together, and no choice of them comes nearer"
+        )
+
+
 def merge(
-    datasets_dir: Path, save_dir: Path, *, num_proc: int = 1, seed: int = 233, test_size: int = 1000
+    datasets_dir: Path,
+    save_dir: Path,
+    *,
+    num_proc: int = 1,
+    seed: int = 233,
+    test_size: int = 1000,
+    mix: Mix | None = None,
+    tokens: int | None = None,
+    overwrite: bool = False,
 ) -> dict[Kind, Manifest]:
     """Merges all tokenized sources by kind, shuffles and splits; writes `save_dir/KIND`, whole or not at all.
 
-    The result is the same for any `num_proc`.
+    The result is the same for any `num_proc`, and after any interruption. What is there already, made from the same
+    sources with the same settings, is left as it is.
 
     Args:
         datasets_dir: holds `tokenized/NAME`, as `preprocess_datasets` leaves it.
         save_dir: where to write.
-        num_proc: processes that write shards; 1 works in this process.
+        num_proc: processes; 1 works in this process.
         seed: fixes the order and the split.
         test_size: samples of the test set; fewer only where whole groups do not come to it.
+        mix: shares of the sources of one kind in the tokens of its training set; other sources of that kind are left
+            out, and the other kind is merged without it.
+        tokens: size of the training set that `mix` is about, or else of the pre-training set (of the fine-tuning set
+            if there is no other).
+        overwrite: replace sets, and what interrupted runs left, that were made with other settings.
 
     Returns:
         The manifest of each kind that was there.
 
     Raises:
         UserError: if there is nothing to merge, a file is damaged, two sources differ in tokenizer or length (or,
-            within a kind, in another setting), there are too few samples, or the disk is full.
+            within a kind, in another setting), there are too few samples, a set is there with other settings, or the
+            disk is full.
     """
     check_num_proc(num_proc)
     if test_size < 1:
@@ -122,14 +200,11 @@ def merge(
         raise UserError(f"--seed {seed} is not possible; it must be between 0 and {2**32 - 1:,}")
     sources = _tokenized_sources(datasets_dir / TOKENIZED_FOLDER)
     _check_alike([source.manifest for source in sources])
-    plans = {}
-    for kind in KINDS:
-        chosen = [source for source in sources if source.manifest.kind == kind]
-        if chosen:
-            _check_same_settings([source.manifest for source in chosen])
-            plans[kind] = _plan(kind, chosen, seed, test_size)
-    settings = {"seed": seed, "test_size": test_size}
-    return {kind: _write(plan, save_dir / kind, settings, num_proc) for kind, plan in plans.items()}
+    jobs = _jobs(sources, mix, tokens, seed, test_size)
+    for job in jobs:
+        _check_same_settings([source.manifest for source in job.sources])
+        _check_enough(job)
+    return {job.kind: _merge_kind(job, save_dir / job.kind, num_proc, overwrite) for job in jobs}
 
 
 @dataclass(frozen=True)
@@ -138,18 +213,121 @@ class _Source:
     manifest: Manifest
 
     @property
-    def files(self) -> list[Path]:
-        return [self.directory / file.path for file in self.manifest.files]
+    def name(self) -> str:
+        return self.manifest.name
+
+    @property
+    def rows(self) -> int:
+        return sum(file.rows for file in self.manifest.files)
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.manifest.files)
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of the sha256s of its files."""
+        return sha256("".join(file.sha256 for file in self.manifest.files).encode("ascii")).hexdigest()
+
+    def units(self, number: int) -> list[Unit]:
+        return [
+            Unit(self.directory / file.path, self.name, number, position, file.rows, file.bytes)
+            for position, file in enumerate(self.manifest.files)
+        ]
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Which rows go where. Rows are numbered source after source, in the order of `sources`."""
+class _Job:
+    """One kind to be merged. `mix` and `tokens` are None where they are not about this kind."""
 
     kind: Kind
     sources: list[_Source]
-    splits: dict[str, _Indices]
-    repeated_documents: int
+    left_out: list[str]
+    mix: Mix | None
+    tokens: int | None
+    seed: int
+    test_size: int
+
+    @property
+    def units(self) -> list[Unit]:
+        return [unit for number, source in enumerate(self.sources) for unit in source.units(number)]
+
+    @property
+    def rows(self) -> int:
+        return sum(source.rows for source in self.sources)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return id_dtype(self.sources[0].manifest.tokenizer.vocab_size)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "test_size": self.test_size,
+            "mix": None if self.mix is None else self.mix.as_text(),
+            "tokens": self.tokens,
+            "inputs": {source.name: [source.bytes, source.fingerprint] for source in self.sources},
+        }
+
+    @property
+    def identity(self) -> Identity:
+        return _identity(self.sources[0].manifest, self.settings)
+
+
+_IDENTITY_SETTINGS = ("seed", "test_size", "mix", "tokens", "inputs")
+
+
+def _identity(manifest: Manifest, settings: dict[str, Any]) -> Identity:
+    """What a merged set depends on."""
+    return {
+        "tokenizer": manifest.tokenizer.sha256,
+        "max_len": manifest.sequence_length,
+        **{name: settings.get(name) for name in _IDENTITY_SETTINGS},
+    }
+
+
+def _identity_of(target: Path) -> Identity:
+    manifest = Manifest.read(target)
+    return _identity(manifest, manifest.settings)
+
+
+def _jobs(sources: list[_Source], mix: Mix | None, tokens: int | None, seed: int, test_size: int) -> list[_Job]:
+    """What to merge, kind by kind."""
+    by_kind = {kind: [source for source in sources if source.manifest.kind == kind] for kind in KINDS}
+    mixed = _mixed_kind(by_kind, mix)
+    jobs = []
+    for kind, there in by_kind.items():
+        if not there:
+            continue
+        own_mix, own_tokens = (mix, tokens) if kind == mixed else (None, None)
+        used = [source for source in there if own_mix is None or source.name in own_mix.weights]
+        left_out = [source.name for source in there if source not in used]
+        jobs.append(_Job(kind, used, left_out, own_mix, own_tokens, seed, test_size))
+    return jobs
+
+
+def _mixed_kind(by_kind: dict[Kind, list[_Source]], mix: Mix | None) -> Kind:
+    """The kind that `--mix` and `--tokens` are about."""
+    if mix is None:
+        return next(kind for kind in KINDS if by_kind[kind])
+    mix.check_names([source.name for there in by_kind.values() for source in there])
+    named = {kind: [source.name for source in there if source.name in mix.weights] for kind, there in by_kind.items()}
+    kinds = [kind for kind in KINDS if named[kind]]
+    if len(kinds) > 1:
+        raise UserError(
+            f"--mix names sources of two kinds, {' and '.join(f'{named[kind][0]} ({kind})' for kind in kinds)}; they "
+            "become two sets: name the sources of one kind, the other is merged without a mix"
+        )
+    return kinds[0]
+
+
+def _check_enough(job: _Job) -> None:
+    if job.rows <= job.test_size:
+        raise UserError(
+            f"{job.kind}: there are only {job.rows:,} samples, so --test_size {job.test_size} leaves none to train "
+            "on; choose a smaller --test_size or add data"
+        )
 
 
 def _tokenized_sources(folder: Path) -> list[_Source]:
@@ -197,10 +375,14 @@ def _check_alike(manifests: Sequence[Manifest]) -> None:
             )
 
 
+# What samples are. The rest (cleaning, budgets, the size of a unit) is each source's own affair.
+_SHARED_SETTINGS = ("padding", "packing", "train_on_prompts")
+
+
 def _check_same_settings(manifests: Sequence[Manifest]) -> None:
     first = manifests[0]
     for other in manifests[1:]:
-        for name in sorted(first.settings.keys() | other.settings.keys()):
+        for name in _SHARED_SETTINGS:
             one, two = first.settings.get(name), other.settings.get(name)
             if one != two:
                 raise UserError(
@@ -210,270 +392,340 @@ def _check_same_settings(manifests: Sequence[Manifest]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Order and split
+# One kind, step by step
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _plan(kind: Kind, sources: list[_Source], seed: int, test_size: int) -> _Plan:
-    groups, repeated = _groups(sources)
-    total = len(groups)
-    if total <= test_size:
-        raise UserError(
-            f"{kind}: there are only {total:,} samples, so --test_size {test_size} leaves none to train on; choose a "
-            "smaller --test_size or add data"
-        )
-    row_source = np.repeat(np.arange(len(sources)), [_rows(source) for source in sources])
-    in_test = share_test_groups(groups, row_source, test_size, seed)[groups]
-    if not in_test.any():
-        raise UserError(
-            f"{kind}: no test set of up to {test_size:,} samples can be split off: the {total:,} samples share "
-            f"documents so that every group of them is larger; choose a larger --test_size"
+class _UnusableError(UserError):
+    """These settings come to nothing with these sources: no use in going on with the partial directory."""
+
+
+def _merge_kind(job: _Job, target: Path, num_proc: int, overwrite: bool) -> Manifest:
+    for name in job.left_out:
+        print(f"{job.kind}: {name} is left out, since --mix does not name it")
+    if is_made(target, job.identity, _identity_of, overwrite=overwrite):
+        print(f"{target} is made already, from the same sources with the same settings; nothing to do")
+        return Manifest.read(target)
+    with resumable_directory(target, job.identity, overwrite=overwrite) as folder:
+        # The manifest is put there when all else is, so it says that only the work is left to be removed.
+        if not (folder / MANIFEST_NAME).is_file():
+            try:
+                _make(job, folder, num_proc)
+            except _UnusableError:
+                shutil.rmtree(folder)
+                raise
+        shutil.rmtree(folder / _WORK, ignore_errors=True)
+    return Manifest.read(target)
+
+
+def _make(job: _Job, folder: Path, num_proc: int) -> None:
+    work = folder / _WORK
+    work.mkdir(exist_ok=True)
+    split = _split(job, work, num_proc)
+    plans = _plans(job, split)
+    buckets, shares = _shares(job, split, plans)
+    runs, bounds, dealt = _deal(job, work, shares, buckets, num_proc)
+    written = _shuffle(job, folder, runs, bounds, buckets, num_proc)
+    files, samples = _collect(written)
+    for name, outputs in files.items():
+        describe_dataset(folder / name, job.dtype, outputs, name)
+    describe_dataset_dict(folder, list(files))
+    for source in job.sources:
+        _check_complete(source, dealt[source.name], samples)
+    manifest = _manifest(job, split, plans, dealt, files, samples)
+    manifest.write(work)
+    os.replace(work / MANIFEST_NAME, folder / MANIFEST_NAME)
+
+
+def _each(
+    description: str, num_proc: int, function: Callable[[_Task], _Result], tasks: Sequence[_Task]
+) -> list[_Result]:
+    """The results of a step in order; its functions need no preparation of the process."""
+    return _map(description, Workers(max(1, min(num_proc, len(tasks))), _nothing, ()), function, tasks)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _map(
+    description: str, processes: Workers, function: Callable[[_Task], _Result], tasks: Sequence[_Task]
+) -> list[_Result]:
+    with processes as workers, closing(workers.map(function, tasks)) as results:
+        return list(tqdm(results, desc=description, total=len(tasks), disable=None))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The split
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Split:
+    """The test set: rows by unit, what they come to by source, and how many documents are known to occur twice."""
+
+    rows: dict[int, list[int]]
+    counts: dict[str, SampleCounts]
+    repeated: int
+    all_candidates: bool
+
+
+def _split(job: _Job, work: Path, num_proc: int) -> _Split:
+    record = work / "split.json"
+    done = read_record(record)
+    if done is None:
+        split = _choose(job, work, num_proc)
+        write_record(record, {**asdict(split), "rows": sorted(split.rows.items())})
+        return split
+    counts = {name: SampleCounts(**entry) for name, entry in done["counts"].items()}
+    return _Split(dict(map(tuple, done["rows"])), counts, done["repeated"], done["all_candidates"])
+
+
+def _choose(job: _Job, work: Path, num_proc: int) -> _Split:
+    units = job.units
+    room = max(_CANDIDATE_ROWS, _CANDIDATE_TIMES * job.test_size)
+    shares = _test_shares(job)
+    limits = None if job.rows <= room else [max(1, rows) for rows in share_out(shares, room)]
+    candidates = _candidates(job, units, limits, num_proc)
+    manifest = job.sources[0].manifest
+    rows = read_candidates(units, candidates, manifest.tokenizer.bos_token_id, manifest.sequence_length)
+    elsewhere = np.empty(0, np.uint64)
+    if limits is not None:
+        np.save(work / "hashes.npy", rows.hashes)
+        tasks = [
+            SearchTask(
+                work / f"search-{number:05d}.json",
+                [(units[position], candidates.groups[candidates.units == position]) for position in run],
+                work / "hashes.npy",
+                manifest.tokenizer.bos_token_id,
+                manifest.sequence_length,
+            )
+            for number, run in enumerate(_runs(units))
+        ]
+        found = _each(f"{job.kind}: repeated documents", num_proc, search, tasks)
+        elsewhere = np.unique(np.concatenate(found))
+    repeated = len(np.union1d(rows.repeated, elsewhere))
+    chosen = choose_test_rows(rows, elsewhere, shares, job.test_size, job.seed)
+    if not chosen:
+        raise _UnusableError(
+            f"{job.kind}: no test set of up to {job.test_size:,} samples can be split off: the {job.rows:,} samples "
+            f"share documents so that every group of them is larger; choose a larger --test_size"
             + (f", or remove repeats ({_repeats(repeated)})" if repeated else "")
         )
-    order = _random(seed, 0).permutation(total)
-    return _Plan(kind, sources, {"train": order[~in_test[order]], "test": order[in_test[order]]}, repeated)
+    return _Split(chosen, _count_test(units, chosen), repeated, limits is None)
 
 
-def _groups(sources: list[_Source]) -> tuple[_Indices, int]:
-    """The group of every row, numbered from 0 over all sources, and how many documents occur more than once.
+def _test_shares(job: _Job) -> np.ndarray:
+    """In what proportion the sources give to the test set."""
+    if job.mix is None:
+        return np.array([source.rows for source in job.sources])
+    return np.array([round(job.mix.weights[source.name] * 10**9) for source in job.sources])
 
-    Rows that share a document have the same group: rows of one source by packing, and all others because the same
-    document stands in both.
-    """
-    rows: list[_Indices] = []
-    pieces: list[Pieces] = []
-    count = 0
-    for source in sources:
-        manifest = source.manifest
-        reader = RowReader(source.files)
-        groups = reader.column("group").astype(np.int64) + count
+
+def _runs(units: list[Unit]) -> list[list[int]]:
+    """Runs of units, as numbers among all units."""
+    runs = []
+    begin = 0
+    for run in runs_of(units, _RUN_BYTES, _RUN_UNITS):
+        runs.append(list(range(begin, begin + len(run))))
+        begin += len(run)
+    return runs
+
+
+def _candidates(job: _Job, units: list[Unit], limits: list[int] | None, num_proc: int) -> Candidates:
+    tasks = [
+        ScanTask(
+            [(position, units[position]) for position in run],
+            [None if limits is None else limits[units[position].source] for position in run],
+            job.seed,
+        )
+        for run in _runs(units)
+    ]
+    best: dict[int, Candidates] = {}
+    for found in _each(f"{job.kind}: groups", num_proc, scan, tasks):
+        for source, candidates in found:
+            joined = Candidates.join([best[source], candidates]) if source in best else candidates
+            best[source] = joined if limits is None else joined.first(limits[source])
+    return Candidates.join([best[source] for source in sorted(best)])
+
+
+def _count_test(units: list[Unit], chosen: dict[int, list[int]]) -> dict[str, SampleCounts]:
+    counts: dict[str, SampleCounts] = {}
+    for position, rows in chosen.items():
+        unit = units[position]
+        times = np.zeros(unit.rows, np.int64)
+        times[rows] = 1
         begin = 0
-        for batch in reader.batches:
-            end = begin + batch.num_rows
-            bos, length = manifest.tokenizer.bos_token_id, manifest.sequence_length
-            pieces.append(pieces_of_batch(batch, groups[begin:end], bos, length))
-            begin = end
-        rows.append(groups)
-        count = 1 + int(groups.max(initial=count - 1))
-    if not pieces:
-        return np.concatenate(rows), 0
-    joined, repeated = join_groups(Pieces.join(pieces), count)
-    return joined[np.concatenate(rows)], repeated
+        for batch in unit_batches(unit):
+            part = count_rows(batch, times[begin : begin + batch.num_rows])
+            counts.setdefault(unit.name, SampleCounts()).add(part)
+            begin += batch.num_rows
+    return counts
 
 
 def _repeats(count: int) -> str:
     return "1 document occurs more than once" if count == 1 else f"{count:,} documents occur more than once"
 
 
-def _random(seed: int, stream: int) -> np.random.RandomState:
-    # The legacy generator: its stream is frozen (NEP 19), so a seed means the same order with every later numpy.
-    return np.random.RandomState([seed, stream])
-
-
-def _rows(source: _Source) -> int:
-    return sum(file.rows for file in source.manifest.files)
-
-
-def share_test_groups(groups: _Indices, row_source: _Indices, test_size: int, seed: int) -> npt.NDArray[np.bool_]:
-    """Chooses groups for the test set, from each source in proportion to its samples as far as its groups allow.
-
-    What a source's groups are too large for is made up from the others, for the size comes first.
-
-    Args:
-        groups: the group of every row, (R,).
-        row_source: the source of every row, (R,), ascending.
-        test_size: samples wanted.
-        seed: fixes the choice.
-
-    Returns:
-        Which groups are chosen, (G,).
-    """
-    sizes = np.bincount(groups)
-    owner = np.zeros(len(sizes), np.int64)
-    owner[groups[::-1]] = row_source[::-1]  # a group over several sources counts as the first one's
-    chosen = np.zeros(len(sizes), np.bool_)
-    for source, share in enumerate(_shares(np.bincount(row_source), test_size)):
-        own = np.flatnonzero((owner == source) & (sizes > 0))
-        chosen[own] = choose_test_groups(sizes[own], share, seed)
-    rest = np.flatnonzero(~chosen)
-    chosen[rest] = choose_test_groups(sizes[rest], test_size - int(sizes[chosen].sum()), seed)
-    if sizes[chosen].sum() < test_size:
-        over_all = choose_test_groups(sizes, test_size, seed)
-        if sizes[over_all].sum() > sizes[chosen].sum():
-            return over_all
-    return chosen
-
-
-def _shares(counts: _Indices, total: int) -> list[int]:
-    """`total` shared out in proportion to `counts` in whole numbers, by the largest remainders."""
-    exact = counts * total
-    shares = exact // counts.sum()
-    order = np.argsort(-(exact % counts.sum()), kind="stable")
-    shares[order[: total - int(shares.sum())]] += 1
-    return [int(share) for share in shares]
-
-
-def choose_test_groups(sizes: npt.NDArray[np.int64], test_size: int, seed: int) -> npt.NDArray[np.bool_]:
-    """Chooses groups at random whose sizes sum to `test_size`, or to as near below it as there is a choice.
-
-    Groups are taken in random order while they fit. Where that falls short, the sum that comes nearest is worked out
-    exactly, and groups of the sizes it needs are taken in the same random order.
-
-    Args:
-        sizes: samples of each group, (G,).
-        test_size: samples wanted.
-        seed: fixes the choice.
-
-    Returns:
-        Which groups are chosen, (G,).
-    """
-    order = _random(seed, 1).permutation(len(sizes))
-    chosen = np.zeros(len(sizes), np.bool_)
-    room = test_size
-    for group in map(int, order):
-        if sizes[group] <= room:
-            chosen[group] = True
-            room -= int(sizes[group])
-            if room == 0:
-                return chosen
-    needed = _nearest_sum(sizes[order], test_size)
-    if sum(size * count for size, count in needed.items()) == test_size - room:
-        return chosen
-    chosen[:] = False
-    for size, count in needed.items():
-        chosen[order[sizes[order] == size][:count]] = True
-    return chosen
-
-
-def _nearest_sum(sizes: npt.NDArray[np.int64], limit: int) -> dict[int, int]:
-    """How many groups of each size to take for the largest sum up to `limit`: a bounded knapsack over sums."""
-    values, counts = np.unique(sizes[sizes <= limit], return_counts=True)
-    reached = {0: (0, 0)}  # sum -> (size that was added to get there, how many of it)
-    for value, available in zip(values.tolist(), counts.tolist(), strict=True):
-        for begin in sorted(reached):
-            for number in range(1, available + 1):
-                total = begin + number * value
-                if total > limit or total in reached:
-                    break
-                reached[total] = (value, number)
-    needed: dict[int, int] = {}
-    total = max(reached)
-    while total:
-        value, number = reached[total]
-        needed[value] = number
-        total -= value * number
-    return needed
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# Writing
+# Dealing and shuffling
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _ShardTask:
-    split: str
-    path: Path
-    rows: _Indices
+def _plans(job: _Job, split: _Split) -> dict[str, SourcePlan]:
+    """What to take of each source."""
+    there = {}
+    for source in job.sources:
+        count = source.manifest.samples["all"][source.name].tokens
+        there[source.name] = count - split.counts.get(source.name, SampleCounts()).tokens
+    if job.mix is None and job.tokens is None:
+        return {name: SourcePlan(name, count, count) for name, count in there.items()}
+    for name, count in there.items():
+        if count == 0:
+            raise _UnusableError(
+                f"{job.kind}: all of {name} is in the test set, so the training set can have no share of it; choose "
+                "a smaller --test_size, or leave it out with --mix"
+            )
+    plans = plan_epochs(there, job.mix, job.tokens)
+    print(epochs_table(plans))
+    for warning in epoch_warnings(plans):
+        print(f"{job.kind}: warning: {warning}")
+    return {plan.name: plan for plan in plans}
 
 
-def _write(plan: _Plan, target: Path, settings: dict[str, Any], num_proc: int) -> Manifest:
-    first = plan.sources[0].manifest
-    files = [file for source in plan.sources for file in source.files]
-    dtype = id_dtype(first.tokenizer.vocab_size)
-    with atomic_directory(target) as folder:
-        tasks = _tasks(plan, folder)
-        written: dict[str, list[OutputFile]] = {split: [] for split in plan.splits}
-        samples: dict[str, dict[str, SampleCounts]] = {split: {} for split in plan.splits}
-        # Processes are worth their start only for full shards.
-        used = max(1, min(num_proc, sum(len(task.rows) == ROWS_PER_SHARD for task in tasks)))
-        with (
-            Workers(used, _start_worker, (files, dtype)) as workers,
-            closing(workers.map(_write_shard, tasks)) as results,
-            tqdm(desc=plan.kind, total=len(tasks), unit=" shards", disable=None) as progress,
-        ):
-            for task, (output, counts) in zip(tasks, results, strict=True):
-                written[task.split].append(output)
-                for name, count in counts.items():
-                    samples[task.split].setdefault(name, SampleCounts()).add(count)
-                progress.update()
-        _worker.clear()  # lets go of the files that were read, if they were read in this process
-        for split, outputs in written.items():
-            describe_dataset(folder / split, row_features(dtype), outputs, split)
-        describe_dataset_dict(folder, list(plan.splits))
-        _check_complete(plan, samples)
-        manifest = Manifest(
-            stage="merged",
-            name=plan.kind,
-            kind=plan.kind,
-            sequence_length=first.sequence_length,
-            tokenizer=first.tokenizer,
-            settings={
-                **settings,
-                "sources": {source.manifest.name: source.manifest.settings for source in plan.sources},
-            },
-            inputs=[InputFile(str(path), path.stat().st_size) for path in files],
-            files=[
-                OutputFile(f"{split}/{output.path}", output.bytes, output.rows, output.sha256)
-                for split, outputs in written.items()
-                for output in outputs
-            ],
-            accounting={name: entry for source in plan.sources for name, entry in source.manifest.accounting.items()},
-            samples=samples,
-            versions=package_versions(),
-            repeated_documents=plan.repeated_documents,
-        )
-        manifest.write(folder)
-    return manifest
+def _shares(job: _Job, split: _Split, plans: dict[str, SourcePlan]) -> tuple[Buckets, list[Share]]:
+    """How the rows of every unit are dealt."""
+    units = job.units
+    shares = []
+    train = 0
+    for number, source in enumerate(job.sources):
+        own = [position for position, unit in enumerate(units) if unit.source == number]
+        others = [units[position].rows - len(split.rows.get(position, [])) for position in own]
+        total = sum(others)
+        copies, extra = plans[source.name].copies(total) if total else (1, 0)
+        train += copies * total + extra
+        before = 0
+        for position, rows in zip(own, others, strict=True):
+            # What is left over is shared out along the source, so that every unit gives its part, to the row.
+            part = extra * (before + rows) // total - extra * before // total if total else 0
+            shares.append(Share(units[position], tuple(split.rows.get(position, [])), copies, part))
+            before += rows
+    if train == 0:
+        raise _UnusableError(f"{job.kind}: --tokens {job.tokens} is less than one sample; choose more")
+    test = sum(map(len, split.rows.values()))
+    return Buckets(job.seed, -(-train // ROWS_PER_SHARD), -(-test // ROWS_PER_SHARD)), shares
 
 
-def _tasks(plan: _Plan, folder: Path) -> list[_ShardTask]:
-    """Shards of a fixed number of rows, whoever writes them."""
-    tasks = []
-    for split, rows in plan.splits.items():
-        (folder / split).mkdir()
-        for index, begin in enumerate(range(0, len(rows), ROWS_PER_SHARD)):
-            path = folder / split / shard_name(index)
-            tasks.append(_ShardTask(split, path, rows[begin : begin + ROWS_PER_SHARD]))
-    return tasks
+def _deal(
+    job: _Job, work: Path, shares: list[Share], buckets: Buckets, num_proc: int
+) -> tuple[list[Path], list[list[int]], dict[str, Dealt]]:
+    """Deals all runs: their files, where each bucket begins in them, and what became of each source's rows."""
+    tasks = [
+        DealTask(work / f"dealt-{number:05d}.arrow", [shares[position] for position in run], buckets, job.dtype)
+        for number, run in enumerate(_runs(job.units))
+    ]
+    records = _each(f"{job.kind}: dealing", num_proc, deal, tasks)
+    dealt = {source.name: Dealt.none() for source in job.sources}
+    for record in records:
+        for name, values in record["sources"].items():
+            dealt[name].add(Dealt.from_json(values))
+    return [task.path for task in tasks], [record["bounds"] for record in records], dealt
 
 
-_worker: dict[str, Any] = {}  # a process keeps its reader here between shards
+def _shuffle(
+    job: _Job, folder: Path, runs: list[Path], bounds: list[list[int]], buckets: Buckets, num_proc: int
+) -> list[tuple[str, OutputFile, dict[str, SampleCounts]]]:
+    """Writes a shard for every bucket: split, file, what lies in it by source."""
+    tasks, splits = [], []
+    for split, first, count in (("train", 0, buckets.train), ("test", buckets.train, buckets.test)):
+        (folder / split).mkdir(exist_ok=True)
+        for number in range(count):
+            record = folder / _WORK / f"{split}-{number:05d}.json"
+            tasks.append(ShuffleTask(first + number, folder / split / shard_name(number), record))
+            splits.append(split)
+    # Processes are worth their start only for full shards.
+    used = max(1, min(num_proc, buckets.train if buckets.train > 1 else 1))
+    try:
+        workers = Workers(used, start_shuffling, (runs, bounds, job.seed, job.dtype))
+        results = _map(f"{job.kind}: shuffling", workers, shuffle, tasks)
+    finally:
+        stop_shuffling()
+    return [(split, file, counts) for split, (file, counts) in zip(splits, results, strict=True)]
 
 
-def _start_worker(files: list[Path], dtype: np.dtype[Any]) -> None:
-    _worker["reader"] = RowReader(files)
-    _worker["dtype"] = dtype
+def _collect(
+    written: Iterable[tuple[str, OutputFile, dict[str, SampleCounts]]],
+) -> tuple[dict[str, list[OutputFile]], dict[str, dict[str, SampleCounts]]]:
+    """Files by split, and counts by split and source."""
+    files: dict[str, list[OutputFile]] = {"train": [], "test": []}
+    samples: dict[str, dict[str, SampleCounts]] = {"train": {}, "test": {}}
+    for split, file, counts in written:
+        files[split].append(file)
+        for name, count in counts.items():
+            samples[split].setdefault(name, SampleCounts()).add(count)
+    return files, samples
 
 
-def _write_shard(task: _ShardTask) -> tuple[OutputFile, dict[str, SampleCounts]]:
-    reader: RowReader = _worker["reader"]
-    schema = row_features(_worker["dtype"]).arrow_schema
-    counts: dict[str, SampleCounts] = {}
-    with ShardWriter(task.path, schema) as shard:
-        for begin in range(0, len(task.rows), _GATHER_ROWS):
-            gathered = reader.take(task.rows[begin : begin + _GATHER_ROWS]).replace_schema_metadata(schema.metadata)
-            names = np.asarray(gathered.column("source").to_pylist())
-            for name in np.unique(names):
-                part = gathered.filter(names == name)
-                counts.setdefault(str(name), SampleCounts()).add(count_batch(part))
-            for offset in range(0, gathered.num_rows, ROWS_PER_BATCH):
-                shard.write(gathered.slice(offset, ROWS_PER_BATCH))
-    return shard.output(), counts
+def _check_complete(source: _Source, dealt: Dealt, samples: dict[str, dict[str, SampleCounts]]) -> None:
+    """Checks that the source's rows were dealt or left out, each once but for repeats, and what was dealt written."""
+    before = source.manifest.samples["all"][source.name]
+    sums = {}
+    for field, count in vars(before).items():
+        taken = getattr(dealt.train, field) + getattr(dealt.test, field) - getattr(dealt.again, field)
+        sums[f"{field} taken and left out"] = (taken + getattr(dealt.left_out, field), count)
+        for split, written in samples.items():
+            found = getattr(written.get(source.name, SampleCounts()), field)
+            sums[f"{field} of {split}"] = (found, getattr(getattr(dealt, split), field))
+    check_sums(source.name, sums)
 
 
-def _check_complete(plan: _Plan, samples: dict[str, dict[str, SampleCounts]]) -> None:
-    """Checks that the rows of both splits together are the rows of the sources."""
-    for source in plan.sources:
-        name = source.manifest.name
-        total = SampleCounts()
-        for split in plan.splits:
-            total.add(samples[split].get(name, SampleCounts()))
-        before = source.manifest.samples["all"][name]
-        check_sums(
-            name,
-            {f"{field} of all splits": (value, getattr(before, field)) for field, value in vars(total).items()},
-        )
+def _manifest(
+    job: _Job,
+    split: _Split,
+    plans: dict[str, SourcePlan],
+    dealt: dict[str, Dealt],
+    files: dict[str, list[OutputFile]],
+    samples: dict[str, dict[str, SampleCounts]],
+) -> Manifest:
+    first = job.sources[0].manifest
+    return Manifest(
+        stage="merged",
+        name=job.kind,
+        kind=job.kind,
+        sequence_length=first.sequence_length,
+        tokenizer=first.tokenizer,
+        settings={
+            **job.settings,
+            "candidates": "all" if split.all_candidates else "some",
+            "sources": {source.name: source.manifest.settings for source in job.sources},
+            "mixture": {name: _mixture(plan, dealt[name]) for name, plan in plans.items()},
+            "left_out": job.left_out,
+        },
+        inputs=[InputFile(str(source.directory), source.bytes) for source in job.sources],
+        files=[
+            OutputFile(f"{name}/{output.path}", output.bytes, output.rows, output.sha256)
+            for name, outputs in files.items()
+            for output in outputs
+        ],
+        accounting={name: entry for source in job.sources for name, entry in source.manifest.accounting.items()},
+        samples=samples,
+        versions=package_versions(),
+        repeated_documents=split.repeated,
+    )
+
+
+def _mixture(plan: SourcePlan, dealt: Dealt) -> dict[str, Any]:
+    """What the training set took of one source."""
+    return {
+        "tokens_there": plan.there,
+        "tokens_wanted": plan.wanted,
+        "tokens_taken": dealt.train.tokens,
+        "epochs": round(dealt.train.tokens / plan.there, 6) if plan.there else 0.0,
+        "repeated": {"samples": dealt.again.samples, "tokens": dealt.again.tokens},
+        "dropped": {BEYOND_BUDGET: {"samples": dealt.left_out.samples, "tokens": dealt.left_out.tokens}}
+        if dealt.left_out.samples
+        else {},
+    }
 
 
 def _split_notes(manifest: Manifest) -> list[str]:

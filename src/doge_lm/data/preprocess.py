@@ -1,48 +1,81 @@
 """`doge-lm preprocess_datasets`: raw text -> packed rows of token ids, one directory a source.
 
-One streaming pass: the parent reads rows and hands them out in batches, the workers tokenize and cut, and the parent
-takes the results in order, packs and writes. Memory is bounded by the batches in flight, a packing window and a
-shard's record batch; the rows are the same for any number of workers.
+One pass over units (`doge_lm.data.units`): a process reads a unit as a stream, cleans, tokenizes, packs and writes it
+as one arrow file, and then its record. The parent hands the units out, and puts a source in its place when all of its
+units have their records. Rows depend on the units alone, never on the number of processes; a run that was killed
+goes on with the units that have no record. Memory is that of a batch and a packing window in each process.
 """
 
 import argparse
-from collections.abc import Iterable, Iterator
-from contextlib import closing
-from dataclasses import dataclass
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from tqdm import tqdm
 
-from doge_lm.data.documents import PieceBatch, Tokenizing, nothing_to_learn, special_tokens
+from doge_lm.data import cleaning, encoders
+from doge_lm.data.cleaning import Cleaner, CleaningSettings
+from doge_lm.data.documents import PieceBatch, Tokenizing, nothing_to_learn
 from doge_lm.data.manifest import (
+    MANIFEST_NAME,
+    MAX_IDENTITY_BYTES,
     RAW_FOLDER,
     SOURCE_NAME,
     TOKENIZED_FOLDER,
+    Identity,
     InputFile,
     Kind,
     Manifest,
+    OutputFile,
     RawSource,
+    SampleCounts,
     SourceAccounting,
     TokenizerIdentity,
+    accounting_from_json,
     accounting_table,
-    atomic_directory,
     check_name,
+    explain_disk_errors,
+    is_made,
+    make_identity,
     package_versions,
+    read_record,
+    resumable_directory,
+    write_record,
 )
-from doge_lm.data.packing import BestFitPacker, Padder, RowMaker
-from doge_lm.data.sources import Row, TextRow, read_located_rows
-from doge_lm.data.storage import RowWriter, id_dtype
-from doge_lm.data.tokenizer import load_tokenizer, tokenizer_sha256
+from doge_lm.data.mix import Mix, parse_tokens
+from doge_lm.data.packing import Packing, RowMaker, cutting_length, make_row_maker
+from doge_lm.data.sources import (
+    MAX_DOCUMENT_BYTES,
+    BadInputError,
+    Row,
+    TextRow,
+    scan_rows,
+)
+from doge_lm.data.storage import RowWriter, describe_dataset, id_dtype
+from doge_lm.data.units import Stream, Unit, plan_units, read_unit, unpack_stream, usual_unit_bytes
 from doge_lm.data.workers import Workers, check_num_proc
 from doge_lm.errors import UserError
 
-# A batch goes to a worker as soon as it holds this much text, or this many rows.
+# A batch is tokenized as soon as it holds this much text, or this many rows.
 _BATCH_CHARACTERS = 2**19
 _BATCH_ROWS = 1024
+# Documents on which the backends are compared: so many, with so much text, of all sources together.
+_SAMPLE_ROWS = 200
+_SAMPLE_CHARACTERS = 10**6
+# Within a directory that is not finished: records, spools and hashes.
+_WORK_FOLDER = "work"
 
 Padding = Literal["packed", "max_length"]
 OnError = Literal["stop", "skip"]
+Backend = Literal["auto", "tokenizers", "gigatoken"]
 
 
 @dataclass(frozen=True)
@@ -52,15 +85,30 @@ class PreprocessSettings:
     Attributes:
         sequence_length: tokens of a row.
         padding: whether documents share rows.
+        packing: how they share them, `best_fit` or `concat`; of no effect with `max_length`.
         train_on_prompts: whether the loss covers the prompt of a text.
-        on_error: whether a row with nothing to learn (an empty text, a conversation without an answer) ends the run,
-            or is dropped and counted.
+        on_error: whether bad input (a row with nothing to learn, one that cannot be read, a damaged file) ends the
+            run, or is left out and counted.
+        max_document_bytes: lines, texts and rows above this are bad input.
+        cleaning: which rows are left out.
+        tokens: how many targets the sources for pre-training give, in all; None for all there are.
+        mix: the shares of these tokens; may be None for one source.
     """
 
     sequence_length: int = 2048
     padding: Padding = "packed"
+    packing: Literal["best_fit", "concat"] = "best_fit"
     train_on_prompts: bool = False
     on_error: OnError = "stop"
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    cleaning: CleaningSettings = field(default_factory=CleaningSettings)
+    tokens: int | None = None
+    mix: Mix | None = None
+
+    @property
+    def row_maker(self) -> Packing:
+        """How rows are made of documents."""
+        return self.packing if self.padding == "packed" else "max_length"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,20 +132,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="packed: documents share samples (default); max_length: one piece of a document a sample, padded",
     )
     parser.add_argument(
+        "--packing",
+        choices=("best_fit", "concat"),
+        default="best_fit",
+        help="best_fit: only documents longer than a sample are cut (default); concat: documents one after another, "
+        "cut wherever a sample ends; docs/packing.md compares them",
+    )
+    parser.add_argument(
         "--on_error",
         choices=("stop", "skip"),
         default="stop",
-        help="a text that is empty or a conversation without an answer: stop with an error that names file and line "
-        "(default), or skip it and count it as dropped",
+        help="bad input (an empty text, a conversation without an answer, invalid JSON or UTF-8, a missing field, a "
+        "document that is too large, a damaged file): stop with an error that names file and line (default), or skip "
+        "it and count it as dropped",
+    )
+    parser.add_argument(
+        "--max_document_bytes",
+        type=int,
+        default=MAX_DOCUMENT_BYTES,
+        metavar="N",
+        help=f"larger documents are bad input (default: {MAX_DOCUMENT_BYTES:,})",
     )
     parser.add_argument("--datasets", nargs="+", metavar="NAME", help="the sources to do (default: all there are)")
+    parser.add_argument(
+        "--tokens",
+        metavar="N",
+        help="prepare only about so many tokens for pre-training (4B, 500M): each source stops at its share",
+    )
+    parser.add_argument(
+        "--mix",
+        metavar="NAME=WEIGHT,...",
+        help="with --tokens: the shares of the sources for pre-training; those not named are left out",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "tokenizers", "gigatoken"),
+        default="auto",
+        help="what tokenizes, with the same result (default: auto, which takes the faster gigatoken where it is "
+        "installed and gives the same ids on a sample of the documents)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="make sources anew that were made with other settings, or finished"
+    )
+    cleaning.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs `preprocess_datasets`; see `preprocess`."""
-    settings = PreprocessSettings(args.max_len, args.padding, args.train_on_prompts, args.on_error)
+    settings = PreprocessSettings(
+        sequence_length=args.max_len,
+        padding=args.padding,
+        packing=args.packing,
+        train_on_prompts=args.train_on_prompts,
+        on_error=args.on_error,
+        max_document_bytes=args.max_document_bytes,
+        cleaning=cleaning.settings_from_args(args),
+        tokens=None if args.tokens is None else parse_tokens(args.tokens),
+        mix=None if args.mix is None else Mix.parse(args.mix),
+    )
     manifests = preprocess(
-        args.datasets_dir, args.save_dir, args.tokenizer_path, settings, num_proc=args.num_proc, names=args.datasets
+        args.datasets_dir,
+        args.save_dir,
+        args.tokenizer_path,
+        settings,
+        num_proc=args.num_proc,
+        names=args.datasets,
+        backend=args.backend,
+        overwrite=args.overwrite,
     )
     accounts = {name: manifest.accounting[name] for name, manifest in manifests.items()}
     rows = {name: manifest.samples["all"][name] for name, manifest in manifests.items()}
@@ -114,40 +215,67 @@ def preprocess(
     *,
     num_proc: int = 1,
     names: list[str] | None = None,
+    backend: Backend = "auto",
+    overwrite: bool = False,
+    unit_bytes: int | None = None,
 ) -> dict[str, Manifest]:
     """Tokenizes and packs sources; writes `save_dir/tokenized/NAME` for each, whole or not at all.
+
+    What is finished with the same settings is left as it is; what an interrupted run began is gone on with.
 
     Args:
         datasets_dir: holds `raw/NAME/source.json`, as `download_datasets` leaves it.
         save_dir: where to write.
         tokenizer_path: a directory that `doge_lm.data.tokenizer.load_tokenizer` opens.
-        settings: length, padding, loss on prompts, what becomes of rows with nothing to learn.
+        settings: length, padding, loss on prompts, cleaning, what becomes of bad input.
         num_proc: processes that tokenize; 1 works in this process.
         names: the sources to do; all by default.
+        backend: what tokenizes; the ids are the same.
+        overwrite: make sources anew that are there already, whatever they were made with.
+        unit_bytes: about how much text a unit has; by the size of the source by default.
 
     Returns:
         The manifest of each source.
 
     Raises:
-        UserError: for bad flags, missing or broken input, a source of which nothing is left, and a full disk.
+        UserError: for bad flags, missing or broken input, results of other settings, a source of which nothing is
+            left, and a full disk.
     """
-    if settings.sequence_length < 8:
-        raise UserError(f"--max_len {settings.sequence_length} is too short; it must be at least 8")
+    _check_settings(settings)
     check_num_proc(num_proc)  # before anything is read
     sources = _raw_sources(datasets_dir / RAW_FOLDER, names)
-    tokenizer = load_tokenizer(tokenizer_path)
-    special = special_tokens(tokenizer)
-    identity = TokenizerIdentity(
-        tokenizer_sha256(tokenizer_path), len(tokenizer), special.pad, special.bos, special.eos
-    )
-    start = (tokenizer_path, settings.sequence_length, settings.train_on_prompts)
-    with Workers(num_proc, _start_worker, start) as workers:
-        return {
-            source.name: _preprocess_source(
-                directory, source, save_dir / TOKENIZED_FOLDER / source.name, identity, settings, workers
-            )
-            for directory, source in sources
-        }
+    shares = _shares(settings, [source for _, source in sources])
+    files = {source.name: source.paths(directory) for directory, source in sources}
+    tokenizer_hash = encoders.tokenizer_sha256(tokenizer_path)
+    chosen, note = encoders.choose_backend(tokenizer_path, backend, _sample(files, settings.max_document_bytes))
+    if note is not None:
+        print(note)
+    encoder = encoders.load_encoder(tokenizer_path, chosen)
+    special = encoder.special
+    tokenizer = TokenizerIdentity(tokenizer_hash, encoder.vocab_size, special.pad, special.bos, special.eos)
+    del encoder  # the processes have their own
+    index_dir = save_dir / TOKENIZED_FOLDER / ".tmp-ngrams"
+    start = (tokenizer_path, chosen, settings, index_dir)
+    with Workers(num_proc, _start_worker, start) as workers, ExitStack() as stack:
+        jobs = [
+            _Job(source, files[source.name], save_dir / TOKENIZED_FOLDER / source.name, tokenizer, settings,
+                 shares.get(source.name), unit_bytes)
+            for _, source in sources
+            if source.kind != "pretrain" or settings.mix is None or source.name in settings.mix.weights
+        ]  # fmt: skip
+        versions = {**package_versions(), "backend": chosen}
+        _Run(jobs, settings, workers, versions, stack, overwrite=overwrite).run(index_dir)
+    return {job.name: Manifest.read(job.target) for job in jobs}
+
+
+def _check_settings(settings: PreprocessSettings) -> None:
+    if settings.sequence_length < 8:
+        raise UserError(f"--max_len {settings.sequence_length} is too short; it must be at least 8")
+    if settings.max_document_bytes < 1:
+        raise UserError(f"--max_document_bytes {settings.max_document_bytes} is not possible; it must be at least 1")
+    if settings.mix is not None and settings.tokens is None:
+        raise UserError("--mix says how to share out --tokens; give a number of --tokens too, or give --mix to "
+                        "merge_datasets")  # fmt: skip
 
 
 def _raw_sources(raw: Path, names: list[str] | None) -> list[tuple[Path, RawSource]]:
@@ -173,79 +301,558 @@ def _raw_sources(raw: Path, names: list[str] | None) -> list[tuple[Path, RawSour
     return sources
 
 
-def _preprocess_source(
-    directory: Path,
-    source: RawSource,
-    target: Path,
-    identity: TokenizerIdentity,
-    settings: PreprocessSettings,
-    workers: Workers,
-) -> Manifest:
-    files = source.paths(directory)
-    batches = _batches(_rows(files, source.kind, settings.on_error))
-    maker: RowMaker = (
-        BestFitPacker(settings.sequence_length)
-        if settings.padding == "packed"
-        else Padder(settings.sequence_length, identity.pad_token_id)
+def _shares(settings: PreprocessSettings, sources: Sequence[RawSource]) -> dict[str, int]:
+    """How many targets each source for pre-training gives, by `--tokens` and `--mix`; empty for all there are."""
+    if settings.tokens is None:
+        return {}
+    names = [source.name for source in sources if source.kind == "pretrain"]
+    if settings.mix is not None:
+        settings.mix.check_names(names)
+        return {name: -int(-settings.tokens * weight // 1) for name, weight in settings.mix.weights.items()}
+    if len(names) > 1:
+        raise UserError(f"--tokens with several sources ({', '.join(names)}) needs their shares: give --mix too")
+    return dict.fromkeys(names, settings.tokens)
+
+
+def _sample(files: dict[str, list[Path]], max_document_bytes: int) -> list[str]:
+    """Some texts of the beginning of each source; bad input is passed over here, since it will be met again."""
+    texts: list[str] = []
+    for paths in files.values():
+        rows = _SAMPLE_ROWS // len(files) + 1
+        characters = _SAMPLE_CHARACTERS // len(files)
+        for text in _texts(paths, min(max_document_bytes, _SAMPLE_CHARACTERS)):
+            texts.append(text[:characters])
+            characters -= len(text)
+            rows -= 1
+            if rows <= 0 or characters <= 0:
+                break
+    return texts
+
+
+def _texts(paths: Iterable[Path], max_document_bytes: int) -> Iterator[str]:
+    for path in paths:
+        for item in scan_rows(path, max_document_bytes=max_document_bytes, count_lines=False):
+            if isinstance(item, BadInputError):
+                continue
+            row = item[1]
+            yield from [row.text, row.prompt] if isinstance(row, TextRow) else [content for _, content in row.turns]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The parent: sources, their units, and what is done of them
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A unit of a source, as a process is told of it.
+
+    Attributes:
+        source: the source's name.
+        kind: what its rows are for.
+        unit: what to read.
+        folder: the source's partial directory.
+        target: where it will be in the end, for messages.
+        drops: the rows that are duplicates, as `cleaning.mark_duplicates` wrote them, or None.
+    """
+
+    source: str
+    kind: Kind
+    unit: Unit
+    folder: Path
+    target: Path
+    drops: Path | None = None
+
+    @property
+    def record_path(self) -> Path:
+        return _record_path(self.folder, self.unit.name)
+
+    @property
+    def hash_path(self) -> Path:
+        return _hash_path(self.folder, self.unit.name)
+
+
+def _record_path(folder: Path, unit: str) -> Path:
+    return folder / _WORK_FOLDER / f"data-{unit}.json"
+
+
+def _hash_path(folder: Path, unit: str) -> Path:
+    return folder / _WORK_FOLDER / f"rows-{unit}.npy"
+
+
+class _Job:
+    """A source that is being made: its identity, and which of its units are done."""
+
+    def __init__(
+        self,
+        source: RawSource,
+        files: list[Path],
+        target: Path,
+        tokenizer: TokenizerIdentity,
+        settings: PreprocessSettings,
+        share: int | None,
+        unit_bytes: int | None,
+    ) -> None:
+        self.name = source.name
+        self.kind: Kind = source.kind
+        self.target = target
+        # The sizes of when they were taken in: a file that grows from then on is found out when it is read.
+        self.inputs = [
+            InputFile(os.path.abspath(path), file.bytes) for path, file in zip(files, source.files, strict=True)
+        ]
+        self.tokenizer = tokenizer
+        self.sequence_length = settings.sequence_length
+        self.share = share
+        self.unit_bytes = unit_bytes or usual_unit_bytes(self.files())
+        self.settings: dict[str, Any] = {
+            "padding": settings.padding,
+            "packing": settings.packing,
+            "train_on_prompts": settings.train_on_prompts,
+            "max_document_bytes": settings.max_document_bytes,
+            "unit_bytes": self.unit_bytes,
+            **settings.cleaning.for_source(source.name).identity(),
+        }
+        if share is not None:
+            self.settings["tokens"] = share
+        self.folder = target  # the partial directory, as soon as there is one
+        self.stack = ExitStack()  # closes the partial directory, which puts it in its place
+        self.order: list[str] = []  # names of the units so far
+        self.hashed: list[str] = []  # names of the units whose rows were hashed, to find duplicates
+        self.records: dict[str, dict[str, Any]] = {}
+        self.pending = 0  # units that processes are at
+        self.exhausted = False  # all units were handed out
+        self.finished = False
+        self.targets = 0  # of the units that `prefix` counts
+        self._prefix = 0
+        self._expected = [file.sha256 for file in source.files]
+
+    def files(self) -> list[tuple[Path, int]]:
+        """The files, each with its size."""
+        return [(Path(file.path), file.bytes) for file in self.inputs]
+
+    @cached_property
+    def is_small(self) -> bool:
+        """Whether the content of the inputs is part of the identity."""
+        return sum(file.bytes for file in self.inputs) <= MAX_IDENTITY_BYTES
+
+    def identity(self) -> Identity:
+        """What the result is made from."""
+        return make_identity(self.kind, self.sequence_length, self.tokenizer, self.settings, self.inputs)
+
+    def hash_inputs(self) -> None:
+        """Takes the sha256 of the inputs; those of large sources are kept in records.
+
+        Raises:
+            UserError: if a file is not what was downloaded.
+        """
+        for index, (file, expected) in enumerate(zip(self.inputs, self._expected, strict=True)):
+            record = self.folder / _WORK_FOLDER / f"input-{index:05d}.json"
+            known = None if self.is_small else read_record(record)
+            file.sha256 = known["sha256"] if known is not None else _sha256(Path(file.path))
+            if expected and file.sha256 and file.sha256 != expected:
+                raise UserError(
+                    f"{file.path} of the source {self.name!r} is not what was taken in: its sha256 is "
+                    f"{file.sha256[:12]}..., it was {expected[:12]}...; run `doge-lm download_datasets` for it again"
+                )
+            if known is None and not self.is_small:
+                write_record(record, {"sha256": file.sha256})
+
+    def stored_record(self, unit: str, on_error: OnError) -> dict[str, Any] | None:
+        """The record of a unit that an earlier run finished, if its file is there too.
+
+        With `stop`, what an earlier run skipped is to be met again.
+        """
+        record = read_record(_record_path(self.folder, unit))
+        if record is None or (on_error == "stop" and record["skipped"]):
+            return None
+        if record["output"] is None:
+            return record
+        path = self.folder / record["output"]["path"]
+        return record if path.is_file() and path.stat().st_size == record["output"]["bytes"] else None
+
+    def prefix(self) -> int:
+        """How many units belong to the result, as far as they are done; with a share, the fewest that reach it."""
+        while self._prefix < len(self.order) and not self.enough:
+            record = self.records.get(self.order[self._prefix])
+            if record is None:
+                break
+            self._prefix += 1
+            self.targets += record["account"]["targets"]
+        return self._prefix
+
+    @property
+    def enough(self) -> bool:
+        """Whether the first units reach the share of the source."""
+        return self.share is not None and self.targets >= self.share
+
+    def is_complete(self) -> bool:
+        """Whether every unit of the result is done, and no process is at another one."""
+        self.prefix()
+        return not self.finished and self.pending == 0 and (self.exhausted or self.enough)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""  # whoever reads it will say what is wrong
+
+
+class _Run:
+    """Makes sources: hands out their units, and finishes each source that is done.
+
+    Args:
+        jobs: the sources.
+        settings: for all of them.
+        workers: their `start` must be `_start_worker`.
+        versions: for the manifests.
+        stack: closes the partial directories, should anything end with an exception.
+        overwrite: make anew what is there already.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[_Job],
+        settings: PreprocessSettings,
+        workers: Workers,
+        versions: dict[str, str],
+        stack: ExitStack,
+        *,
+        overwrite: bool,
+    ) -> None:
+        self._jobs = jobs
+        self._settings = settings
+        self._workers = workers
+        self._versions = versions
+        self._stack = stack
+        self._overwrite = overwrite
+
+    def run(self, index_dir: Path) -> None:
+        """Makes what is not made yet; the n-grams of benchmarks are in `index_dir` meanwhile."""
+        jobs = [job for job in self._jobs if not self._is_made(job)]
+        if self._settings.cleaning.decontaminate and jobs:
+            index_dir.mkdir(parents=True, exist_ok=True)
+            self._stack.callback(shutil.rmtree, index_dir, ignore_errors=True)
+            cleaning.prepare_index(self._settings.cleaning, index_dir)
+        if self._settings.cleaning.deduplicate:
+            self._mark_duplicates(jobs)
+        by_name = {job.name: job for job in jobs}
+        background = ThreadPoolExecutor(1)
+        self._stack.callback(background.shutdown, cancel_futures=True)
+        hashes = {job.name: background.submit(job.hash_inputs) for job in jobs if not job.is_small}
+        with (
+            tqdm(desc="preprocess", unit=" documents", unit_scale=True, disable=None) as progress,
+            closing(self._workers.unordered(_make_unit, self._tasks(jobs))) as results,
+        ):
+            for task, record in results:
+                job = by_name[task.source]
+                job.pending -= 1
+                job.records[task.unit.name] = record
+                _remove_spool(task.unit)
+                progress.update(record["account"]["documents_in"])
+                if job.is_complete():
+                    self._finish(job, hashes.get(job.name))
+        for job in jobs:
+            if job.is_complete():
+                self._finish(job, hashes.get(job.name))
+
+    def _is_made(self, job: _Job) -> bool:
+        """Whether a source is there already; opens its partial directory if not."""
+        if job.is_small:
+            job.hash_inputs()
+
+        def before(directory: Path) -> Identity:
+            identity = Manifest.read(directory).identity()
+            if self._settings.on_error == "skip":
+                identity.pop("on_error", None)  # what stopped at nothing would have skipped nothing
+            return identity
+
+        if is_made(job.target, job.identity(), before, overwrite=self._overwrite):
+            print(f"{job.target} is done already")
+            return True
+        job.stack = self._stack.enter_context(ExitStack())
+        job.folder = job.stack.enter_context(resumable_directory(job.target, job.identity(), overwrite=self._overwrite))
+        with explain_disk_errors(job.target):
+            if self._is_whole(job):
+                self._put_in_place(job)
+                return True
+            (job.folder / _WORK_FOLDER).mkdir(exist_ok=True)
+            for spool in (job.folder / _WORK_FOLDER).glob("spool-*"):  # of a run that was killed
+                spool.unlink()
+        return False
+
+    def _is_whole(self, job: _Job) -> bool:
+        """Whether a run was killed when only the renaming was left to do."""
+        if not (job.folder / MANIFEST_NAME).is_file():
+            return False
+        if self._settings.on_error == "skip" or "on_error" not in Manifest.read(job.folder).settings:
+            return True
+        (job.folder / MANIFEST_NAME).unlink()
+        return False
+
+    def _units(self, job: _Job, is_done: Callable[[str], bool], *, stop_at_faults: bool) -> Generator[Unit, None, None]:
+        work = job.folder / _WORK_FOLDER
+        with explain_disk_errors(job.target):
+            for planned in plan_units(job.files(), job.unit_bytes):
+                if isinstance(planned, Stream):
+                    yield from unpack_stream(planned, work, job.unit_bytes, is_done, stop_at_faults=stop_at_faults)
+                else:
+                    yield planned
+
+    def _tasks(self, jobs: Sequence[_Job]) -> Generator[_Task, None, None]:
+        """The units that are not done, of one source after another; takes note of those that are."""
+        on_error = self._settings.on_error
+        deduplicate = self._settings.cleaning.deduplicate
+        for job in jobs:
+            is_done = _done_check(job, on_error)
+            drops_dir = job.folder / _WORK_FOLDER
+            with closing(self._units(job, is_done, stop_at_faults=on_error == "stop")) as units:
+                for unit in units:
+                    job.order.append(unit.name)
+                    record = job.stored_record(unit.name, on_error)
+                    if record is not None:
+                        job.records[unit.name] = record
+                    else:
+                        job.pending += 1
+                        hashes = _hash_path(job.folder, unit.name)
+                        drops = cleaning.drops_path(hashes, drops_dir) if deduplicate else None
+                        yield _Task(job.name, job.kind, unit, job.folder, job.target, drops)
+                    job.prefix()
+                    if job.enough:
+                        break
+            job.exhausted = True
+
+    def _mark_duplicates(self, jobs: Sequence[_Job]) -> None:
+        """The first pass of `--deduplicate`: hashes all rows, and finds those that an equal one stands before."""
+        for task, _ in self._workers.unordered(_hash_unit, self._hash_tasks(jobs)):
+            _remove_spool(task.unit)
+        for job in jobs:
+            with explain_disk_errors(job.target):
+                paths = [_hash_path(job.folder, name) for name in job.hashed]
+                cleaning.mark_duplicates(paths, job.folder / _WORK_FOLDER)
+
+    def _hash_tasks(self, jobs: Sequence[_Job]) -> Generator[_Task, None, None]:
+        """The units of which the rows are not hashed yet."""
+        for job in jobs:
+            is_done = _hashed_check(job)
+            for unit in self._units(job, is_done, stop_at_faults=False):
+                job.hashed.append(unit.name)
+                if not is_done(unit.name):
+                    yield _Task(job.name, job.kind, unit, job.folder, job.target)
+
+    def _finish(self, job: _Job, hashes: Future[None] | None) -> None:
+        """Sums up the units of a source, and puts it in its place."""
+        job.finished = True
+        if hashes is not None:
+            hashes.result()
+        records = [job.records[name] for name in job.order[: job.prefix()]]
+        account, counts = SourceAccounting(), SampleCounts()
+        for record in records:
+            account.add(accounting_from_json(record["account"]))
+            counts.add(SampleCounts(**record["counts"]))
+        if account.documents_kept == 0:
+            shutil.rmtree(job.folder)
+            raise _nothing_left(job.name, account)
+        account.check(job.name, counts)
+        files = [OutputFile(**record["output"]) for record in records if record["output"] is not None]
+        if job.share is not None and not job.enough:
+            print(f"{job.name} has {job.targets:,} tokens to train on, fewer than its share of {job.share:,}")
+        skipped = {"on_error": "skip"} if any(record["skipped"] for record in records) else {}
+        with explain_disk_errors(job.target):
+            for path in job.folder.glob("*.arrow"):  # units beyond the share
+                if path.name not in {file.path for file in files}:
+                    path.unlink()
+            describe_dataset(job.folder, id_dtype(job.tokenizer.vocab_size), files, split=None)
+            Manifest(
+                stage="tokenized",
+                name=job.name,
+                kind=job.kind,
+                sequence_length=job.sequence_length,
+                tokenizer=job.tokenizer,
+                settings={**job.settings, **skipped},
+                inputs=job.inputs,
+                files=files,
+                accounting={job.name: account},
+                samples={"all": {job.name: counts}},
+                versions=self._versions,
+            ).write(job.folder)
+            self._put_in_place(job)
+
+    @staticmethod
+    def _put_in_place(job: _Job) -> None:
+        shutil.rmtree(job.folder / _WORK_FOLDER, ignore_errors=True)
+        job.stack.close()
+
+
+def _done_check(job: _Job, on_error: OnError) -> Callable[[str], bool]:
+    return lambda unit: job.stored_record(unit, on_error) is not None
+
+
+def _hashed_check(job: _Job) -> Callable[[str], bool]:
+    return lambda unit: _hash_path(job.folder, unit).is_file()
+
+
+def _remove_spool(unit: Unit) -> None:
+    if unit.spool is not None:
+        unit.spool.unlink(missing_ok=True)
+
+
+def _nothing_left(name: str, account: SourceAccounting) -> UserError:
+    found = "".join(f"; dropped, {reason}: {entry.times:,} times" for reason, entry in sorted(account.dropped.items()))
+    return UserError(
+        f"nothing is left of the source {name!r}, so it is not written (documents read: {account.documents_in:,}"
+        f"{found}); give it other files, or leave it out with --datasets"
     )
-    account = SourceAccounting()
-    with atomic_directory(target) as folder:
-        writer = RowWriter(folder, source.name, id_dtype(identity.vocab_size))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The processes: one unit at a time
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _WorkerState:
+    """What a process keeps between units."""
+
+    encoder: encoders.Encoder
+    tokenizing: Tokenizing
+    settings: PreprocessSettings
+    index_dir: Path
+    cleaners: dict[str, Cleaner | None] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of the token ids."""
+        return id_dtype(self.encoder.vocab_size)
+
+    def row_maker(self) -> RowMaker:
+        """What makes the rows of one unit."""
+        return make_row_maker(
+            self.settings.row_maker,
+            self.settings.sequence_length,
+            pad_token_id=self.encoder.special.pad,
+            byte_lengths=self.encoder.byte_lengths,
+        )
+
+    def cleaner(self, source: str) -> Cleaner | None:
+        """The filters of a source, or None if there are none. Only those of one source are kept."""
+        if source not in self.cleaners:
+            settings = self.settings.cleaning.for_source(source)
+            self.cleaners = {source: Cleaner(settings, self.index_dir) if settings.filtering else None}
+        return self.cleaners[source]
+
+
+_worker: dict[str, _WorkerState] = {}
+
+
+def _start_worker(
+    tokenizer_path: Path, backend: encoders.Backend, settings: PreprocessSettings, index_dir: Path
+) -> None:
+    encoder = encoders.load_encoder(tokenizer_path, backend)
+    length = cutting_length(settings.row_maker, settings.sequence_length)
+    tokenizing = Tokenizing(encoder, length, train_on_prompts=settings.train_on_prompts)
+    _worker["state"] = _WorkerState(encoder, tokenizing, settings, index_dir)
+
+
+def _hash_unit(task: _Task) -> None:
+    """Hashes the rows of a unit, to find duplicates; what is bad will be met again."""
+    settings = _worker["state"].settings
+    items = read_unit(task.unit, task.kind, settings.max_document_bytes, count_lines=False)
+    with explain_disk_errors(task.target):
+        cleaning.write_hashes(
+            task.hash_path, cleaning.hash_rows(item[1] for item in items if not isinstance(item, BadInputError))
+        )
+
+
+def _make_unit(task: _Task) -> dict[str, Any]:
+    """Reads, cleans, tokenizes, packs and writes a unit; writes and returns its record."""
+    state = _worker["state"]
+    path = task.folder / f"data-{task.unit.name}.arrow"
+    reader = _UnitReader(task, state)
+    maker = state.row_maker()
+    with explain_disk_errors(task.target):
+        writer = RowWriter(path, task.source, task.unit.number << 32, state.dtype)
         try:
-            with (
-                closing(workers.map(_tokenize, batches)) as results,
-                tqdm(desc=source.name, unit=" documents", unit_scale=True, disable=None) as progress,
-            ):
-                for result in results:
-                    account.add(result.account)
-                    for document in result.documents():
-                        for row in maker.add(document):
-                            writer.write(row)
-                    progress.update(result.account.documents_in)
+            for batch in _batches(reader.rows()):
+                result = state.tokenizing(batch)
+                reader.count(batch, result)
+                for document in result.documents():
+                    for row in maker.add(document):
+                        writer.write(row)
             for row in maker.finish():
                 writer.write(row)
-            _check_anything_left(source.name, account)
             writer.close()
         finally:
             writer.abandon()
-        account.check(source.name, writer.counts)
-        manifest = Manifest(
-            stage="tokenized",
-            name=source.name,
-            kind=source.kind,
-            sequence_length=settings.sequence_length,
-            tokenizer=identity,
-            settings={"padding": settings.padding, "train_on_prompts": settings.train_on_prompts},
-            inputs=[InputFile(str(path), path.stat().st_size) for path in files],
-            files=writer.files,
-            accounting={source.name: account},
-            samples={"all": {source.name: writer.counts}},
-            versions=package_versions(),
+        reader.account.add(maker.changes)
+        reader.account.check(task.source, writer.counts)
+        record = {
+            "output": None if writer.output is None else asdict(writer.output),
+            "account": asdict(reader.account),
+            "counts": asdict(writer.counts),
+            "skipped": reader.skipped,
+        }
+        write_record(task.record_path, record)
+    return record
+
+
+class _UnitReader:
+    """The rows of a unit that are to be tokenized, and the account of all of it."""
+
+    def __init__(self, task: _Task, state: _WorkerState) -> None:
+        self.account = SourceAccounting()
+        self.skipped = 0  # what `--on_error stop` would have stopped at
+        self._task = task
+        self._state = state
+        self._stop = state.settings.on_error == "stop"
+
+    def rows(self) -> Iterator[Row]:
+        """Reads and cleans.
+
+        Raises:
+            UserError: with `--on_error stop`, for bad input.
+        """
+        cleaner = self._state.cleaner(self._task.source)
+        drops = (
+            frozenset[int]() if self._task.drops is None else frozenset(cleaning.load_drops(self._task.drops).tolist())
         )
-        manifest.write(folder)
-    return manifest
+        limit = self._state.settings.max_document_bytes
+        number = -1
+        for item in read_unit(self._task.unit, self._task.kind, limit, count_lines=self._stop):
+            if isinstance(item, BadInputError):
+                self._bad(item)
+                continue
+            location, row = item
+            number += 1
+            reason = "duplicate" if number in drops else cleaner.reason(row) if cleaner is not None else None
+            if reason is not None:
+                self.account.leave_out(reason, _row_bytes(row))
+                continue
+            if nothing := nothing_to_learn(row):
+                if self._stop:
+                    raise UserError(f"{location}: {nothing}{_HOW_TO_SKIP}")
+                self.skipped += 1
+            yield row
+
+    def count(self, batch: Sequence[Row], result: PieceBatch) -> None:
+        """Takes over the account of tokenized rows."""
+        result.account.documents_dropped += len(batch) - result.account.documents_kept
+        self.account.add(result.account)
+
+    def _bad(self, error: BadInputError) -> None:
+        if self._stop:
+            raise UserError(f"{error}{_HOW_TO_SKIP}") from error
+        self.skipped += 1
+        self.account.leave_out(error.reason, error.bytes, is_document=error.is_row)
 
 
-def _rows(files: Iterable[Path], kind: Kind, on_error: OnError) -> Iterator[Row]:
-    """The rows of files; with `stop`, one with nothing to learn is an error that names its place."""
-    for location, row in read_located_rows(files, kind):
-        reason = nothing_to_learn(row) if on_error == "stop" else None
-        if reason is not None:
-            raise UserError(
-                f"{location}: {reason}; mend or remove it, or let `--on_error skip` drop and count such rows"
-            )
-        yield row
+_HOW_TO_SKIP = "; mend or remove it, or let `--on_error skip` drop and count what is bad"
 
 
-def _check_anything_left(name: str, account: SourceAccounting) -> None:
-    if account.documents_kept == 0:
-        found = "".join(
-            f"; dropped, {reason}: {entry.times:,} times" for reason, entry in sorted(account.dropped.items())
-        )
-        raise UserError(
-            f"nothing is left of the source {name!r}, so it is not written (documents read: {account.documents_in:,}"
-            f"{found}); give it other files, or leave it out with --datasets"
-        )
+def _row_bytes(row: Row) -> int:
+    texts = [row.prompt, row.text] if isinstance(row, TextRow) else [content for _, content in row.turns]
+    return sum(len(text.encode("utf-8")) for text in texts)
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -263,16 +870,3 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-_worker: dict[str, Any] = {}  # a process keeps its tokenizer here between batches
-
-
-def _start_worker(tokenizer_path: Path, sequence_length: int, train_on_prompts: bool) -> None:
-    tokenizer = load_tokenizer(tokenizer_path)
-    _worker["tokenizing"] = Tokenizing(tokenizer, sequence_length, train_on_prompts=train_on_prompts)
-
-
-def _tokenize(batch: list[Row]) -> PieceBatch:
-    tokenizing: Tokenizing = _worker["tokenizing"]
-    return tokenizing(batch)

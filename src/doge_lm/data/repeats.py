@@ -91,7 +91,7 @@ def join_groups(pieces: Pieces, count: int) -> tuple[_Ints, int]:
         The joined group of each group, (count,), numbered from 0 in the order of their first members; and how many
         documents occur more than once (one without its first piece is counted for each piece that is left).
     """
-    telling = pieces.opens | _headless(pieces, count)[pieces.groups]
+    telling = telling_pieces(pieces, count)
     order = np.argsort(pieces.hashes[telling], kind="stable")
     hashes, groups = pieces.hashes[telling][order], pieces.groups[telling][order]
     same = np.flatnonzero(hashes[1:] == hashes[:-1])
@@ -100,6 +100,16 @@ def join_groups(pieces: Pieces, count: int) -> tuple[_Ints, int]:
     for one, other in _union(zip(groups[same].tolist(), groups[same + 1].tolist(), strict=True)).items():
         roots[one] = other
     return np.unique(roots, return_inverse=True)[1].astype(np.int64), repeated
+
+
+def telling_pieces(pieces: Pieces, count: int) -> _Flags:
+    """The pieces that a document is known by: those that open one, and all of a group that lacks such a piece.
+
+    Args:
+        pieces: of whole groups.
+        count: groups there are, numbered from 0.
+    """
+    return pieces.opens | _headless(pieces, count)[pieces.groups]
 
 
 def _headless(pieces: Pieces, count: int) -> _Flags:

@@ -4,6 +4,9 @@ Files are read as a stream, in bounded memory, whatever their size: `.jsonl`, `.
 and `.txt`, or folders of them in sorted order. JSON lines are cut at `\n` only: texts contain U+2028, U+0085 and
 form feeds, at which `str.splitlines` would cut too. Every error names the file and the line (or the row).
 
+Two ways to read: `read_rows` ends at the first thing that is wrong; `scan_rows` gives what is wrong as `BadInputError`,
+between the rows, and goes on behind it. The latter also reads a part of a file only (`Part`).
+
 A row carries either
 
 - `text` and optionally `prompt`: a document for pre-training; or
@@ -11,13 +14,14 @@ A row carries either
   `{"role": "user" | "assistant" | "system", "content": ...}`: a conversation for fine-tuning.
 """
 
+import contextlib
 import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,11 +32,22 @@ from doge_lm.errors import UserError
 
 # A line, or a text file (one document each), above this is refused: it must be held in memory whole.
 MAX_DOCUMENT_BYTES = 256 * 2**20
-# Compressed data is taken in small bites, since a bite may unpack to many times its size.
-_COMPRESSED_CHUNK = 16 * 2**10
+# Compressed data is taken in small bites, since a bite may unpack to many thousand times its size.
+_COMPRESSED_CHUNK = 4 * 2**10
 _PLAIN_CHUNK = 2**20
-_PARQUET_ROWS = 64
+# Parquet is read in batches of about this many bytes, by the average row.
+_PARQUET_BATCH_BYTES = 2 * 2**20
 _BOM = b"\xef\xbb\xbf"
+
+# What can be wrong, as it stands in the accounting.
+INVALID_JSON = "line that is no JSON object"
+INVALID_UTF8 = "invalid UTF-8"
+LONE_SURROGATE = "lone surrogate"
+BAD_FIELD = "field that is missing or of a wrong type"
+TOO_LARGE = "document above --max_document_bytes"
+BROKEN_FILE = "rest of a file that is cut off or damaged"
+UNREADABLE_FILE = "file that cannot be read"
+WRONG_COLUMNS = "parquet file with missing columns or columns of another type"
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 FIELDS = ("text", "prompt", "conversations", "messages")
@@ -182,16 +197,84 @@ class ConversationRow:
 Row = TextRow | ConversationRow
 
 
+class LinesBefore:
+    """The lines of a file that lie before a byte: counted when an error asks for them, and then only once."""
+
+    def __init__(self, path: Path, end: int) -> None:
+        self._path = path
+        self._end = end
+        self._count: int | None = None
+
+    def __int__(self) -> int:
+        if self._count is None:
+            self._count = 0
+            left = self._end
+            with self._path.open("rb") as file:
+                while left > 0 and (chunk := file.read(min(left, _PLAIN_CHUNK))):
+                    self._count += chunk.count(b"\n")
+                    left -= len(chunk)
+        return self._count
+
+
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A place in a file that an error can name; `number` counts from 1."""
+    """A place in a file that an error can name.
+
+    Attributes:
+        path: the file.
+        number: of the line or row, from 1; where a part of a file is read, from the start of the part.
+        unit: what `number` counts.
+        before: lines or rows of the file before the part.
+    """
 
     path: Path
     number: int
     unit: Literal["line", "row", "file"]
+    before: LinesBefore | int = 0
 
     def __str__(self) -> str:
-        return str(self.path) if self.unit == "file" else f"{self.path}, {self.unit} {self.number:,}"
+        if self.unit == "file":
+            return str(self.path)
+        return f"{self.path}, {self.unit} {int(self.before) + self.number:,}"
+
+
+class BadInputError(UserError):
+    """A row or a file that is not as it must be.
+
+    Attributes:
+        reason: what is wrong, in the words of the accounting.
+        bytes: how much of the input it is about.
+        is_row: it is about one row; otherwise about (the rest of) a file.
+    """
+
+    def __init__(self, message: str, reason: str, bytes_: int = 0, *, is_row: bool = True) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.bytes = bytes_
+        self.is_row = is_row
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The usual way of pickling exceptions knows the message alone.
+        return _bad_input, (str(self), self.reason, self.bytes, self.is_row)
+
+
+def _bad_input(message: str, reason: str, bytes_: int, is_row: bool) -> BadInputError:
+    return BadInputError(message, reason, bytes_, is_row=is_row)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a file: the lines that begin in a range of bytes, or a range of row groups.
+
+    Attributes:
+        start: the first byte, or row group.
+        stop: the first one behind the part.
+        before: lines or rows of the file before the part; None if they were not counted.
+    """
+
+    start: int
+    stop: int
+    before: int | None = None
 
 
 def read_rows(files: Iterable[Path], kind: Kind | None = None) -> Iterator[Row]:
@@ -211,8 +294,51 @@ def read_rows(files: Iterable[Path], kind: Kind | None = None) -> Iterator[Row]:
 def read_located_rows(files: Iterable[Path], kind: Kind | None = None) -> Iterator[tuple[Location, Row]]:
     """Reads rows as `read_rows` does, each with the place where it stands."""
     for path in files:
-        for location, values in read_objects(path):
-            yield location, parse_row(values, location, kind)
+        for item in scan_rows(path, kind):
+            if isinstance(item, BadInputError):
+                raise item
+            yield item
+
+
+def scan_rows(
+    path: Path,
+    kind: Kind | None = None,
+    *,
+    part: Part | None = None,
+    max_document_bytes: int | None = None,
+    count_lines: bool = True,
+    shown_as: Path | None = None,
+) -> Iterator[tuple[Location, Row] | BadInputError]:
+    """Reads the rows of one file or of a part of it, and goes on behind what is wrong with one.
+
+    Args:
+        path: the file.
+        kind: what every row must be for; None takes either.
+        part: a part of a `.jsonl` or `.parquet` file; the whole file by default.
+        max_document_bytes: `MAX_DOCUMENT_BYTES` by default; what is larger is bad input, and is never held in memory
+            (in parquet it is, for a moment).
+        count_lines: let errors in a part of a file say the number of the line in the file, for which the lines before
+            the part must be counted.
+        shown_as: the file that errors name, where JSON lines were copied out of another one.
+
+    Yields:
+        The rows, each with its place, and between them what is wrong. Bad input that is not about a row is the last.
+
+    Raises:
+        UserError: if the suffix is unknown, or the file does not exist.
+    """
+    limit = max_document_bytes or MAX_DOCUMENT_BYTES
+    for item in _scan_objects(path, part, limit, count_lines=count_lines, shown_as=shown_as):
+        if isinstance(item, BadInputError):
+            yield item
+            continue
+        try:
+            row = parse_row(item.values, item.location, kind)
+        except BadInputError as error:
+            error.bytes = item.bytes
+            yield error
+        else:
+            yield item.location, row
 
 
 def row_kind(row: Row) -> Kind:
@@ -245,7 +371,7 @@ def parse_row(values: dict[str, Any], location: Location, kind: Kind | None = No
         kind
     ]
     present = ", ".join(f"`{name}`" for name in list(values)[:8]) or "none"
-    raise UserError(f"{location}: the field {wanted} is missing (fields there: {present})")
+    raise BadInputError(f"{location}: the field {wanted} is missing (fields there: {present})", BAD_FIELD)
 
 
 def _turns(values: dict[str, Any], location: Location) -> tuple[tuple[Role, str], ...]:
@@ -256,34 +382,48 @@ def _turns(values: dict[str, Any], location: Location) -> tuple[tuple[Role, str]
     )
     turns = values[field]
     if not isinstance(turns, list):
-        raise UserError(f"{location}: the field `{field}` is {_type_name(turns)}, not a list")
+        raise BadInputError(f"{location}: the field `{field}` is {_type_name(turns)}, not a list", BAD_FIELD)
     parsed: list[tuple[Role, str]] = []
     for number, turn in enumerate(turns, start=1):
-        where = f"{location}, turn {number} of `{field}`"
+        where = _Turn(location, number, field)
         if not isinstance(turn, dict):
-            raise UserError(f"{where} is {_type_name(turn)}, not an object")
+            raise BadInputError(f"{where} is {_type_name(turn)}, not an object", BAD_FIELD)
         role = _ROLES.get(_string(turn, role_key, where))
         if role is None:
-            raise UserError(
-                f"{where}: unknown speaker {turn[role_key]!r} in `{role_key}`; known are {', '.join(sorted(_ROLES))}"
+            raise BadInputError(
+                f"{where}: unknown speaker {turn[role_key]!r} in `{role_key}`; known are {', '.join(sorted(_ROLES))}",
+                BAD_FIELD,
             )
         parsed.append((role, _string(turn, content_key, where)))
     return tuple(parsed)
 
 
-def _string(values: dict[str, Any], field: str, where: Location | str) -> str:
+class _Turn(NamedTuple):
+    """A turn of a conversation; its name is put together only when an error needs it."""
+
+    location: Location
+    number: int
+    field: str
+
+    def __str__(self) -> str:
+        return f"{self.location}, turn {self.number} of `{self.field}`"
+
+
+def _string(values: dict[str, Any], field: str, where: Location | _Turn) -> str:
     if field not in values:
         present = ", ".join(f"`{name}`" for name in list(values)[:8]) or "none"
-        raise UserError(f"{where}: the field `{field}` is missing (fields there: {present})")
+        raise BadInputError(f"{where}: the field `{field}` is missing (fields there: {present})", BAD_FIELD)
     value = values[field]
     if not isinstance(value, str):
-        raise UserError(f"{where}: the field `{field}` is {_type_name(value)}, not a string")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: the field `{field}` holds a lone surrogate ({value[error.start]!a}), which is not text"
-        ) from None
+        raise BadInputError(f"{where}: the field `{field}` is {_type_name(value)}, not a string", BAD_FIELD)
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadInputError(
+                f"{where}: the field `{field}` holds a lone surrogate ({value[error.start]!a}), which is not text",
+                LONE_SURROGATE,
+            ) from None
     return value
 
 
@@ -309,14 +449,14 @@ def find_files(path: Path) -> list[Path]:
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if path.is_file():
-        if _suffix(path) is None:
+        if file_suffix(path) is None:
             raise UserError(f"{path} is of an unknown kind; readable are {', '.join(SUFFIXES)}")
         return [path]
     found = [
         entry
         for entry in path.rglob("*")
         if not any(part.startswith(".") for part in entry.relative_to(path).parts)
-        and _suffix(entry) is not None
+        and file_suffix(entry) is not None
         and entry.is_file()
     ]
     if not found:
@@ -324,9 +464,18 @@ def find_files(path: Path) -> list[Path]:
     return sorted(found, key=lambda entry: entry.relative_to(path).parts)
 
 
-def _suffix(path: Path) -> str | None:
+def file_suffix(path: Path) -> str | None:
+    """Which of `SUFFIXES` a file has, or None."""
     name = path.name.lower()
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
+class _Object(NamedTuple):
+    """A row as it stands in a file, before its fields are looked at; `bytes` is its size there."""
+
+    location: Location
+    values: dict[str, Any]
+    bytes: int
 
 
 def read_objects(path: Path) -> Iterator[tuple[Location, dict[str, Any]]]:
@@ -338,51 +487,101 @@ def read_objects(path: Path) -> Iterator[tuple[Location, dict[str, Any]]]:
     Raises:
         UserError: as `read_rows`.
     """
-    suffix = _suffix(path)
+    for item in _scan_objects(path, None, MAX_DOCUMENT_BYTES):
+        if isinstance(item, BadInputError):
+            raise item
+        yield item.location, item.values
+
+
+def _scan_objects(
+    path: Path, part: Part | None, limit: int, *, count_lines: bool = True, shown_as: Path | None = None
+) -> Iterator[_Object | BadInputError]:
+    suffix = file_suffix(path)
     if suffix is None:
         raise UserError(f"{path} is of an unknown kind; readable are {', '.join(SUFFIXES)}")
     try:
         if suffix == ".parquet":
-            yield from _read_parquet(path)
+            yield from _scan_parquet(path, part, limit)
         elif suffix == ".txt":
-            yield _read_text(path)
+            yield from _scan_text(path, limit)
         else:
-            yield from _read_json_lines(path, _chunks(path, suffix))
+            yield from _scan_json_lines(path, suffix, part, limit, count_lines=count_lines, shown_as=shown_as or path)
+    except BadInputError as error:
+        yield error
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
-    except PermissionError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except OSError as error:
+        yield BadInputError(
+            f"{path} cannot be read: {error.strerror or error}", UNREADABLE_FILE, _size_or_zero(path), is_row=False
+        )
 
 
-def _read_text(path: Path) -> tuple[Location, dict[str, Any]]:
-    if path.stat().st_size > MAX_DOCUMENT_BYTES:
-        raise UserError(
-            f"{path} has more than {MAX_DOCUMENT_BYTES:,} bytes; a .txt file is one document: cut it into several, or "
-            "write it as .jsonl with one document a line"
+def _size_or_zero(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return 0
+
+
+def _scan_text(path: Path, limit: int) -> Iterator[_Object]:
+    size = path.stat().st_size
+    if size > limit:
+        raise BadInputError(
+            f"{path} has more than {limit:,} bytes; a .txt file is one document: cut it into several, or write it as "
+            ".jsonl with one document a line",
+            TOO_LARGE,
+            size,
         )
     location = Location(path, 1, "file")
     text = _decode(path.read_bytes().removeprefix(_BOM), location)
-    return location, {"text": text.replace("\r\n", "\n")}
+    yield _Object(location, {"text": text.replace("\r\n", "\n")}, size)
 
 
-def _read_json_lines(path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[Location, dict[str, Any]]]:
-    for number, line in enumerate(_split_lines(path, chunks), start=1):
-        content = line.removeprefix(_BOM) if number == 1 else line
+def _scan_json_lines(
+    path: Path, suffix: str, part: Part | None, limit: int, *, count_lines: bool, shown_as: Path
+) -> Iterator[_Object | BadInputError]:
+    before: LinesBefore | int = 0
+    if part is None:
+        chunks = unpacked_chunks(path, suffix)
+    else:
+        chunks = _lines_of_range(path, part)
+        if part.before is not None:
+            before = part.before
+        elif count_lines and part.start:
+            before = LinesBefore(path, part.start)
+    starts_file = part is None or (part.start == 0 and not part.before)
+    for number, line in enumerate(split_lines(chunks, limit), start=1):
+        location = Location(shown_as, number, "line", before)
+        if isinstance(line, int):
+            yield BadInputError(
+                f"{location} has more than {limit:,} bytes; cut the document up, or raise --max_document_bytes",
+                TOO_LARGE,
+                line,
+            )
+            continue
+        content = line.removeprefix(_BOM) if number == 1 and starts_file else line
         if not content or content.isspace():
             continue
-        location = Location(path, number, "line")
-        yield location, _parse_json(content, location)
+        try:
+            values = _parse_json(content, location)
+        except BadInputError as error:
+            yield error
+        else:
+            yield _Object(location, values, len(content))
 
 
 def _parse_json(line: bytes, location: Location) -> dict[str, Any]:
     try:
         values = json.loads(_decode(line, location))
     except json.JSONDecodeError as error:
-        raise UserError(f"{location}: invalid JSON: {error.msg} (column {error.colno})") from error
+        raise BadInputError(
+            f"{location}: invalid JSON: {error.msg} (column {error.colno})", INVALID_JSON, len(line)
+        ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting without end
-        raise UserError(f"{location}: JSON that cannot be read: {error}") from error
+        raise BadInputError(f"{location}: JSON that cannot be read: {error}", INVALID_JSON, len(line)) from error
     if not isinstance(values, dict):
-        raise UserError(f"{location}: a row must be an object, this is {_type_name(values)}")
+        raise BadInputError(
+            f"{location}: a row must be an object, this is {_type_name(values)}", INVALID_JSON, len(line)
+        )
     return values
 
 
@@ -390,40 +589,92 @@ def _decode(data: bytes, location: Location) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{location}: invalid UTF-8 at byte {error.start + 1:,}: {error.reason}") from error
+        raise BadInputError(
+            f"{location}: invalid UTF-8 at byte {error.start + 1:,}: {error.reason}", INVALID_UTF8, len(data)
+        ) from error
 
 
-def _split_lines(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    r"""Cuts a stream of bytes at `\n`. Each byte is looked at once, however long a line is."""
+def split_lines(chunks: Iterator[bytes], limit: int) -> Iterator[bytes | int]:
+    r"""Cuts a stream of bytes at `\n`. Each byte is looked at once, however long a line is.
+
+    Args:
+        chunks: the stream.
+        limit: lines of more bytes are not kept.
+
+    Yields:
+        The lines without their ends; for one above the limit only the number of its bytes.
+
+    Raises:
+        BadInputError: what `chunks` raises, its bytes being those of the line that it broke off.
+    """
     pending: list[bytes] = []
     pending_bytes = 0
-    number = 1
-    for chunk in chunks:
-        lines = chunk.split(b"\n")
-        pending.append(lines[0])
-        pending_bytes += len(lines[0])
-        if pending_bytes > MAX_DOCUMENT_BYTES:
-            raise UserError(
-                f"{path}, line {number:,} has more than {MAX_DOCUMENT_BYTES:,} bytes; cut the document into several"
-            )
-        if len(lines) == 1:
-            continue
-        yield b"".join(pending)
-        yield from lines[1:-1]
-        number += len(lines) - 1
-        pending = [lines[-1]]
-        pending_bytes = len(lines[-1])
-    last = b"".join(pending)
-    if last:
-        yield last
+
+    def take() -> bytes | int:
+        return b"".join(pending) if pending_bytes <= limit else pending_bytes
+
+    try:
+        for chunk in chunks:
+            lines = chunk.split(b"\n")
+            pending_bytes += len(lines[0])
+            if pending_bytes <= limit:
+                pending.append(lines[0])
+            else:
+                pending.clear()
+            if len(lines) == 1:
+                continue
+            yield take()
+            for line in lines[1:-1]:
+                yield line if len(line) <= limit else len(line)
+            pending, pending_bytes = [lines[-1]], len(lines[-1])
+    except BadInputError as error:
+        error.bytes = error.bytes or pending_bytes
+        raise
+    if pending_bytes:
+        yield take()
 
 
-def _chunks(path: Path, suffix: str) -> Iterator[bytes]:
+def unpacked_chunks(path: Path, suffix: str) -> Iterator[bytes]:
+    """The content of a file of JSON lines, unpacked, in chunks.
+
+    Raises:
+        BadInputError: if the file is cut off or damaged.
+    """
     if suffix.endswith(".zst"):
         return _zst_chunks(path)
     if suffix.endswith(".gz"):
         return _gz_chunks(path)
     return _plain_chunks(path)
+
+
+def _lines_of_range(path: Path, part: Part) -> Iterator[bytes]:
+    r"""The bytes of the lines that begin in a range; the byte before a line's first is `\n`."""
+    with path.open("rb") as file:
+        position = part.start
+        if part.start:
+            file.seek(part.start - 1)
+            position = _skip_line(file, part.start - 1)
+        while position < part.stop and (chunk := file.read(min(_PLAIN_CHUNK, part.stop - position))):
+            position += len(chunk)
+            yield chunk
+            if position >= part.stop and not chunk.endswith(b"\n"):
+                yield from _rest_of_line(file)
+
+
+def _skip_line(file: IO[bytes], position: int) -> int:
+    """Reads to the end of a line; returns the position behind it."""
+    while piece := file.readline(_PLAIN_CHUNK):
+        position += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return position
+
+
+def _rest_of_line(file: IO[bytes]) -> Iterator[bytes]:
+    while piece := file.readline(_PLAIN_CHUNK):
+        yield piece
+        if piece.endswith(b"\n"):
+            return
 
 
 def _plain_chunks(path: Path) -> Iterator[bytes]:
@@ -436,11 +687,13 @@ def _gz_chunks(path: Path) -> Iterator[bytes]:
     with gzip.open(path, "rb") as file:
         while True:
             try:
-                chunk = file.read(_PLAIN_CHUNK)
+                chunk = file.read1(_PLAIN_CHUNK)  # `read` would throw away what came before the place of a fault
             except EOFError as error:
-                raise UserError(f"{path} is truncated: the gzip stream breaks off; get the file again") from error
+                raise BadInputError(
+                    f"{path} is truncated: the gzip stream breaks off; get the file again", BROKEN_FILE, is_row=False
+                ) from error
             except (gzip.BadGzipFile, zlib.error) as error:
-                raise UserError(f"{path} is not a sound gzip file: {error}") from error
+                raise BadInputError(f"{path} is not a sound gzip file: {error}", BROKEN_FILE, is_row=False) from error
             if not chunk:
                 return
             yield chunk
@@ -458,7 +711,9 @@ def _zst_chunks(path: Path) -> Iterator[bytes]:
                 try:
                     chunk = frame.decompress(data)
                 except zstandard.ZstdError as error:
-                    raise UserError(f"{path} is not a sound zstd file: {error}") from error
+                    raise BadInputError(
+                        f"{path} is not a sound zstd file: {error}", BROKEN_FILE, is_row=False
+                    ) from error
                 if chunk:
                     yield chunk
                 data = b""
@@ -466,36 +721,73 @@ def _zst_chunks(path: Path) -> Iterator[bytes]:
                     data = frame.unused_data
                     frame = None
         if frame is not None:
-            raise UserError(f"{path} is truncated: the zstd frame breaks off; get the file again")
+            raise BadInputError(
+                f"{path} is truncated: the zstd frame breaks off; get the file again", BROKEN_FILE, is_row=False
+            )
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[Location, dict[str, Any]]]:
+def _scan_parquet(path: Path, part: Part | None, limit: int) -> Iterator[_Object | BadInputError]:
     number = 0
+    before = (part.before or 0) if part else 0
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
             columns = _parquet_columns(path, file.schema_arrow)
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
-                for values in batch.to_pylist():
+            groups = list(range(part.start, part.stop) if part else range(file.num_row_groups))
+            for batch in file.iter_batches(_parquet_batch_rows(file.metadata), row_groups=groups, columns=columns):
+                for index in range(batch.num_rows):
                     number += 1
-                    yield Location(path, number, "row"), values
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}, after row {number:,}: invalid UTF-8: {error.reason}") from error
+                    yield _parquet_row(batch, index, Location(path, number, "row", before), limit)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
-        raise UserError(f"{path} is not a sound parquet file (after row {number:,}): {error}") from error
+        raise BadInputError(
+            f"{path} is not a sound parquet file (after row {before + number:,}): {error}",
+            BROKEN_FILE,
+            0 if number else _size_or_zero(path),
+            is_row=False,
+        ) from error
+
+
+def _parquet_batch_rows(metadata: pq.FileMetaData) -> int:
+    """Rows of a batch, so that it has some 2 MiB by the average row."""
+    unpacked = sum(metadata.row_group(index).total_byte_size for index in range(min(metadata.num_row_groups, 16)))
+    rows = sum(metadata.row_group(index).num_rows for index in range(min(metadata.num_row_groups, 16)))
+    return max(1, min(1024, _PARQUET_BATCH_BYTES * rows // max(1, unpacked)))
+
+
+def _parquet_row(batch: pa.RecordBatch, index: int, location: Location, limit: int) -> _Object | BadInputError:
+    # Bytes of a row: for a batch of one row `nbytes` looks at offsets only, and copies nothing.
+    size = batch.slice(index, 1).nbytes
+    if size > limit:
+        return BadInputError(
+            f"{location} has more than {limit:,} bytes; cut the document up, or raise --max_document_bytes",
+            TOO_LARGE,
+            size,
+        )
+    try:
+        return _Object(location, {name: batch.column(name)[index].as_py() for name in batch.schema.names}, size)
+    except UnicodeDecodeError as error:
+        return BadInputError(f"{location}: invalid UTF-8: {error.reason}", INVALID_UTF8, size)
 
 
 def _parquet_columns(path: Path, schema: pa.Schema) -> list[str]:
+    size = _size_or_zero(path)
     columns = [name for name in FIELDS if name in schema.names]
     if not columns:
         present = ", ".join(f"`{name}`" for name in schema.names[:8]) or "none"
-        raise UserError(f"{path}: the column `text` or `conversations` is missing (columns there: {present})")
+        raise BadInputError(
+            f"{path}: the column `text` or `conversations` is missing (columns there: {present})",
+            WRONG_COLUMNS,
+            size,
+            is_row=False,
+        )
     for name in columns:
         type_ = schema.field(name).type
         of_strings = pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_null(type_)
         of_lists = pa.types.is_list(type_) or pa.types.is_large_list(type_)
         if not (of_strings if name in ("text", "prompt") else of_lists):
             wanted = "strings" if name in ("text", "prompt") else "lists of turns"
-            raise UserError(f"{path}: the column `{name}` holds {type_}, not {wanted}")
+            raise BadInputError(
+                f"{path}: the column `{name}` holds {type_}, not {wanted}", WRONG_COLUMNS, size, is_row=False
+            )
     return columns

@@ -5,19 +5,23 @@ The bytes of a file depend on its rows alone, so that equal input gives equal fi
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from datasets import DatasetInfo, Features, List, Value
 
 from doge_lm.data.manifest import OutputFile, SampleCounts
 from doge_lm.data.packing import PackedRow
 from doge_lm.errors import UserError
+
+if TYPE_CHECKING:
+    # Named in annotations only: processes that write rows do without this import, and without its memory.
+    from datasets import Features
 
 # 65,536 samples of 2,048 tokens are 270 MB: a shard. A record batch is what one look-up has to find.
 ROWS_PER_SHARD = 2**16
@@ -32,17 +36,46 @@ def id_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
-def row_features(dtype: np.dtype[Any]) -> Features:
+def _columns(dtype: np.dtype[Any]) -> dict[str, dict[str, Any]]:
+    """The columns of a prepared set, in the words of `datasets`."""
+
+    def value(name: str) -> dict[str, Any]:
+        return {"dtype": name, "_type": "Value"}
+
+    def list_of(name: str) -> dict[str, Any]:
+        return {"feature": value(name), "_type": "List"}
+
+    return {
+        "input_ids": list_of(dtype.name),
+        "document_lengths": list_of("int32"),
+        "context_spans": list_of("int32"),
+        "text_bytes": value("int32"),
+        "source": value("string"),
+        "group": value("int64"),
+    }
+
+
+def row_features(dtype: np.dtype[Any]) -> "Features":
     """The columns of a prepared set, for token ids of a type (uint16 or uint32)."""
-    return Features(
+    from datasets import Features  # noqa: PLC0415
+
+    return Features.from_dict(_columns(dtype))
+
+
+def row_schema(dtype: np.dtype[Any]) -> pa.Schema:
+    """The arrow schema of a prepared set: that of `row_features`, made without importing `datasets`."""
+    metadata = {"huggingface": json.dumps({"info": {"features": _columns(dtype)}})}
+    numbers = pa.list_(pa.int32())
+    return pa.schema(
         {
-            "input_ids": List(Value(dtype.name)),
-            "document_lengths": List(Value("int32")),
-            "context_spans": List(Value("int32")),
-            "text_bytes": Value("int32"),
-            "source": Value("string"),
-            "group": Value("int64"),
-        }
+            "input_ids": pa.list_(pa.from_numpy_dtype(dtype)),
+            "document_lengths": numbers,
+            "context_spans": numbers,
+            "text_bytes": pa.int32(),
+            "source": pa.string(),
+            "group": pa.int64(),
+        },
+        metadata=metadata,
     )
 
 
@@ -67,6 +100,11 @@ class _Hashing:
 
     def flush(self) -> None:
         self._file.flush()
+
+    def sync(self) -> None:
+        """Has everything written to the disk itself."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     @property
     def closed(self) -> bool:
@@ -106,7 +144,7 @@ class ShardWriter:
         try:
             if kind is None:
                 self._writer.close()
-                self._file.flush()
+                self._file.sync()
         finally:
             self._file.close()
 
@@ -116,25 +154,28 @@ class ShardWriter:
 
 
 class RowWriter:
-    """Writes the rows of one source as a stream into a directory of arrow files, and counts them.
+    """Writes the rows of one unit of a source as a stream into an arrow file, and counts them.
+
+    The file takes its name only when it is whole, in `close`; until then it is called `NAME.PROCESS.part`.
 
     Args:
-        directory: an existing, empty directory.
+        path: the file; none is written if there is no row.
         source: the name of the source, for the column `source`.
+        first_group: number of the unit's first group.
         dtype: type of the token ids.
     """
 
-    def __init__(self, directory: Path, source: str, dtype: np.dtype[Any]) -> None:
+    def __init__(self, path: Path, source: str, first_group: int, dtype: np.dtype[Any]) -> None:
         self.counts = SampleCounts()
-        self.files: list[OutputFile] = []
-        self._directory = directory
+        self.output: OutputFile | None = None
+        self._path = path
+        self._part = path.with_name(f"{path.name}.{os.getpid()}.part")
         self._source = source
+        self._first_group = first_group
         self._dtype = dtype
-        self._features = row_features(dtype)
-        self._schema = self._features.arrow_schema
+        self._schema = row_schema(dtype)
         self._rows: list[PackedRow] = []
         self._shard: ShardWriter | None = None
-        self._shard_rows = 0
 
     def write(self, row: PackedRow) -> None:
         """Appends a row."""
@@ -143,36 +184,35 @@ class RowWriter:
             self._flush()
 
     def close(self) -> None:
-        """Writes what is left, and the files that make the directory a data set. There must have been a row."""
+        """Writes what is left, and puts the file in its place."""
         if self._rows:
             self._flush()
-        self._close_shard()
-        describe_dataset(self._directory, self._features, self.files, split=None)
+        if self._shard is None:
+            return
+        shard, self._shard = self._shard, None
+        with shard:
+            pass
+        output = shard.output()
+        self._part.replace(self._path)
+        self.output = OutputFile(self._path.name, output.bytes, output.rows, output.sha256)
 
     def abandon(self) -> None:
-        """Closes a file that a failure left open; does nothing after `close`."""
+        """Removes what a failure left half written; does nothing after `close`."""
         if self._shard is not None:
             self._shard.abandon()
             self._shard = None
+        self._part.unlink(missing_ok=True)
 
     def _flush(self) -> None:
-        batch = rows_to_batch(self._rows, self._source, self._dtype, self._schema)
+        rows = self._rows
+        if self._first_group:
+            rows = [row._replace(group=self._first_group + row.group) for row in rows]
+        batch = rows_to_batch(rows, self._source, self._dtype, self._schema)
         self._rows = []
         if self._shard is None:
-            self._shard = ShardWriter(self._directory / shard_name(len(self.files)), self._schema)
+            self._shard = ShardWriter(self._part, self._schema)
         self._shard.write(batch)
-        self._shard_rows += batch.num_rows
         self.counts.add(count_batch(batch))
-        if self._shard_rows >= ROWS_PER_SHARD:
-            self._close_shard()
-
-    def _close_shard(self) -> None:
-        if self._shard is None:
-            return
-        shard, self._shard, self._shard_rows = self._shard, None, 0
-        with shard:
-            pass
-        self.files.append(shard.output())
 
 
 def rows_to_batch(rows: Sequence[PackedRow], source: str, dtype: np.dtype[Any], schema: pa.Schema) -> pa.RecordBatch:
@@ -212,12 +252,22 @@ def count_batch(batch: pa.RecordBatch) -> SampleCounts:
     )
 
 
-def describe_dataset(directory: Path, features: Features, files: Sequence[OutputFile], split: str | None) -> None:
+def describe_dataset(
+    directory: Path, columns: "Features | np.dtype[Any]", files: Sequence[OutputFile], split: str | None
+) -> None:
     """Writes `dataset_info.json` and `state.json`, by which `datasets.load_from_disk` knows a directory.
 
     The fingerprint is taken from the content, since `datasets` keys its caches by it.
+
+    Args:
+        directory: holds the files.
+        columns: the type of the token ids, or the features themselves.
+        files: the arrow files, in order.
+        split: the split that they are, or None.
     """
-    DatasetInfo(features=features).write_to_directory(str(directory))
+    features = _columns(columns) if isinstance(columns, np.dtype) else columns.to_dict()
+    info = {"description": "", "citation": "", "homepage": "", "license": "", "features": features}
+    (directory / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8", newline="\n")
     fingerprint = hashlib.sha256("".join(file.sha256 for file in files).encode("ascii")).hexdigest()[:16]
     state: dict[str, Any] = {
         "_data_files": [{"filename": file.path} for file in files],

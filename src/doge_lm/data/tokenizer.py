@@ -23,6 +23,8 @@ The setting of point 1 is not part of `tokenizer.json`. Who reads that file alon
 to set `encode_special_tokens = True`.
 """
 
+from __future__ import annotations
+
 import argparse
 import codecs
 import hashlib
@@ -34,16 +36,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from doge_lm.data.manifest import FORMAT_VERSION, MANIFEST_NAME, atomic_directory
 from doge_lm.data.sources import TextRow, find_files, read_rows
 from doge_lm.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerFast
 
 SENTENCEPIECE_PACKAGE = "mistral_common"
 SENTENCEPIECE_FILE = "mistral_instruct_tokenizer_240216.model.v2"
@@ -145,14 +150,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     Raises:
         UserError: if the directory or a file is missing or broken, or the tokenizer is not of this form.
     """
+    # Here, for it takes seconds and hundreds of MB, and the processes that prepare data do without.
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
     directory = Path(path)
-    if not directory.is_dir():
-        raise UserError(
-            f"there is no tokenizer at {directory} (not a directory); make one with: doge-lm tokenizer build "
-            f"--save_dir {directory}"
-        )
-    for name in (TOKENIZER_NAME, CONFIG_NAME):
-        _check_json(directory / name)
+    read_files(directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory))
     except Exception as error:  # `tokenizers` raises Exception itself, transformers whatever it stumbles over
@@ -161,8 +163,24 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
             f"{broken} cannot be loaded ({type(error).__name__}: {error}); remove {directory} and make the tokenizer "
             f"anew with: doge-lm tokenizer build --save_dir {directory}"
         ) from error
-    _check_form(tokenizer, directory)
+    names = ("pad_token", "bos_token", "eos_token", "split_special_tokens")
+    check_form(tokenizer.get_vocab(), {name: getattr(tokenizer, name) for name in names}, directory)
     return tokenizer
+
+
+def read_files(directory: Path) -> tuple[str, dict[str, Any]]:
+    """The text of a tokenizer's `tokenizer.json`, and its configuration.
+
+    Raises:
+        UserError: if the directory or a file is missing, or is not JSON.
+    """
+    if not directory.is_dir():
+        raise UserError(
+            f"there is no tokenizer at {directory} (not a directory); make one with: doge-lm tokenizer build "
+            f"--save_dir {directory}"
+        )
+    text, config = (_read_json(directory / name) for name in (TOKENIZER_NAME, CONFIG_NAME))
+    return text, json.loads(config)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -180,16 +198,22 @@ def encode_batch(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> li
     Raises:
         ValueError: if a text holds a lone surrogate, which has no UTF-8.
     """
-    backend = tokenizer.backend_tokenizer
+    return [encoding.ids for encoding in encode_with_backend(tokenizer.backend_tokenizer, texts)]
+
+
+def encode_with_backend(backend: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
+    """What `encode_batch` does, with the tokenizer of the library `tokenizers`."""
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = True
     try:
-        encodings = backend.encode_batch_fast([_escape(text) for text in texts], add_special_tokens=False)
+        encodings: list[Encoding] = backend.encode_batch_fast(
+            [_escape(text) for text in texts], add_special_tokens=False
+        )
     except (TypeError, UnicodeEncodeError):
-        _refuse_surrogates(texts)
+        refuse_surrogates(texts)
         raise
-    return [encoding.ids for encoding in encodings]
+    return encodings
 
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> NDArray[np.int32]:
@@ -198,9 +222,15 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> NDArray[np.int32]:
     `▁` is one byte, a byte token too, a control token none. The lengths of `encode_text(tokenizer, text)` sum to the
     bytes of the text and one more, for the `▁` that is put in front (an empty text has no tokens).
     """
-    added = tokenizer.added_tokens_decoder
-    lengths = np.zeros(len(tokenizer), dtype=np.int32)
-    for piece, index in tokenizer.get_vocab().items():
+    return backend_byte_lengths(tokenizer.backend_tokenizer)
+
+
+def backend_byte_lengths(backend: Tokenizer) -> NDArray[np.int32]:
+    """What `token_byte_lengths` gives, for the tokenizer of the library `tokenizers`."""
+    added = backend.get_added_tokens_decoder()
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    lengths = np.zeros(len(vocabulary), dtype=np.int32)
+    for piece, index in vocabulary.items():
         if index in added:
             lengths[index] = 0 if added[index].special else len(piece.encode())
         else:
@@ -261,7 +291,8 @@ def _escape(text: str) -> str:
     return text.replace(MARK, MARK + ESCAPE) if MARK in text else text
 
 
-def _refuse_surrogates(texts: Sequence[str]) -> None:
+def refuse_surrogates(texts: Sequence[str]) -> None:
+    """Raises ValueError, naming the first lone surrogate, if there is one."""
     for number, text in enumerate(texts):
         try:
             text.encode()
@@ -272,19 +303,21 @@ def _refuse_surrogates(texts: Sequence[str]) -> None:
             ) from error
 
 
-def _check_json(file: Path) -> None:
+def _read_json(file: Path) -> str:
     if not file.is_file():
         raise UserError(
             f"{file} is missing; if {file.parent} is meant to be a tokenizer, make it anew with: doge-lm tokenizer "
             f"build --save_dir {file.parent}"
         )
     try:
-        json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        json.loads(text)
     except ValueError as error:
         raise UserError(
             f"{file} is not valid JSON ({error}); remove {file.parent} and make the tokenizer anew with: doge-lm "
             f"tokenizer build --save_dir {file.parent}"
         ) from error
+    return text
 
 
 def _broken_file(directory: Path) -> Path:
@@ -297,17 +330,26 @@ def _broken_file(directory: Path) -> Path:
     return directory / CONFIG_NAME
 
 
-def _check_form(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+def check_form(vocabulary: Mapping[str, int], config: Mapping[str, Any], directory: Path) -> None:
+    """Checks that a tokenizer is of the form that this module makes.
+
+    Args:
+        vocabulary: the id of each token, control tokens included.
+        config: `pad_token`, `bos_token`, `eos_token` and `split_special_tokens`.
+        directory: where it lies, for the message.
+
+    Raises:
+        UserError: if it is not.
+    """
     advice = "the tokenizers that `doge-lm tokenizer build` and `doge-lm tokenizer train` make are of the right form"
-    vocabulary = tokenizer.get_vocab()
     for index, token in enumerate(CONTROL_TOKENS):
         if vocabulary.get(token) != index:
             found = f"has id {vocabulary[token]}" if token in vocabulary else "is not in its vocabulary"
             raise UserError(f"{directory} is not a Doge tokenizer: {token} {found}, it must be {index}; {advice}")
     for name, expected in (("pad_token", UNK), ("bos_token", BOS), ("eos_token", EOS)):
-        if getattr(tokenizer, name) != expected:
-            raise UserError(f"{directory}: {name} is {getattr(tokenizer, name)!r}, it must be {expected!r}; {advice}")
-    if not tokenizer.split_special_tokens:
+        if config.get(name) != expected:
+            raise UserError(f"{directory}: {name} is {config.get(name)!r}, it must be {expected!r}; {advice}")
+    if not config.get("split_special_tokens"):
         raise UserError(
             f"{directory}: split_special_tokens is not true in {CONFIG_NAME}, so control tokens could be written in "
             f"text; {advice}"
@@ -517,7 +559,7 @@ def _alphabet(texts: Iterable[str], coverage: float) -> list[str]:
     """The most frequent characters that make up `coverage` of the text, and `▁`. A line feed is always a byte."""
     counts: Counter[str] = Counter()
     for text in texts:
-        _refuse_surrogates([text])
+        refuse_surrogates([text])
         counts.update(text)
     counts.pop("\n", None)
     counts[SPACE] += counts.pop(" ", 0)

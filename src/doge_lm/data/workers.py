@@ -1,10 +1,12 @@
-"""Work spread over processes, with results in order: what comes out does not depend on how many there are."""
+"""Work spread over processes; what comes out does not depend on how many there are."""
 
+import itertools
 import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Any, TypeVar
@@ -16,6 +18,12 @@ _Result = TypeVar("_Result")
 
 # Items in flight for each process: enough that none waits while the results are written.
 _LOOK_AHEAD = 3
+# Where results are taken as they get ready, this many items wait for a process.
+_WAITING = 2
+_PROCESS_GONE = (
+    "a worker process ended abruptly, most likely for want of memory; run the same command again with a smaller "
+    "--num_proc"
+)
 
 
 def check_num_proc(num_proc: int) -> None:
@@ -70,9 +78,37 @@ class Workers:
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process ended abruptly, most likely for want of memory; run again with a smaller --num_proc"
-            ) from error
+            raise UserError(_PROCESS_GONE) from error
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def unordered(
+        self, function: Callable[[_Item], _Result], items: Iterable[_Item]
+    ) -> Generator[tuple[_Item, _Result], None, None]:
+        """Applies a function of a module to items; gives each with its result, as they get ready.
+
+        At most two items more than there are processes have been taken and not given back. Otherwise as `map`.
+
+        Raises:
+            UserError: if a process is gone.
+        """
+        if self._pool is None:
+            for item in items:
+                yield item, function(item)
+            return
+        pending: dict[Future[_Result], _Item] = {}
+        left = iter(items)
+        try:
+            while True:
+                for item in itertools.islice(left, self._num_proc + _WAITING - len(pending)):
+                    pending[self._pool.submit(function, item)] = item
+                if not pending:
+                    return
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    yield pending.pop(future), future.result()
+        except BrokenProcessPool as error:
+            raise UserError(_PROCESS_GONE) from error
         finally:
             for future in pending:
                 future.cancel()
@@ -89,4 +125,13 @@ class Workers:
 
 def _start(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     start(*arguments)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent is gone: one that was killed cannot tell it to stop."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

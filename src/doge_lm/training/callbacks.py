@@ -4,7 +4,8 @@ A line of `train.jsonl` is one JSON object with a `kind`:
 
 - `plan`: the numbers of the plan, when a run starts or is resumed;
 - `train`: loss (over the steps since the line before), learning_rate, grad_norm, tokens_per_second, mfu,
-  tokens_seen, targets_seen;
+  tokens_seen, targets_seen; of a stream also stream_epoch (passes over its text that are done) and stream_skipped (bad
+  rows that were left out, up to the block that the step has come to);
 - `eval`: eval_loss, eval_perplexity, eval_bits_per_byte, and by source `eval_SOURCE_loss` and so on.
 
 Every line has `step` and `epoch`. When a run is resumed at step s, lines of later steps are dropped first, so that

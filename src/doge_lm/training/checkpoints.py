@@ -47,6 +47,9 @@ _HOW_TO_START_ANEW = (
 _FREE = {
     "train": {
         "dataset_path",
+        "stream",  # the content is compared, in `data_sha256`
+        "stream_workers",
+        "stream_on_error",  # a run that a bad row has stopped may go on without it
         "sequences_per_step",  # compared as worked out, in the record's `sequences_per_step`
         "per_device_train_batch_size",
         "accumulate_steps",
@@ -84,7 +87,9 @@ class FileRecord:
 class RunRecord:
     """What a checkpoint remembers of its run, and of its own files by their names.
 
-    `step`, `tokens_seen` and `targets_seen` are the run's progress.
+    `step`, `tokens_seen` and `targets_seen` are the run's progress. `order` is the version of the order in which the
+    data is read (`doge_lm.training.order`); records from before there was one have the first. `stream` is where a
+    stream of text stands, as `doge_lm.data.streaming.StreamState`; `rows` is 0 then.
     """
 
     settings: dict[str, dict[str, Any]]
@@ -97,6 +102,8 @@ class RunRecord:
     step: int = 0
     tokens_seen: int = 0
     targets_seen: int = 0
+    order: int = 1
+    stream: dict[str, Any] | None = None
     files: dict[str, FileRecord] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
@@ -240,6 +247,12 @@ def check_record(checkpoint: Path, current: RunRecord) -> RunRecord:
         UserError: naming everything that differs, there and here.
     """
     saved = RunRecord.read(checkpoint)
+    if saved.order != current.order:
+        raise UserError(
+            f"{checkpoint} cannot be resumed: its run reads the data in the order of version {saved.order}, and this "
+            f"doge-lm in that of version {current.order}, so some rows would come twice and others not at all; resume "
+            "it with the doge-lm that made it, or start anew with --overwrite"
+        )
     differing = []
     for part, free in _FREE.items():
         before, now = saved.settings.get(part, {}), current.settings[part]

@@ -123,6 +123,8 @@ class Plan:
     memory: MemoryEstimate
     hardware: Hardware
     notes: tuple[str, ...]
+    data: str = ""
+    document_mask: bool = False
 
     @property
     def tokens_per_step(self) -> int:
@@ -180,7 +182,9 @@ class Plan:
             ),
             ("tokens an epoch", f"{self.steps_per_epoch * self.tokens_per_step:,}"),
             ("tokens in total", f"{self.total_tokens:,}"),
+            ("data", self.data),
             ("rows of data", "not looked at" if self.rows is None else f"{self.rows:,}"),
+            ("attention", "within documents" if self.document_mask else "over all documents of a sequence"),
             ("work for a token", f"{self.flops_per_token / 1e6:,.1f} MFLOP, forward and backward"),
             ("work in total", f"{self.total_flops:.3e} FLOP"),
             (
@@ -261,6 +265,17 @@ def make_plan(
         memory=memory,
         hardware=hardware,
         notes=tuple(notes),
+        data=_data_described(train),
+        document_mask=train.document_mask,
+    )
+
+
+def _data_described(train: TrainSettings) -> str:
+    if train.stream is None:
+        return f"the prepared set {train.dataset_path}"
+    return (
+        f"the text of {train.stream}, tokenized meanwhile (workers on each device: {train.stream_workers:,}; "
+        f"held out: {_count(train.stream_test_rows, 'row')})"
     )
 
 

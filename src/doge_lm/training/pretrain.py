@@ -1,8 +1,6 @@
-"""`train`: pre-train a model from a settings file, a tokenizer and a prepared set."""
+"""`train`: pre-train a model from a settings file, a tokenizer, and a prepared set or a stream of text."""
 
 import argparse
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,15 +15,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
-from doge_lm.data.dataset import PackedCollator, PreparedSet, load_prepared
-from doge_lm.data.tokenizer import load_tokenizer, tokenizer_sha256
+from doge_lm.data.dataset import PackedCollator
+from doge_lm.data.streaming import StreamState
+from doge_lm.data.tokenizer import load_tokenizer
 from doge_lm.errors import UserError
 from doge_lm.model.configuration_doge import DogeConfig
 from doge_lm.model.modeling_doge import DogeForCausalLM
 from doge_lm.training import checkpoints
 from doge_lm.training.callbacks import LOG_NAME, JsonLog, ProgressBar, TensorBoardLog, holds_training
 from doge_lm.training.checkpoints import RunRecord
+from doge_lm.training.data import TrainingData, open_data
 from doge_lm.training.hardware import Hardware, Peak, bf16_is_faster, detect_hardware, peak_flops
+from doge_lm.training.order import ORDER
 from doge_lm.training.plan import Plan, make_plan
 from doge_lm.training.report import CURVE_NAME, draw_curve
 from doge_lm.training.settings import Settings, TrainSettings, load_settings, preset_paths
@@ -36,15 +37,6 @@ SETTINGS_NAME = "train_settings.yaml"
 ModelBuilder = Callable[[DogeConfig, TrainSettings], PreTrainedModel]
 # Without either of these, nothing loads from a directory.
 _MODEL_FILES = ("config.json", "model.safetensors")
-
-_HOW_TO_MAKE_DATA = (
-    "make it with:\n"
-    "  python scripts/download_datasets.py --save_dir ./datasets --cache_dir ./datasets/cache --num_proc 4\n"
-    "  python scripts/preprocess_datasets.py --datasets_dir ./datasets --save_dir ./datasets "
-    "--tokenizer_path ./tokenizer --max_len {sequence_length} --num_proc 4\n"
-    "  python scripts/merge_datasets.py --datasets_dir ./datasets --save_dir ./datasets --num_proc 4\n"
-    "or give the place of a prepared set with --dataset_path"
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,6 +92,11 @@ def run(args: argparse.Namespace, build_model: ModelBuilder = build_model) -> in
     """
     settings = load_settings(args.config_path, args.overrides)
     if args.dataset_path is not None:
+        if settings.train.stream is not None:
+            raise UserError(
+                f"--dataset_path {args.dataset_path} and the setting stream ({settings.train.stream}) both name the "
+                "data; give one of the two (--set stream=null for the former)"
+            )
         settings.train.dataset_path = args.dataset_path
     config = settings.model_config()
     hardware = detect_hardware()
@@ -110,13 +107,14 @@ def run(args: argparse.Namespace, build_model: ModelBuilder = build_model) -> in
         print(_least_time(plan, peak_flops(hardware, machine.bf16)))
         return 0
     tokenizer = _load_tokenizer(args.tokenizer_path, config)
-    data = _load_data(settings, args.tokenizer_path)
+    opened = open_data(settings.train, args.tokenizer_path, len(tokenizer))
     checkpoint = _checkpoint(args, config)
     if checkpoint is None and not args.overwrite:
         _refuse_other_run(args.output_dir, args.logging_dir)
     if checkpoint is not None and settings.train.bf16 == "auto":
         machine = replace(machine, bf16=RunRecord.read(checkpoint).bf16)
-    plan = _plan(settings, config, machine, rows=len(data.train), strict=args.strict)
+    plan = _plan(settings, config, machine, rows=opened.rows, strict=args.strict)
+    data = opened.start(plan.total_steps * plan.sequences_per_step, _stream_state(checkpoint), _report)
     record = _record(settings, plan, machine, data)
     if checkpoint is not None:
         saved = checkpoints.check_record(checkpoint, record)
@@ -138,7 +136,7 @@ def run(args: argparse.Namespace, build_model: ModelBuilder = build_model) -> in
     trainer = _build(model, settings, plan, machine, data, tokenizer, record, args)
     if process.is_main_process:
         print(_least_time(plan, trainer.peak), flush=True)
-    with checkpoints.disk_errors_explained(args.logging_dir), _interruption_explained(args.output_dir):
+    with data.opened(), checkpoints.disk_errors_explained(args.logging_dir), _interruption_explained(args.output_dir):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if process.is_main_process:
         save_final(trainer, settings, args.output_dir)
@@ -208,38 +206,28 @@ def _load_tokenizer(path: Path, config: DogeConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_data(settings: Settings, tokenizer_path: Path) -> PreparedSet:
-    path, train = Path(settings.train.dataset_path), settings.train
-    if not path.is_dir():
-        how = _HOW_TO_MAKE_DATA.format(sequence_length=train.sequence_length)
-        raise UserError(f"dataset_path {path} does not exist; {how}")
-    data = load_prepared(path)
-    made_with = data.manifest.tokenizer
-    if made_with.sha256 != tokenizer_sha256(tokenizer_path):
-        raise UserError(
-            f"{path} was made with another tokenizer than {tokenizer_path}; give the one it was made with, or run "
-            "preprocess_datasets and merge_datasets again with this one"
-        )
-    if data.manifest.sequence_length != train.sequence_length:
-        raise UserError(
-            f"{path} holds sequences of {data.manifest.sequence_length} tokens and sequence_length is "
-            f"{train.sequence_length}; --set sequence_length={data.manifest.sequence_length}, or preprocess again with "
-            f"--max_len {train.sequence_length}"
-        )
-    return data
-
-
-def _record(settings: Settings, plan: Plan, machine: Machine, data: PreparedSet) -> RunRecord:
-    files = [[file.path, file.sha256] for file in data.manifest.files]
+def _record(settings: Settings, plan: Plan, machine: Machine, data: TrainingData) -> RunRecord:
     return RunRecord(
         settings=settings.to_dict(),
         sequences_per_step=plan.sequences_per_step,
         steps_per_epoch=plan.steps_per_epoch,
         bf16=machine.bf16,
-        rows=len(data.train),
-        data_sha256=hashlib.sha256(json.dumps(files).encode()).hexdigest(),
-        tokenizer_sha256=data.manifest.tokenizer.sha256,
+        rows=data.rows,
+        data_sha256=data.sha256,
+        tokenizer_sha256=data.tokenizer_sha256,
+        order=ORDER,
     )
+
+
+def _stream_state(checkpoint: Path | None) -> StreamState | None:
+    """Where the stream of a checkpoint goes on, if it has one."""
+    saved = None if checkpoint is None else RunRecord.read(checkpoint).stream
+    return None if saved is None else StreamState(**saved)
+
+
+def _report(text: str) -> None:
+    if PartialState().is_main_process:
+        print(text, flush=True)
 
 
 def _checkpoint(args: argparse.Namespace, config: DogeConfig) -> Path | None:
@@ -304,7 +292,7 @@ def _build(
     settings: Settings,
     plan: Plan,
     machine: Machine,
-    data: PreparedSet,
+    data: TrainingData,
     tokenizer: PreTrainedTokenizerBase,
     record: RunRecord,
     args: argparse.Namespace,

@@ -67,6 +67,10 @@ class TrainSettings:
 
     # Data and length of the run
     dataset_path: str = "./datasets/pretrain"
+    stream: str | None = None
+    stream_workers: int = 2
+    stream_test_rows: int = 256
+    stream_on_error: Literal["stop", "skip"] = "stop"
     sequence_length: int = 2048
     sequences_per_step: int | Auto = "auto"
     per_device_train_batch_size: int | Auto = "auto"
@@ -113,6 +117,8 @@ _BELOW_ONE: Check = ((lambda value: 0 <= value < 1), "0 or more and below 1")
 
 # Ranges of the `train:` values; `DogeConfig` checks those of `model:`. The text completes "it must be …".
 _RANGES: dict[str, Check] = {
+    "stream_workers": _at_least(1),
+    "stream_test_rows": _at_least(1),
     "sequence_length": _at_least(2),
     "sequences_per_step": _at_least(1),
     "per_device_train_batch_size": _at_least(1),

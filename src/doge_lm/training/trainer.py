@@ -4,20 +4,22 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerControl, TrainingArguments
 
-from doge_lm.data.dataset import PreparedSet
+from doge_lm.data.streaming import StreamState
 from doge_lm.errors import UserError
 from doge_lm.evaluation.bits_per_byte import Evaluation, evaluate
 from doge_lm.training import checkpoints
 from doge_lm.training.callbacks import StepSchedule
 from doge_lm.training.checkpoints import RunRecord
+from doge_lm.training.data import TrainingData
 from doge_lm.training.hardware import Peak
 from doge_lm.training.order import StreamSampler
 from doge_lm.training.plan import Plan
@@ -47,7 +49,8 @@ def training_arguments(train: TrainSettings, plan: Plan, output_dir: Path) -> Tr
     float32 on leaving the model.) Neither is the limit on checkpoints, which are removed as carefully as they appear.
     """
     cosine = train.lr_scheduler_type == "cosine"
-    workers = train.dataloader_num_workers
+    # A stream has processes of its own, and is read in this one.
+    workers = 0 if train.stream is not None else train.dataloader_num_workers
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         max_steps=plan.total_steps,
@@ -123,7 +126,7 @@ class DogeTrainer(Trainer):
         model: PreTrainedModel,
         plan: Plan,
         train: TrainSettings,
-        data: PreparedSet,
+        data: TrainingData,
         collator: Callable[[list[dict]], dict[str, torch.Tensor]],
         tokenizer: PreTrainedTokenizerBase,
         record: RunRecord,
@@ -133,6 +136,7 @@ class DogeTrainer(Trainer):
         # What the model is saved with: `Trainer` switches the cache off for training.
         self._use_cache = model.config.use_cache
         self.plan, self.train_settings, self.record, self.peak = plan, train, record, peak
+        self.data = data
         self._stopwatch = Stopwatch()
         self._staging: Path | None = None
         super().__init__(
@@ -150,9 +154,14 @@ class DogeTrainer(Trainer):
 
     # Data
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> StreamSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        """The rows of the whole run; those that are done already are counted by the Trainer, and never looked at."""
+        if self.data.stream is not None:
+            return SequentialSampler(self.data.stream)
         length = self.plan.total_steps * self.plan.sequences_per_step
-        return StreamSampler(len(self.train_dataset), length, self.train_settings.seed)
+        return StreamSampler(
+            self.data.shards, length, self.train_settings.seed, self.record.step * self.plan.sequences_per_step
+        )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -197,10 +206,23 @@ class DogeTrainer(Trainer):
             logs["mfu"] = rate * self.plan.flops_per_token / (self.peak.flops * self.args.world_size)
             logs["tokens_seen"] = self._tokens_seen
             logs["targets_seen"] = int(self._targets_seen)
+            logs.update(self._stream_numbers())
             if self.args.device.type == "cuda":
                 logs["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.args.device) / 2**30
             self._stopwatch.restart()
         super().log(logs, start_time)
+
+    def _stream_numbers(self) -> dict[str, int]:
+        """Passes over the stream that are done, and bad rows that were left out, both up to the current block."""
+        state = self._stream_state()
+        if state is None:
+            return {}
+        return {"stream_epoch": state.epoch, "stream_skipped": sum(state.skipped.values())}
+
+    def _stream_state(self) -> StreamState | None:
+        if self.data.stream is None:
+            return None
+        return self.data.stream.state(self.state.global_step * self.plan.sequences_per_step)
 
     def _check_finite(self, logs: dict[str, float]) -> None:
         for name in ("loss", "grad_norm"):
@@ -271,6 +293,7 @@ class DogeTrainer(Trainer):
             step=self.state.global_step,
             tokens_seen=self._tokens_seen,
             targets_seen=int(self._targets_seen),
+            stream=None if (state := self._stream_state()) is None else asdict(state),
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

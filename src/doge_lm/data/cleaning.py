@@ -1,0 +1,656 @@
+"""Leaving rows out before they are tokenized: by length, by language, by overlap with benchmarks, and exact duplicates.
+
+`Cleaner` says of one row at a time why it is to be left out; every process has its own. Duplicates need two passes over
+a source: the first hashes the rows of every unit (`hash_rows`, `write_hashes`), `mark_duplicates` finds, out of core,
+the rows of which an equal one stands before, and the second pass leaves those out (`load_drops`).
+
+Overlap with a benchmark means that a row shares one n-gram with it: 13 words in a row, or 20 characters in a row in
+scripts that put no spaces between words. Texts are compared without case, punctuation and spacing.
+"""
+
+import argparse
+import hashlib
+import os
+import shutil
+import sys
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from doge_lm.data.manifest import read_record, write_record
+from doge_lm.data.sources import Row, TextRow, read_objects
+from doge_lm.errors import UserError
+
+Hashes = npt.NDArray[np.uint64]
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CleaningSettings:
+    """Which rows are left out.
+
+    Attributes:
+        min_characters: rows with fewer characters are left out. Of a text its prompt does not count, of a
+            conversation all turns do.
+        max_characters: rows with more characters are left out; 0 is no limit.
+        languages: codes of the languages to keep (`en`), for all sources, or `NAME=en,zh` for one; empty keeps all.
+        decontaminate: benchmark files, JSON lines, with which no row may share an n-gram.
+        deduplicate: of rows that are equal, keep the first of the source.
+        ngram_words: length of an n-gram in words.
+        ngram_characters: length of an n-gram in characters, in scripts without spaces.
+    """
+
+    min_characters: int = 0
+    max_characters: int = 0
+    languages: tuple[str, ...] = ()
+    decontaminate: tuple[Path, ...] = ()
+    deduplicate: bool = False
+    ngram_words: int = 13
+    ngram_characters: int = 20
+
+    @property
+    def active(self) -> bool:
+        """Whether any row at all may be left out."""
+        return self.filtering or self.deduplicate
+
+    @property
+    def filtering(self) -> bool:
+        """Whether a `Cleaner` has anything to do: any setting but `deduplicate`."""
+        return bool(self.min_characters or self.max_characters or self.languages or self.decontaminate)
+
+    def for_source(self, name: str) -> "CleaningSettings":
+        """The settings as they hold for one source: `languages` are codes alone."""
+        named = [
+            entry.partition("=")[2] for entry in self.languages if entry.partition("=")[0] == name and "=" in entry
+        ]
+        if named:
+            codes = [code for entry in named for code in entry.split(",")]
+        else:
+            codes = [entry for entry in self.languages if "=" not in entry]
+        return replace(self, languages=tuple(dict.fromkeys(codes)))
+
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on, by the names of the flags; benchmark files with their sha256.
+
+        Raises:
+            UserError: if a benchmark file is missing.
+        """
+        if not self.active:
+            return {}
+        return {
+            "min_chars": self.min_characters,
+            "max_chars": self.max_characters,
+            "languages": sorted(self.languages),
+            "decontaminate": {path.name: _sha256(path) for path in sorted(self.decontaminate)},
+            "ngram_words": self.ngram_words,
+            "ngram_chars": self.ngram_characters,
+            "deduplicate": self.deduplicate,
+        }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `settings_from_args` reads."""
+    group = parser.add_argument_group("cleaning", "rows that are left out, each counted in the accounting as dropped")
+    group.add_argument(
+        "--min_chars",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out texts (without their prompts) and conversations of fewer characters",
+    )
+    group.add_argument("--max_chars", type=int, default=0, metavar="N", help="leave out those of more characters")
+    group.add_argument(
+        "--languages",
+        nargs="+",
+        default=[],
+        metavar="CODE",
+        help="keep only rows in these languages (`en zh`), or of one source (`NAME=en,zh`); what is given for a source "
+        "replaces what is given for all. Program code is no language: leave such sources out. Needs the extra `clean`",
+    )
+    group.add_argument(
+        "--decontaminate",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="leave out rows that share an n-gram with these benchmark files (.jsonl, .jsonl.gz, .jsonl.zst; all "
+        "their strings count)",
+    )
+    group.add_argument("--ngram_words", type=int, default=13, metavar="N", help="words of an n-gram (default: 13)")
+    group.add_argument(
+        "--ngram_chars",
+        type=int,
+        default=20,
+        metavar="N",
+        help="characters of an n-gram, in scripts without spaces such as Chinese (default: 20)",
+    )
+    group.add_argument(
+        "--deduplicate", action="store_true", help="of equal rows, keep the first of each source (reads it twice)"
+    )
+
+
+def settings_from_args(args: argparse.Namespace) -> CleaningSettings:
+    """The settings that flags stand for.
+
+    Raises:
+        UserError: for a value that cannot be, an unknown language, a missing benchmark file, or a missing package.
+    """
+    for flag, value, least in (
+        ("--min_chars", args.min_chars, 0),
+        ("--max_chars", args.max_chars, 0),
+        ("--ngram_words", args.ngram_words, 1),
+        ("--ngram_chars", args.ngram_chars, 1),
+    ):
+        if value < least:
+            raise UserError(f"{flag} {value} must be at least {least}")
+    if args.max_chars and args.max_chars < args.min_chars:
+        raise UserError(
+            f"--max_chars {args.max_chars} is below --min_chars {args.min_chars}: every row would be left out"
+        )
+    settings = CleaningSettings(
+        args.min_chars,
+        args.max_chars,
+        tuple(args.languages),
+        tuple(args.decontaminate),
+        args.deduplicate,
+        args.ngram_words,
+        args.ngram_chars,
+    )
+    _check_languages(settings.languages)
+    names = [path.name for path in settings.decontaminate]
+    for path in settings.decontaminate:
+        if not path.is_file():
+            raise UserError(f"--decontaminate {path} is not a file")
+        if not path.name.lower().endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+            raise UserError(f"--decontaminate {path}: readable are .jsonl, .jsonl.gz and .jsonl.zst")
+        if names.count(path.name) > 1:
+            raise UserError(f"--decontaminate: two files are called {path.name}; give one of them another name")
+    return settings
+
+
+def _check_languages(languages: Sequence[str]) -> None:
+    if not languages:
+        return
+    known = sorted(_known_languages())
+    for entry in languages:
+        name, separator, codes = entry.rpartition("=")
+        if separator and not name:
+            raise UserError(f"--languages {entry}: the name of the source before `=` is missing")
+        for code in codes.split(",") if separator else [entry]:
+            if code not in known:
+                raise UserError(f"--languages {entry}: {code!r} is not a language code; known are {' '.join(known)}")
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"--decontaminate {path} cannot be read: {error.strerror}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One row at a time
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Cleaner:
+    """Says of rows why they are to be left out. One a process: it holds the language model and the n-grams.
+
+    Args:
+        settings: as they hold for the source (`CleaningSettings.for_source`).
+        index_dir: where `prepare_index` wrote the benchmarks' n-grams; they are mapped, so all processes share one
+            copy. Without it they are gathered here.
+
+    Raises:
+        UserError: for a missing package or a benchmark file that cannot be read.
+    """
+
+    def __init__(self, settings: CleaningSettings, index_dir: Path | None = None) -> None:
+        self._settings = settings
+        self._languages = frozenset(settings.languages)
+        self._index: NgramIndex | None = None
+        if settings.decontaminate:
+            self._index = NgramIndex.build(settings) if index_dir is None else NgramIndex.open(settings, index_dir)
+
+    def reason(self, row: Row) -> str | None:
+        """Why a row is left out, in words for the accounting; None if it stays."""
+        settings = self._settings
+        texts = [row.text] if isinstance(row, TextRow) else [content for _, content in row.turns]
+        length = sum(map(len, texts))
+        if length < settings.min_characters:
+            return f"fewer than {settings.min_characters} characters"
+        if settings.max_characters and length > settings.max_characters:
+            return f"more than {settings.max_characters} characters"
+        if self._languages and not _is_in(texts, self._languages):
+            return "other language"
+        if self._index is not None and self._index.overlaps(_words_of(row)):
+            return "overlap with a benchmark"
+        return None
+
+
+def prepare_index(settings: CleaningSettings, index_dir: Path) -> None:
+    """Writes the n-grams of the benchmark files, for the `Cleaner`s of several processes; nothing without such files.
+
+    Args:
+        settings: names the files.
+        index_dir: an existing directory. An index of the same benchmarks that is there already is kept.
+    """
+    if settings.decontaminate:
+        NgramIndex.build(settings).save(index_dir)
+
+
+def _words_of(row: Row) -> list[str]:
+    return [row.prompt, row.text] if isinstance(row, TextRow) else [content for _, content in row.turns]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Language
+# ---------------------------------------------------------------------------------------------------------------
+
+# Telling languages apart costs time by length, and the beginning of a text says enough.
+_LANGUAGE_CHARACTERS = 2000
+# In fewer letters than this no language can be told; such rows are kept.
+_LANGUAGE_LETTERS = 20
+
+
+@cache
+def _identifier() -> Any:
+    """The language model: a file of its package."""
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise UserError("--languages needs the package py3langid: pip install 'doge-lm[clean]'") from error
+    return LanguageIdentifier.from_model_file(MODEL_FILE)
+
+
+def _known_languages() -> set[str]:
+    return {str(code) for code in _identifier().labels}
+
+
+def _is_in(texts: Sequence[str], languages: frozenset[str]) -> bool:
+    """Whether a text is in one of some languages, or too short to tell."""
+    sample = "\n".join(text[:_LANGUAGE_CHARACTERS] for text in texts)[:_LANGUAGE_CHARACTERS]
+    # Short samples are rare: only those are looked at letter by letter.
+    if len(sample) < 10 * _LANGUAGE_LETTERS and sum(map(str.isalpha, sample)) < _LANGUAGE_LETTERS:
+        return True
+    return str(_identifier().classify(sample)[0]) in languages
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Overlap with benchmarks
+# ---------------------------------------------------------------------------------------------------------------
+
+# Texts are looked at in windows, since every character takes some 40 bytes meanwhile. Windows overlap by more than an
+# n-gram of ordinary words is long; words that a window's edge cuts are not looked at in that window.
+_WINDOW = 2**18
+_WINDOW_OVERLAP = 2**12
+# Where benchmarks have this many n-grams, one of 2^-4 of all other n-grams must be looked up in the sorted list.
+_FILTER_PER_NGRAM = 16
+_FILTER_BITS = (16, 26)
+
+_SEPARATOR, _LETTER, _UNSPACED = 0, 1, 2
+
+# Scripts whose words are not set apart by spaces: their n-grams are of characters.
+_UNSPACED_RANGES = (
+    (0x0E00, 0x0EFF),  # Thai, Lao
+    (0x1000, 0x109F),  # Myanmar
+    (0x1780, 0x17FF),  # Khmer
+    (0x3005, 0x3007),
+    (0x3040, 0x30FF),  # Hiragana, Katakana
+    (0x31F0, 0x31FF),
+    (0x3400, 0x4DBF),  # Han
+    (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF),
+    (0x20000, 0x323AF),
+)
+
+_INDEX_NAME = "ngrams.npy"
+_FILTER_NAME = "ngrams-filter.npy"
+_INDEX_RECORD = "ngrams.json"
+
+
+@cache
+def _character_classes() -> npt.NDArray[np.uint8]:
+    """For every code point: a separator, part of a word (letters, marks, digits), or of a script without spaces."""
+    classes = np.fromiter(
+        (unicodedata.category(chr(code))[0] in "LMN" for code in range(sys.maxunicode + 1)),
+        np.uint8,
+        sys.maxunicode + 1,
+    )
+    for first, last in _UNSPACED_RANGES:
+        classes[first : last + 1] *= _UNSPACED
+    return classes
+
+
+def _mix(values: Hashes) -> Hashes:
+    """Scatters 64-bit numbers (the finalizer of SplitMix64)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+_BASE = 0x9E3779B97F4A7C15
+_MASK = 2**64 - 1
+
+
+def _rolling(values: Hashes, n: int) -> Hashes:
+    """A hash of every n values in a row, in about log n passes: the hash of 2m values is made of two of m."""
+    if len(values) < n:
+        return np.empty(0, np.uint64)
+    result = np.zeros(len(values), np.uint64)
+    done = 0  # `result[i]` covers the values i to i + done
+    power, width = values, 1  # `power[i]` covers the values i to i + width
+    while True:
+        if n & width:
+            count = len(values) - done - width + 1
+            shifted = result[:count] * np.uint64(pow(_BASE, width, 2**64)) if done else 0
+            result = shifted + power[done : done + count]
+            done += width
+        if done == n:
+            return _mix(result)
+        power = power[:-width] * np.uint64(pow(_BASE, width, 2**64)) + power[width:]
+        width *= 2
+
+
+def ngram_hashes(text: str, words: int, characters: int) -> Iterator[Hashes]:
+    """Hashes of the n-grams of a text, some windows' worth at a time; equal n-grams have equal hashes.
+
+    Args:
+        text: compared without case, punctuation, spacing and differences of form that NFKC removes.
+        words: words of an n-gram.
+        characters: characters of an n-gram in scripts without spaces, at least half of which must be of such a script.
+    """
+    start = 0
+    while True:
+        window = text[start : start + _WINDOW]
+        last = start + _WINDOW >= len(text)
+        yield from _window_hashes(window, words, characters, first=start == 0, last=last)
+        if last:
+            return
+        start += _WINDOW - _WINDOW_OVERLAP
+
+
+def _window_hashes(window: str, words: int, characters: int, *, first: bool, last: bool) -> Iterator[Hashes]:
+    normal = window if window.isascii() else unicodedata.normalize("NFKC", window)
+    encoded = normal.lower().encode("utf-32-le", "surrogatepass")
+    codes = np.frombuffer(encoded, np.uint32)
+    classes = _character_classes()[codes]
+    scattered = _mix(codes.astype(np.uint64) + np.uint64(1))
+    yield _rolling(_word_hashes(scattered, classes == _LETTER, first=first, last=last), words)
+    unspaced = classes == _UNSPACED
+    kept = classes != _SEPARATOR
+    if int(unspaced.sum()) * 2 >= characters and int(kept.sum()) >= characters:
+        grams = _rolling(scattered[kept], characters)
+        counts = np.concatenate([[0], np.cumsum(unspaced[kept])])
+        yield grams[2 * (counts[characters:] - counts[: len(counts) - characters]) >= characters]
+
+
+def _word_hashes(scattered: Hashes, in_word: npt.NDArray[np.bool_], *, first: bool, last: bool) -> Hashes:
+    """A hash of each word: the sum of its characters' numbers, each times a power of its place in the word."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], in_word, [False]])))
+    begins, ends = edges[::2], edges[1::2]
+    if not first:
+        begins, ends = begins[1:], ends[1:]
+    if not last:
+        begins, ends = begins[:-1], ends[:-1]
+    if not len(begins):
+        return np.empty(0, np.uint64)
+    lengths = ends - begins
+    places = np.arange(int(lengths.sum()))
+    within = places - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    spelled = scattered[np.repeat(begins, lengths) + within]
+    weights = _mix(within.astype(np.uint64) + np.uint64(_BASE & _MASK))
+    sums = np.add.reduceat(_mix(spelled ^ weights), np.cumsum(lengths) - lengths)
+    return _mix(sums + lengths.astype(np.uint64))
+
+
+class NgramIndex:
+    """The n-grams of benchmarks: a sorted array of 64-bit hashes, and a small table that answers "no" at once.
+
+    Args:
+        hashes: sorted, each once.
+        table: for the leading bits of a hash, whether any n-gram has them.
+        words: as for `ngram_hashes`.
+        characters: as for `ngram_hashes`.
+    """
+
+    def __init__(self, hashes: Hashes, table: npt.NDArray[np.bool_], words: int, characters: int) -> None:
+        self._hashes = hashes
+        self._table = table
+        self._shift = np.uint64(64 - (len(table).bit_length() - 1))
+        self._words = words
+        self._characters = characters
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    @classmethod
+    def build(cls, settings: CleaningSettings) -> "NgramIndex":
+        """Gathers the n-grams of the benchmark files: 8 bytes for each, and 16 for the table.
+
+        Raises:
+            UserError: for a file that cannot be read, or one without any n-gram, which could not guard anything.
+        """
+        words, characters = settings.ngram_words, settings.ngram_characters
+        parts = []
+        for path in settings.decontaminate:
+            found = _file_ngrams(path, words, characters)
+            if not len(found):
+                raise UserError(
+                    f"--decontaminate {path}: no text in it has {words} words or {characters} characters without "
+                    "spaces, so nothing could be compared; leave it out, or lower --ngram_words"
+                )
+            parts.append(found)
+        hashes = np.unique(np.concatenate(parts))
+        bits = min(max((_FILTER_PER_NGRAM * len(hashes)).bit_length(), _FILTER_BITS[0]), _FILTER_BITS[1])
+        table = np.zeros(2**bits, np.bool_)
+        table[hashes >> np.uint64(64 - bits)] = True
+        return cls(hashes, table, words, characters)
+
+    def save(self, directory: Path) -> None:
+        """Writes the index, so that `open` finds it whole or not at all."""
+        _save_array(directory / _INDEX_NAME, self._hashes)
+        _save_array(directory / _FILTER_NAME, self._table)
+        write_record(directory / _INDEX_RECORD, {"ngrams": len(self._hashes)})
+
+    @classmethod
+    def open(cls, settings: CleaningSettings, directory: Path) -> "NgramIndex":
+        """Maps what `save` wrote."""
+        if read_record(directory / _INDEX_RECORD) is None:
+            raise FileNotFoundError(f"{directory / _INDEX_RECORD}: call prepare_index first")
+        hashes = np.load(directory / _INDEX_NAME, mmap_mode="r")
+        table = np.load(directory / _FILTER_NAME, mmap_mode="r")
+        return cls(hashes, table, settings.ngram_words, settings.ngram_characters)
+
+    def overlaps(self, texts: Iterable[str]) -> bool:
+        """Whether any of some texts shares an n-gram with the benchmarks."""
+        return any(self._any(grams) for text in texts for grams in ngram_hashes(text, self._words, self._characters))
+
+    def _any(self, grams: Hashes) -> bool:
+        candidates = grams[self._table[grams >> self._shift]]
+        places = np.searchsorted(self._hashes, candidates)
+        return bool((self._hashes[np.minimum(places, len(self._hashes) - 1)] == candidates).any())
+
+
+def _file_ngrams(path: Path, words: int, characters: int) -> Hashes:
+    """The distinct n-grams of all strings of a file of JSON lines."""
+    gathered: list[Hashes] = []
+    pending = 0
+    for _, values in read_objects(path):
+        for text in _strings(values):
+            for grams in ngram_hashes(text, words, characters):
+                gathered.append(grams)
+                pending += len(grams)
+        if pending > 2**22 or len(gathered) > 2**16:
+            gathered = [np.unique(np.concatenate(gathered))]
+            pending = 0
+    return np.unique(np.concatenate(gathered)) if gathered else np.empty(0, np.uint64)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in a JSON value, however deep."""
+    stack = [value]
+    while stack:
+        entry = stack.pop()
+        if isinstance(entry, str):
+            yield entry
+        elif isinstance(entry, dict):
+            stack.extend(entry.values())
+        elif isinstance(entry, list):
+            stack.extend(entry)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Exact duplicates
+# ---------------------------------------------------------------------------------------------------------------
+
+# Rows that are compared at once: 24 bytes each on disk, and about 80 while they are sorted.
+_PARTITION_ROWS = 2**20
+_MOST_PARTITIONS = 4096
+_RECORD = np.dtype([("high", np.uint64), ("low", np.uint64), ("row", np.int64)])
+_DONE_NAME = "duplicates.json"
+
+
+def hash_rows(rows: Iterable[Row]) -> Hashes:
+    """128-bit hashes of rows, in order: an array of shape (rows, 2).
+
+    Rows count as equal if their words are: the prompt and the text, or the speakers and contents of the turns, white
+    space at either end and the kind of line ends aside.
+    """
+    digests = [_row_digest(row) for row in rows]
+    if not digests:
+        return np.empty((0, 2), np.uint64)
+    return np.frombuffer(b"".join(digests), ">u8").astype(np.uint64).reshape(-1, 2)
+
+
+def _row_digest(row: Row) -> bytes:
+    parts = [row.prompt, row.text] if isinstance(row, TextRow) else [part for turn in row.turns for part in turn]
+    hasher = xxhash.xxh3_128()
+    for part in parts:
+        data = part.replace("\r\n", "\n").strip().encode("utf-8", "surrogatepass")
+        # With its length, so that a boundary between two parts cannot move unseen.
+        hasher.update(len(data).to_bytes(8, "little"))
+        hasher.update(data)
+    return hasher.digest()
+
+
+def write_hashes(path: Path, hashes: Hashes) -> None:
+    """Writes what `hash_rows` gave for a unit, whole or not at all; the name must end in `.npy`."""
+    _save_array(path, hashes)
+
+
+def drops_path(hash_path: Path, out_dir: Path) -> Path:
+    """Where `mark_duplicates` puts the rows of a unit that are to be left out."""
+    return out_dir / f"{hash_path.stem}.drops.npy"
+
+
+def load_drops(path: Path) -> npt.NDArray[np.int64]:
+    """The rows of a unit that are to be left out, by their number within the unit, ascending."""
+    drops: npt.NDArray[np.int64] = np.load(path)
+    return drops
+
+
+def mark_duplicates(hash_paths: Sequence[Path], out_dir: Path) -> int:
+    """Finds the rows of which an equal one stands before, in the order of units and rows.
+
+    Out of core: rows are dealt by their hash into files of about a million rows, and those are sorted one at a time,
+    so that memory (about 150 MiB) does not grow with the number of rows, nor with how often one row is repeated. The
+    disk takes 24 bytes a row meanwhile. Interrupted, it begins anew; finished, it does nothing.
+
+    Args:
+        hash_paths: the files of `write_hashes`, unit by unit.
+        out_dir: one file a unit is written here, see `drops_path` and `load_drops`.
+
+    Returns:
+        How many rows are to be left out, in all.
+    """
+    counts = [len(np.load(path, mmap_mode="r")) for path in hash_paths]
+    inputs = {path.name: count for path, count in zip(hash_paths, counts, strict=True)}
+    done = read_record(out_dir / _DONE_NAME)
+    if done is not None and done["inputs"] == inputs:
+        return int(done["duplicates"])
+    out_dir.mkdir(parents=True, exist_ok=True)
+    partitions = out_dir / ".partitions"
+    if partitions.exists():
+        shutil.rmtree(partitions)
+    partitions.mkdir()
+    total = sum(counts)
+    number = min(max(1, -(-total // _PARTITION_ROWS)), _MOST_PARTITIONS)
+    _deal(hash_paths, partitions, number)
+    marked = [_mark_partition(partitions / f"{index:05d}") for index in range(number)]
+    duplicates = sum(map(len, marked))
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    for path, begin, end in zip(hash_paths, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        slices = [rows[np.searchsorted(rows, begin) : np.searchsorted(rows, end)] for rows in marked if len(rows)]
+        drops = np.sort(np.concatenate(slices)) - begin if slices else np.empty(0, np.int64)
+        _save_array(drops_path(path, out_dir), drops)
+    del marked  # the files are mapped, and cannot be removed before on every platform
+    shutil.rmtree(partitions)
+    write_record(out_dir / _DONE_NAME, {"inputs": inputs, "rows": total, "duplicates": duplicates})
+    return duplicates
+
+
+def _deal(hash_paths: Sequence[Path], partitions: Path, number: int) -> None:
+    """Appends every row to the file of its partition, in order."""
+    for index in range(number):
+        (partitions / f"{index:05d}").touch()
+    row = 0
+    for path in hash_paths:
+        hashes = np.load(path, mmap_mode="r")
+        for begin in range(0, len(hashes), _PARTITION_ROWS):
+            part = hashes[begin : begin + _PARTITION_ROWS]
+            records = np.empty(len(part), _RECORD)
+            records["high"], records["low"] = part[:, 0], part[:, 1]
+            records["row"] = np.arange(row, row + len(part))
+            row += len(part)
+            chosen = (part[:, 0] >> np.uint64(32)) * np.uint64(number) >> np.uint64(32)
+            order = np.argsort(chosen, kind="stable")
+            bounds = np.searchsorted(chosen[order], np.arange(number + 1))
+            records = records[order]
+            for index in np.flatnonzero(np.diff(bounds)).tolist():
+                with (partitions / f"{index:05d}").open("ab") as file:
+                    records[bounds[index] : bounds[index + 1]].tofile(file)
+
+
+def _mark_partition(path: Path) -> npt.NDArray[np.int64]:
+    """The rows of a partition that repeat an earlier one, ascending, as a mapped file.
+
+    A partition is read in pieces, and only hashes not seen before are remembered: those are spread evenly, while
+    one row that is repeated without end makes a partition of any size.
+    """
+    marked_path = path.with_suffix(".marked")
+    seen = np.empty(0, _RECORD)
+    with path.open("rb") as source, marked_path.open("wb") as target:
+        while len(piece := np.fromfile(source, _RECORD, _PARTITION_ROWS)):
+            both = np.concatenate([seen, piece])
+            order = np.lexsort((both["row"], both["low"], both["high"]))
+            both = both[order]
+            repeats = np.zeros(len(both), np.bool_)
+            repeats[1:] = (both["high"][1:] == both["high"][:-1]) & (both["low"][1:] == both["low"][:-1])
+            np.sort(both["row"][repeats]).tofile(target)
+            seen = both[~repeats]
+    path.unlink()
+    if not marked_path.stat().st_size:
+        return np.empty(0, np.int64)
+    return np.memmap(marked_path, np.int64, "r")
+
+
+def _save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """Writes an array so that its file is there whole or not at all."""
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

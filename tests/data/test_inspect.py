@@ -1,0 +1,178 @@
+"""`data inspect`: the manifest as tables, rows with their boundaries and loss mask, and the picture."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import load_from_disk
+
+from doge_lm.cli import main
+from doge_lm.data import inspect
+from doge_lm.data.manifest import Manifest
+from doge_lm.data.merge import merge
+from tests.data.conftest import conversation
+
+Prepare = Callable[..., dict[str, Manifest]]
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two sources of text and one of conversations, tokenized and merged; also the current directory."""
+    prepare(
+        {
+            "apple": [{"text": f"apple {n} " + "lorem ipsum " * (n % 50)} for n in range(60)],
+            "pear": [{"text": f"pear {n} \x1b[31m 汉字"} for n in range(200)],
+            "talk": [conversation(("human", f"{n} plus {n}"), ("gpt", f"it is {2 * n}")) for n in range(60)],
+        },
+        sequence_length=64,
+    )
+    merge(tmp_path, tmp_path, test_size=2)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    assert main(["data", "inspect", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    assert main(["data", "inspect", *map(str, arguments)]) == 1
+    return capsys.readouterr().err
+
+
+def test_tokenized_source(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = prepared / "tokenized" / "apple"
+    manifest = Manifest.read(folder)
+    text = shown(capsys, folder)
+    counts = manifest.samples["all"]["apple"]
+    assert manifest.tokenizer.sha256 in text
+    assert re.search(r"documents in +60\n", text)
+    assert f"{counts.text_bytes / counts.targets:.3f}" in text
+    assert f"{manifest.inputs[0].bytes:,}  {manifest.inputs[0].sha256[:12]}\n" in text
+    assert text.count("═══ sample") == 3
+    assert "--tokenizer_path" in text
+    assert "lorem" not in text
+    assert (prepared / "apple-inspect.png").read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_merged_set_shows_split_and_mixture(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = Manifest.read(prepared / "pretrain")
+    text = shown(capsys, prepared / "pretrain", "--samples", "0", "--png", prepared / "mix.png")
+    for split, sources in manifest.samples.items():
+        for name, counts in sources.items():
+            assert re.search(rf"{split} +{name} +{counts.samples:,} +{counts.pieces:,} +{counts.tokens:,} ", text)
+    for name, entry in manifest.settings["mixture"].items():
+        assert re.search(rf"{name} +{entry['tokens_there']:,} .* {entry['epochs']:.2f} ", text)
+        assert manifest.settings["inputs"][name][1][:12] in text
+    assert "sample " not in text
+    assert (prepared / "mix.png").read_bytes().startswith(PNG_SIGNATURE)
+    assert not (prepared / "pretrain-inspect.png").exists()
+
+
+def test_rows_show_boundaries_and_loss_mask(
+    prepared: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = shown(capsys, prepared / "finetune", "--tokenizer_path", tokenizer_path, "--samples", "1000")
+    rows = load_from_disk(str(prepared / "finetune"))["train"]
+    pieces = sum(map(len, rows["document_lengths"]))
+    assert text.count("─── piece") == pieces
+    found = re.findall(r"⟦‹<s>›‹\[INST\]› ?(\d+) plus \1‹\[/INST\]›⟧ ?it is (\d+)‹</s>›", text)
+    assert len(found) == pieces
+    assert all(2 * int(asked) == int(answer) for asked, answer in found)
+
+
+def test_control_characters_do_not_reach_the_terminal(
+    prepared: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = shown(capsys, prepared / "tokenized" / "pear", "--tokenizer_path", tokenizer_path)
+    assert "\x1b" not in text
+    assert r"\x1b[31m 汉字‹</s>›" in text
+
+
+def test_marks_follow_the_columns(tokenizer: Any) -> None:
+    """A piece that begins a document, with context in its middle, one that continues one, and padding."""
+    ids = np.array([1, *tokenizer.encode(" one two three", add_special_tokens=False)], np.uint16)
+    assert len(ids) == 5  # <s>, a space, and three words
+    row = inspect.Row(
+        0,
+        "made",
+        np.concatenate([ids, ids[-2:], np.zeros(3, np.uint16)]),
+        np.array([5, 2], np.int32),
+        np.array([3, 4], np.int32),
+    )
+    header, begins, first, continues, second = inspect.show_row(row, 1, tokenizer).split("\n")
+    assert "7 tokens, pieces: 2, targets: 4, padding: 3" in header
+    assert begins.endswith("begins a document")
+    assert first == "⟦‹<s>›⟧ one⟦ two⟧ three"
+    assert continues.endswith("continues a document")
+    assert second == "⟦ two⟧ three"
+    spans = inspect.show_row(row, 1, None).split("\n")
+    assert [line.strip() for line in spans[2::2]] == ["not predicted: tokens 0-0, 3-3", "not predicted: tokens 0-0"]
+
+
+def test_samples_are_fixed_by_the_seed(prepared: Path) -> None:
+    folder = prepared / "tokenized" / "pear"
+    files = Manifest.read(folder).files
+    drawn = [[row.number for row in inspect.sample_rows(folder, files, 5, seed)] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(set(drawn[0])) == 5
+    rows = load_from_disk(str(folder)).with_format("numpy")
+    for row in inspect.sample_rows(folder, files, 5, 0):
+        np.testing.assert_array_equal(row.input_ids, rows[row.number]["input_ids"])
+
+
+def test_lengths_are_those_of_all_pieces(prepared: Path) -> None:
+    folder = prepared / "tokenized" / "apple"
+    manifest = Manifest.read(folder)
+    counted = inspect.piece_lengths(folder, manifest.files, manifest.sequence_length)
+    lengths = [length for row in load_from_disk(str(folder)) for length in row["document_lengths"]]
+    np.testing.assert_array_equal(counted, np.bincount(lengths, minlength=65))
+    assert counted.sum() == manifest.samples["all"]["apple"].pieces
+
+
+def test_many_inputs_are_summed_up(prepared: Path) -> None:
+    folder = prepared / "tokenized" / "apple"
+    manifest = Manifest.read(folder)
+    manifest.inputs = manifest.inputs * 12
+    text = inspect.describe(folder, manifest)
+    assert f"... and 2 more, {2 * manifest.inputs[0].bytes:,} bytes" in text
+
+
+def test_another_tokenizer_is_refused(prepared: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = prepared / "other"
+    shutil.copytree(tokenizer_path, other)
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    message = refused(capsys, prepared / "pretrain", "--tokenizer_path", other)
+    assert str(other) in message
+    assert "not the tokenizer that made" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nothing"], "nothing/manifest.json does not exist"),
+        (["tokenized/apple", "--split", "test"], "--split test"),
+        (["pretrain", "--split", "dev"], "only train, test"),
+        (["pretrain", "--samples", "-1"], "--samples -1"),
+        (["pretrain", "--png", "nowhere/x.png"], "--png nowhere/x.png"),
+    ],
+)
+def test_wrong_arguments(
+    prepared: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
+    assert expected in refused(capsys, *arguments)
+
+
+def test_damaged_file(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = prepared / "tokenized" / "pear" / Manifest.read(prepared / "tokenized" / "pear").files[0].path
+    file.write_bytes(file.read_bytes()[:-8])
+    message = refused(capsys, "tokenized/pear")
+    assert str(Path("tokenized/pear") / file.name) in message
+    assert "truncated" in message

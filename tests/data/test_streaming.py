@@ -1,0 +1,312 @@
+import gzip
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from datasets import load_dataset
+
+from doge_lm.data import streaming
+from doge_lm.data.encoders import load_encoder
+from doge_lm.data.sources import TextRow
+from doge_lm.data.streaming import (
+    FileSource,
+    HeldOut,
+    HubSource,
+    RowStream,
+    StreamSettings,
+    StreamSource,
+    StreamState,
+    hold_out,
+    open_source,
+)
+from doge_lm.errors import UserError
+from tests.data.loopback import Repository, hub_files, hub_handler, serve
+
+from .conftest import json_lines
+
+LENGTH = 64
+NOTHING_HELD_OUT = HeldOut([], frozenset())
+
+
+@pytest.fixture
+def settings(tokenizer_path: Path) -> StreamSettings:
+    return StreamSettings(tokenizer_path, LENGTH, seed=7)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch, tokenizer_path: Path) -> None:
+    """Blocks, parts and files of some kilobytes, and a tokenizer that is opened once."""
+    encoder = load_encoder(tokenizer_path, "tokenizers")
+    monkeypatch.setattr(streaming, "_BLOCK_BYTES", 4000)
+    monkeypatch.setattr(streaming, "_PART_BYTES", 1500)
+    monkeypatch.setattr(streaming, "_SMALL_FILE_BYTES", 100)
+    monkeypatch.setattr(streaming, "load_encoder", lambda path, backend: encoder)
+
+
+def texts(name: str, count: int) -> list[dict[str, Any]]:
+    return [{"text": f"{name} {number}: " + "word " * (number % 40 + 5)} for number in range(count)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Every kind of file; a document says where it stands."""
+    place = tmp_path / "text"
+    place.mkdir()
+    (place / "a.jsonl").write_bytes(json_lines(texts("plain", 60)))
+    (place / "b.jsonl.gz").write_bytes(gzip.compress(json_lines(texts("gzip", 50)), mtime=0))
+    (place / "c.jsonl.zst").write_bytes(zstandard.compress(json_lines(texts("zstd", 70))))
+    pq.write_table(pa.Table.from_pylist(texts("parquet", 40)), place / "d.parquet", row_group_size=15)
+    (place / "e.txt").write_text("text 0: a whole file", encoding="utf-8")
+    return place
+
+
+def documents(tokenizer: Any, rows: list[dict[str, Any]]) -> list[str]:
+    """The names (`zstd 12`) of the documents that begin in rows."""
+    found = []
+    for row in rows:
+        ends = np.cumsum(row["document_lengths"])
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            if row["input_ids"][start] == tokenizer.bos_token_id:
+                found.append(tokenizer.decode(row["input_ids"][start + 1 : end].tolist()).strip().split(":")[0])
+    return found
+
+
+def named_texts() -> dict[str, str]:
+    sizes = {"plain": 60, "gzip": 50, "zstd": 70, "parquet": 40}
+    rows = [row["text"] for name, count in sizes.items() for row in texts(name, count)]
+    return {text.split(":")[0]: text for text in [*rows, "text 0: a whole file"]}
+
+
+def everything() -> list[str]:
+    return sorted(named_texts())
+
+
+def take(stream: RowStream, start: int, stop: int) -> list[dict[str, Any]]:
+    return [stream[index] for index in range(start, stop)]
+
+
+def same(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> bool:
+    return len(one) == len(two) and all(
+        a["input_ids"].tolist() == b["input_ids"].tolist()
+        and a["document_lengths"].tolist() == b["document_lengths"].tolist()
+        and a["text_bytes"] == b["text_bytes"]
+        for a, b in zip(one, two, strict=True)
+    )
+
+
+def epoch_rows(source: StreamSource, settings: StreamSettings, held_out: HeldOut, epoch: int) -> list[dict[str, Any]]:
+    """The rows of one epoch: by the epochs of the states, every row's block being asked for."""
+    stream = RowStream(source, settings, held_out, length=10**9)
+    rows = []
+    for index in itertools.count():
+        row = stream[index]
+        reached = stream.state(index).epoch
+        if reached == epoch:
+            rows.append(row)
+        if reached > epoch:
+            stream.close()
+            return rows
+    raise AssertionError
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_an_epoch_gives_every_document_once(folder: Path, settings: StreamSettings, tokenizer: Any, epoch: int) -> None:
+    rows = epoch_rows(FileSource(folder), settings, NOTHING_HELD_OUT, epoch)
+    assert sorted(documents(tokenizer, rows)) == everything()
+    assert all(len(row["input_ids"]) <= LENGTH for row in rows)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own(folder: Path, settings: StreamSettings, tokenizer: Any) -> None:
+    orders = [
+        documents(tokenizer, epoch_rows(FileSource(folder), StreamSettings(Path(), LENGTH, seed), NOTHING_HELD_OUT, 0))
+        for seed in (1, 2)
+    ]
+    orders.append(documents(tokenizer, epoch_rows(FileSource(folder), settings, NOTHING_HELD_OUT, 1)))
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
+
+
+def hub(folder: Path) -> HubSource:
+    def load() -> Any:
+        files = [str(folder / "a.jsonl"), str(folder / "c.jsonl.zst")]
+        return load_dataset("json", data_files=files, split="train", streaming=True)
+
+    return HubSource("owner/name", "abc", load)
+
+
+@pytest.mark.parametrize("kind", ["files", "hub"])
+def test_a_stream_goes_on_from_every_row_as_if_it_had_not_stopped(
+    folder: Path, settings: StreamSettings, kind: str
+) -> None:
+    source: StreamSource = FileSource(folder) if kind == "files" else hub(folder)
+    whole = RowStream(source, settings, NOTHING_HELD_OUT, length=10**9)
+    rows: list[dict[str, Any]] = []
+    states: list[StreamState] = []
+    while not states or states[-1].epoch < 2:
+        rows.append(whole[len(rows)])
+        states.append(whole.state(len(rows)))
+    for stop in range(0, len(rows) - 10, 7):
+        state = StreamState(**json.loads(json.dumps(vars(states[stop]))))
+        assert state.row <= stop + 1
+        resumed = RowStream(source, settings, NOTHING_HELD_OUT, length=10**9, start=state)
+        assert same(take(resumed, stop + 1, stop + 11), rows[stop + 1 : stop + 11])
+    assert len({state.row for state in states}) > 8
+
+
+def test_the_hub_gives_its_rows_in_its_own_order_of_blocks(
+    folder: Path, settings: StreamSettings, tokenizer: Any
+) -> None:
+    found = documents(tokenizer, epoch_rows(hub(folder), settings, NOTHING_HELD_OUT, 0))
+    assert sorted(found) == [name for name in everything() if name.startswith(("plain", "zstd"))]
+    assert all(name.startswith("plain") for name in found[:10])
+
+
+def test_the_number_of_workers_changes_nothing(
+    folder: Path, settings: StreamSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = FileSource(folder)
+    taken = []
+    for workers in (1, 2):
+        stream = RowStream(source, settings, NOTHING_HELD_OUT, length=10**9, workers=workers)
+        taken.append(take(stream, 0, 150))
+        stream.close()
+    assert same(*taken)
+
+
+def test_a_share_of_the_rows_can_be_asked_for(folder: Path, settings: StreamSettings) -> None:
+    """As each of several processes does."""
+    source = FileSource(folder)
+    rows = take(RowStream(source, settings, NOTHING_HELD_OUT, length=100), 0, 60)
+    share = RowStream(source, settings, NOTHING_HELD_OUT, length=100)
+    assert same([share[index] for index in range(1, 60, 3)], rows[1::3])
+    with pytest.raises(IndexError, match="has passed"):
+        share[0]
+
+
+def test_only_what_is_asked_for_is_read_ahead(
+    folder: Path, settings: StreamSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = FileSource(folder)
+    given = []
+
+    class Counting:
+        identity = source.identity
+
+        def chunks(self, seed: int, epoch: int, place: dict[str, Any]) -> Any:
+            for chunk in source.chunks(seed, epoch, place):
+                given.append(chunk)
+                yield chunk
+
+        lanes = source.lanes
+
+    stream = RowStream(Counting(), settings, NOTHING_HELD_OUT, length=10**9)
+    assert not given
+    assert stream[0]
+    assert sum(chunk.bytes for _, chunk in given) < 4000 + 1500 * 4
+
+
+def test_documents_of_the_test_set_are_never_given_again(
+    folder: Path, settings: StreamSettings, tokenizer: Any
+) -> None:
+    # A copy of each plain document stands in another file.
+    (folder / "f.jsonl").write_bytes(json_lines(texts("plain", 60)))
+    source = FileSource(folder)
+    held_out = hold_out(source, settings, 12)
+    tested = documents(tokenizer, [streaming.row_values(row) for row in held_out.rows])
+    trained = documents(tokenizer, epoch_rows(source, settings, held_out, 0))
+    assert len(held_out.rows) == 12
+    assert len(tested) == len(set(tested)) > 12
+    assert len({name.split()[0] for name in tested}) >= 4  # of several files
+    held = {name for name, text in named_texts().items() if streaming._digest(TextRow(text)) in held_out.digests}
+    assert set(tested) <= held  # what begins in the rows that are over is given nowhere
+    assert set(trained) == set(everything()) - held
+    again = hold_out(source, settings, 12)
+    assert again.digests == held_out.digests
+    data = streaming.held_out_dataset(held_out, len(tokenizer))
+    assert data[3]["input_ids"].tolist() == held_out.rows[3].input_ids.tolist()
+    assert set(data["source"]) == {"stream"}
+
+
+def test_too_little_text_for_the_test_set_is_an_error(folder: Path, settings: StreamSettings) -> None:
+    with pytest.raises(UserError, match=r"too few to hold 5,000 out.*stream_test_rows"):
+        hold_out(FileSource(folder), settings, 5000)
+
+
+def test_a_stream_without_a_row_to_give_is_an_error(tmp_path: Path, settings: StreamSettings) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    with pytest.raises(UserError, match="gives no row to train on"):
+        RowStream(FileSource(tmp_path), settings, NOTHING_HELD_OUT, length=10)[0]
+    (tmp_path / "a.jsonl").write_bytes(json_lines(texts("plain", 5)))
+    source = FileSource(tmp_path)
+    held_out = HeldOut([], frozenset(streaming._digest(TextRow(row["text"])) for row in texts("plain", 5)))
+    with pytest.raises(UserError, match="gives no row to train on"):
+        RowStream(source, settings, held_out, length=10)[0]
+
+
+BAD = b'{"text": 1}\n{"text": "  "}\nno json\n{"text": "\xff"}\n'
+
+
+def test_bad_rows_stop_the_stream_with_their_place(tmp_path: Path, settings: StreamSettings) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines(texts("plain", 3)) + BAD)
+    with pytest.raises(UserError, match=r"a\.jsonl, line 4: .*`text` is a number.*stream_on_error=skip"):
+        RowStream(FileSource(tmp_path), settings, NOTHING_HELD_OUT, length=10)[0]
+
+
+def test_bad_rows_are_left_out_and_counted(tmp_path: Path, tokenizer: Any) -> None:
+    settings = StreamSettings(Path(), LENGTH, skip_bad_rows=True)
+    packed = zstandard.compress(json_lines([{"text": f"{number} " * 50} for number in range(5000)]), level=1)
+    (tmp_path / "a.jsonl").write_bytes(json_lines(texts("plain", 30)) + BAD)
+    (tmp_path / "b.jsonl.zst").write_bytes(packed[: len(packed) // 2])
+    reports: list[str] = []
+    stream = RowStream(FileSource(tmp_path), settings, NOTHING_HELD_OUT, length=10**9, report=reports.append)
+    for index in itertools.count():
+        assert len(stream[index]["input_ids"])
+        state = stream.state(index)
+        if state.epoch == 2:
+            break
+    assert sum(state.skipped.values()) == 2 * (4 + 1)  # in each of two epochs the lines, and the rest of the file
+    assert any("b.jsonl.zst is truncated" in report for report in reports)
+    assert len(reports) == len(state.skipped) == 5  # each kind is reported once
+
+
+def test_a_source_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file or folder, and it is no data set of the hub"):
+        open_source(str(tmp_path / "none"))
+
+
+def test_the_identity_follows_names_and_sizes(folder: Path) -> None:
+    before = FileSource(folder).identity
+    moved = folder.with_name("moved")
+    folder.rename(moved)
+    assert FileSource(moved).identity == before
+    (moved / "e.txt").write_text("more text than there was", encoding="utf-8")
+    assert FileSource(moved).identity != before
+
+
+def test_a_data_set_of_the_hub_is_opened_at_its_commit(tmp_path: Path) -> None:
+    """In a process of its own, as the address of the hub is read when `datasets` is imported."""
+    program = (
+        "from doge_lm.data.streaming import open_source\n"
+        "source = open_source('owner/name')\n"
+        "rows = [item[1].text for _, chunk in source.chunks(1, 0, {}) for item in chunk.items()]\n"
+        "print(source.identity, rows[:2], len(rows))\n"
+    )
+    columns = {"text": [f"row {number}" for number in range(300)]}
+    with serve(hub_handler({"owner/name": hub_files({"default": columns})})) as address:
+        online = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+        environment = {**online, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        result = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+        )
+    assert result.returncode == 0, result.stderr
+    commit = Repository("owner/name", {}).sha
+    assert result.stdout.strip() == f"owner/name:@{commit} ['row 0', 'row 1'] 300"
