@@ -4,22 +4,33 @@ import gzip
 import hashlib
 import io
 import json
+import socket
+import struct
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
-from urllib.parse import unquote, urlsplit
+from typing import Any, Literal
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 
+class _Server(ThreadingHTTPServer):
+    """A server that says nothing of clients that hang up."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def serve(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     """Serves on a free port of 127.0.0.1; gives the address."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = _Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -30,8 +41,36 @@ def serve(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
         thread.join()
 
 
+@dataclass(frozen=True)
+class Fault:
+    """What one request meets.
+
+    Attributes:
+        status: of the answer; below 400, the body is what it should be, but for `how`.
+        retry_after: the header of that name.
+        after: bytes of the body that are sent before it happens.
+        how: a reset, an end of the connection, silence until the client goes away, or bytes that are altered.
+    """
+
+    status: int = 200
+    retry_after: str = ""
+    after: int = 0
+    how: Literal["reset", "cut", "stall", "alter"] | None = None
+
+
+@dataclass
+class Log:
+    """What a server met: the requests by path, and the bytes of bodies that it sent by path."""
+
+    requests: list[str] = field(default_factory=list)
+    ranges: list[str] = field(default_factory=list)
+    sent: dict[str, int] = field(default_factory=dict)
+
+
 class _Quiet(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1  # status, headers and body in one packet
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -43,6 +82,29 @@ class _Quiet(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def meet(self, fault: Fault, body: bytes, **headers: str) -> int:
+        """Answers as a fault says; gives the bytes of the body that were sent."""
+        if fault.status >= 400:
+            self.reply(fault.status, **({"Retry-After": fault.retry_after} if fault.retry_after else {}))
+            return 0
+        if fault.how == "alter":
+            self.reply(fault.status, bytes(byte ^ 1 for byte in body), **headers)
+            return len(body)
+        self.send_response(fault.status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body[: fault.after])
+        self.wfile.flush()
+        self.close_connection = True
+        if fault.how == "stall":
+            self.connection.settimeout(5)
+            self.connection.recv(1)  # nothing comes until the client hangs up
+        elif fault.how == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+        return fault.after
 
 
 def parquet(columns: dict[str, list[Any]]) -> bytes:
@@ -82,7 +144,12 @@ class Repository:
     def file(self, path: str) -> dict[str, Any]:
         """What the hub says of a file."""
         content = self.files[path]
-        return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        size = len(content)
+        git_id = hashlib.sha1(b"blob %d\0" % size + content).hexdigest()
+        values: dict[str, Any] = {"type": "file", "path": path, "size": size, "oid": git_id}
+        if path.endswith(".parquet"):
+            values["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": size, "pointerSize": 130}
+        return values
 
     def folder(self, path: str) -> dict[str, Any]:
         """What the hub says of a folder."""
@@ -103,12 +170,19 @@ class Repository:
         return found + [self.folder(name) for name in wanted if name in folders]
 
 
-def hub_handler(repositories: dict[str, dict[str, bytes]]) -> type[BaseHTTPRequestHandler]:
-    """A hub of data sets: as much of its HTTP interface as `datasets` needs for streaming.
+def hub_handler(
+    repositories: dict[str, dict[str, bytes]],
+    faults: dict[str, list[Fault]] | None = None,
+    log: Log | None = None,
+) -> type[BaseHTTPRequestHandler]:
+    """A hub of data sets: as much of its HTTP interface as `datasets` and `download_datasets` need.
 
     Args:
         repositories: by name (`owner/name`), the files by path.
+        faults: what the next requests for a file (by its path) meet; "tree" stands for the list of files.
+        log: what is written down of the requests for files.
     """
+    plagued, written = faults or {}, log or Log()
     known = {name: Repository(name, files) for name, files in repositories.items()}
 
     class Hub(_Quiet):
@@ -141,6 +215,10 @@ def hub_handler(repositories: dict[str, dict[str, bytes]]) -> type[BaseHTTPReque
                     self.reply_json(repository.information())
                 case ["revision", revision] if revision == repository.sha:
                     self.reply_json(repository.information())
+                case ["tree", *_] if plagued.get("tree"):
+                    self.meet(plagued["tree"].pop(0), b"")
+                case ["tree", _] if parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower() == "true":
+                    self.reply_json([repository.file(name) for name in repository.files])
                 case ["tree", _, *path]:
                     self.reply_json(repository.list_folder("/".join(path)))
                 case _:
@@ -157,13 +235,21 @@ def hub_handler(repositories: dict[str, dict[str, bytes]]) -> type[BaseHTTPReque
             oid = repository.file(path)["oid"]
             headers = {"X_Repo_Commit": repository.sha, "ETag": f'"{oid}"', "Accept_Ranges": "bytes"}
             wanted = self.headers.get("Range")
-            if wanted is None:
-                self.reply(200, content, **headers)
-                return
-            begin, _, end = wanted.removeprefix("bytes=").partition("-")
-            last = min(int(end) if end else len(content) - 1, len(content) - 1)
-            part = content[int(begin) : last + 1]
-            self.reply(206, part, Content_Range=f"bytes {begin}-{last}/{len(content)}", **headers)
+            written.requests.append(path)
+            status = 200
+            if wanted is not None:
+                written.ranges.append(wanted)
+                begin, _, end = wanted.removeprefix("bytes=").partition("-")
+                last = min(int(end) if end else len(content) - 1, len(content) - 1)
+                headers["Content_Range"] = f"bytes {begin}-{last}/{len(content)}"
+                status, content = 206, content[int(begin) : last + 1]
+            sent = len(content)
+            if plagued.get(path):
+                fault = plagued[path].pop(0)
+                sent = self.meet(replace(fault, status=max(fault.status, status)), content, **headers)
+            else:
+                self.reply(status, content, **headers)
+            written.sent[path] = written.sent.get(path, 0) + sent
 
         def reply_json(self, value: object) -> None:
             self.reply(200, json.dumps(value).encode(), Content_Type="application/json")
@@ -171,23 +257,24 @@ def hub_handler(repositories: dict[str, dict[str, bytes]]) -> type[BaseHTTPReque
     return Hub
 
 
-def bucket_handler(contents: dict[str, bytes], failures: dict[str, list[int | str]]) -> type[BaseHTTPRequestHandler]:
+def bucket_handler(
+    contents: dict[str, bytes], faults: dict[str, list[Fault]], log: Log | None = None
+) -> type[BaseHTTPRequestHandler]:
     """A bucket of contents by blob id.
 
     Args:
         contents: blob id -> text, served as gzip.
-        failures: blob id -> what the next requests for it meet: a status, or "cut" for a body that breaks off.
+        faults: blob id -> what the next requests for it meet.
+        log: the blob ids that were asked for.
     """
+    written = log or Log()
 
     class Bucket(_Quiet):
         def do_GET(self) -> None:
             blob = self.path.removeprefix("/content/")
-            if failures.get(blob):
-                failure = failures[blob].pop(0)
-                if failure == "cut":
-                    self.reply(200, gzip.compress(contents[blob])[:-6])
-                else:
-                    self.reply(int(failure))
+            written.requests.append(blob)
+            if faults.get(blob):
+                self.meet(faults[blob].pop(0), gzip.compress(contents.get(blob, b"")))
             elif blob in contents:
                 self.reply(200, gzip.compress(contents[blob]))
             else:

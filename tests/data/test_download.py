@@ -2,22 +2,30 @@
 
 import errno
 import os
+import random
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
 from doge_lm.cli import main
 from doge_lm.data import download as module
-from doge_lm.data.download import ContentFetcher, announce, download, take_local, write_shards
+from doge_lm.data import transfer
+from doge_lm.data.contents import CONTENTS_VARIABLE, MISSING, NOT_TEXT
+from doge_lm.data.download import DownloadSettings, announce, download, take_local, write_shards
 from doge_lm.data.manifest import RawSource
-from doge_lm.data.sources import CATALOGUE, CatalogueEntry, TextRow, read_rows
+from doge_lm.data.sources import CATALOGUE, TextRow, read_objects, read_rows
+from doge_lm.data.transfer import DiskGuard
 from doge_lm.errors import UserError
 from tests.data.conftest import conversation, json_lines, left_over
-from tests.data.loopback import bucket_handler, hub_files, hub_handler, serve
+from tests.data.loopback import Fault, Log, Repository, bucket_handler, hub_files, hub_handler, parquet, serve
 
 # ---------------------------------------------------------------------------------------------------------------
 # The user's own files
@@ -103,107 +111,263 @@ def test_too_little_disk_is_refused_with_both_numbers(
     assert "together about 0.5 GB; 5.0 GB are free" in announce(["cosmopedia-v2"], tmp_path, 20_000)
 
 
+def test_a_source_that_was_begun_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_free_bytes", lambda path: 10**9)
+    with pytest.raises(UserError, match="are free at"):
+        announce(["cosmopedia-v2"], tmp_path, None)
+    (tmp_path / "raw" / ".tmp-cosmopedia-v2").mkdir(parents=True)
+    assert "cosmopedia-v2: about" in announce(["cosmopedia-v2"], tmp_path, None)
+
+
 def test_free_disk_is_that_of_the_place_to_be(tmp_path: Path) -> None:
     assert module._free_bytes(tmp_path / "not" / "there" / "yet") > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The hub
+# The catalogue
 # ---------------------------------------------------------------------------------------------------------------
 
-
-def texts(count: int) -> list[dict[str, Any]]:
-    return [{"prompt": f"p{n}", "text": f"text {n}\u2028 中文"} for n in range(count)]
-
-
-def reader(rows: list[dict[str, Any]]) -> Any:
-    def read(entry: CatalogueEntry, cache_dir: Path | None) -> Iterator[dict[str, Any]]:
-        yield from rows
-
-    return read
+SMOLLM = "HuggingFaceTB/smollm-corpus"
+COSMOPEDIA = "cosmopedia-v2/train-{:05d}-of-00003.parquet"
 
 
-@pytest.mark.parametrize("max_rows", [None, 7])
-def test_a_download_is_written_in_shards(tmp_path: Path, max_rows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.write_shards, "__defaults__", (100,))
-    target = tmp_path / "raw" / "cosmopedia-v2"
-    source = download("cosmopedia-v2", target, max_rows=max_rows, read=reader(texts(20)))
-    assert RawSource.read(target) == source
-    names = [file.path for file in source.files]
-    assert names == [f"part-{n:05d}.jsonl.zst" for n in range(len(names))]
-    assert len(names) > 2
-    rows = [TextRow(row["text"], row["prompt"]) for row in texts(20)][:max_rows]
-    assert list(read_rows(source.paths(target), source.kind)) == rows
-    assert source.counts == {"rows": len(rows)}
+def texts(begin: int, end: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"p{n}", "text": f"text {n}\u2028 中文"} for n in range(begin, end)]
+
+
+def table(rows: list[dict[str, Any]]) -> bytes:
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return parquet(columns | {"left_out": ["x"] * len(rows)})
+
+
+def cosmopedia() -> dict[str, bytes]:
+    """Three files of 20 rows."""
+    files = hub_files({"cosmopedia-v2": {"text": ["never read"]}})
+    return {"README.md": files["README.md"]} | {
+        COSMOPEDIA.format(n): table(texts(20 * n, 20 * n + 20)) for n in range(3)
+    }
+
+
+def python_edu(count: int) -> dict[str, bytes]:
+    rows = [{"blob_id": f"b{n}", "repo_name": "r", "path": f"{n}.py"} for n in range(count)]
+    return {"python-edu/train-00000-of-00001.parquet": table(rows)}
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nobody's token, no proxy, short waits, and a hub that may be asked."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    huggingface_hub.close_session()
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    monkeypatch.setattr(transfer, "FIRST_WAIT_SECONDS", 0.001)
+    yield
+    huggingface_hub.close_session()  # the one that follows heeds HF_HUB_OFFLINE again
+
+
+Take = Callable[..., RawSource]
+
+
+@pytest.fixture
+def take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Take:
+    """Downloads a source from a hub that holds some files, in this process."""
+
+    def take_(
+        files: dict[str, bytes],
+        faults: dict[str, list[Fault]] | None = None,
+        log: Log | None = None,
+        name: str = "cosmopedia-v2",
+        **settings: Any,
+    ) -> RawSource:
+        settings = {"cache_dir": tmp_path / "cache", "retries": 3} | settings
+        with serve(hub_handler({CATALOGUE[name].hub_id: files}, faults, log)) as address:
+            monkeypatch.setenv("HF_ENDPOINT", address)
+            return download(name, tmp_path / "raw" / name, DownloadSettings(**settings))
+
+    return take_
+
+
+def read_back(tmp_path: Path, name: str = "cosmopedia-v2") -> list[Any]:
+    source = RawSource.read(tmp_path / "raw" / name)
+    return list(read_rows(source.paths(tmp_path / "raw" / name), source.kind))
+
+
+def as_rows(rows: list[dict[str, Any]]) -> list[TextRow]:
+    return [TextRow(row["text"], row.get("prompt", "")) for row in rows]
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("max_rows", [None, 7, 20, 33])
+def test_a_source_is_written_in_shards(
+    tmp_path: Path, take: Take, max_rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SHARD_BYTES", 200)
+    log = Log()
+    source = take(cosmopedia(), log=log, max_rows=max_rows)
+    taken = 60 if max_rows is None else max_rows
+    assert read_back(tmp_path) == as_rows(texts(0, 60))[:taken]
+    assert source.counts == {"rows": taken}
+    assert len(source.revision) == 40
+    assert [file.path for file in source.files][:2] == ["part-00000-00000.jsonl.zst", "part-00000-00001.jsonl.zst"]
+    # No more files than are needed, and nothing left.
+    assert len([path for path in log.requests if path != "README.md"]) == -(-taken // 20)
+    assert sorted(bytes_of(tmp_path / "raw" / "cosmopedia-v2")) == sorted(
+        ["source.json", *(file.path for file in source.files)]
+    )
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert left_over(tmp_path) == []
+
+
+def test_faults_of_the_hub_are_borne(tmp_path: Path, take: Take, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "STALL_SECONDS", 0.3)
+    files, log = cosmopedia(), Log()
+    first, second, third = (COSMOPEDIA.format(n) for n in range(3))
+    faults = {
+        "tree": [Fault(500), Fault(429)],
+        "README.md": [Fault(503)],
+        first: [Fault(after=400, how="reset"), Fault(after=300, how="cut"), Fault(429, retry_after="0.01")],
+        second: [Fault(after=100, how="stall"), Fault(500), Fault(502)],
+        third: [Fault(how="alter")],
+    }
+    take(files, faults, log)
+    assert read_back(tmp_path) == as_rows(texts(0, 60))
+    assert not any(faults.values())
+    # What had arrived before an interruption was not sent again; a reset may lose what was on its way.
+    assert len(files[first]) <= log.sent[first] <= len(files[first]) + 400
+    assert log.sent[second] == len(files[second])
+    assert log.sent[third] == 2 * len(files[third])
+    assert "bytes=100-" in log.ranges
+
+
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [
+        ({COSMOPEDIA.format(1): [Fault(500)] * 4}, r"00001-of-00003.parquet could not be fetched in 4 tries: .*500"),
+        ({COSMOPEDIA.format(1): [Fault(how="alter")] * 2}, r"fetched 2 times, and its SHA-256 is .* instead of"),
+        ({COSMOPEDIA.format(1): [Fault(403)]}, r"access is refused .*403.*accept its conditions .*hf auth login"),
+        ({COSMOPEDIA.format(1): [Fault(404)]}, r"00001-of-00003.parquet is not there .*404"),
+        ({"tree": [Fault(401)]}, r"smollm-corpus could not be read from the hub: the repository: access is refused"),
+        ({"README.md": [Fault(how="alter")]}, None),
+    ],
+)
+def test_what_does_not_pass_ends_the_run_and_keeps_the_work(
+    tmp_path: Path, take: Take, faults: dict[str, list[Fault]], message: str | None
+) -> None:
+    files, log = cosmopedia(), Log()
+    if message is not None:
+        with pytest.raises(UserError, match=message):
+            take(files, faults, log)
+        assert not (tmp_path / "raw" / "cosmopedia-v2").exists()
+    take(files, None, log)
+    assert read_back(tmp_path) == as_rows(texts(0, 60))
+    assert log.requests.count(COSMOPEDIA.format(0)) == 1
+
+
+def test_a_hub_that_lacks_the_source_or_a_field(tmp_path: Path, take: Take) -> None:
+    with pytest.raises(UserError, match=r"smollm-corpus has no field `prompt` any more in cosmopedia-v2/train-00000"):
+        take(hub_files({"cosmopedia-v2": {"text": ["a"] * 9}}))
+    with pytest.raises(UserError, match="has no file of the configuration python-edu"):
+        take(cosmopedia(), name="python-edu")
+    with pytest.raises(UserError, match="not a sound parquet file"):
+        take({"7M/a.parquet": b"PAR1 but no more"}, name="infinity-instruct-7M")
+    with pytest.raises(UserError, match="not one row could be taken"):
+        take({"Gen/a.jsonl": b"\n"}, name="infinity-instruct-Gen")
+    # What an interrupted run leaves never looks finished; where there was nothing to take, nothing is left.
+    assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == [
+        ".tmp-cosmopedia-v2",
+        ".tmp-infinity-instruct-7M",
+    ]
+
+
+def test_offline(take: Take, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    with pytest.raises(UserError, match="while HF_HUB_OFFLINE is set"):
+        take(cosmopedia())
+
+
+def test_rows_are_left_for_preprocessing_to_judge(tmp_path: Path, take: Take) -> None:
+    lines = b'{"text": null, "prompt": "p"}\n{"text": "\\ud800", "prompt": "q"}\n'
+    source = take({"cosmopedia-v2/a.jsonl": lines})
+    [path] = source.paths(tmp_path / "raw" / "cosmopedia-v2")
+    assert [values["text"] for _, values in read_objects(path)] == [None, "\ud800"]
+
+
+def test_other_settings_are_refused(tmp_path: Path, take: Take) -> None:
+    take(cosmopedia(), max_rows=5)
+    before, log = bytes_of(tmp_path / "raw" / "cosmopedia-v2"), Log()
+    take(cosmopedia(), log=log, max_rows=5, num_proc=2)
+    assert log.requests == []
+    with pytest.raises(UserError, match=r"other settings \(--max_rows: was 5, is 6\).*--overwrite"):
+        take(cosmopedia(), max_rows=6)
+    assert bytes_of(tmp_path / "raw" / "cosmopedia-v2") == before
+    take(cosmopedia(), max_rows=6, overwrite=True)
+    assert len(read_back(tmp_path)) == 6
+    # The same for a run that did not end.
+
+
+def test_an_interrupted_run_with_other_settings(tmp_path: Path, take: Take) -> None:
+    with pytest.raises(UserError, match="could not be fetched"):
+        take(cosmopedia(), {COSMOPEDIA.format(0): [Fault(500)] * 4}, max_rows=7)
+    with pytest.raises(UserError, match=r"interrupted run with other settings \(--max_rows: was 7, is 8\)"):
+        take(cosmopedia(), max_rows=8)
+    take(cosmopedia(), max_rows=8, overwrite=True)
+    assert len(read_back(tmp_path)) == 8
+
+
+def test_a_revision_is_kept_to(tmp_path: Path, take: Take) -> None:
+    files = cosmopedia()
+    with pytest.raises(UserError, match="could not be fetched"):
+        take(files, {COSMOPEDIA.format(2): [Fault(500)] * 4})
+    # A file that was added since is of another revision: the run that goes on does not ask for the list again.
+    revision = take(
+        {**files, "cosmopedia-v2/train-00009.parquet": table(texts(60, 70))}, {"tree": [Fault(404)]}
+    ).revision
+    assert revision == Repository(SMOLLM, {}).sha
+    assert read_back(tmp_path) == as_rows(texts(0, 60))
+
+
+def test_the_disk_is_left_with_what_was_asked_for(tmp_path: Path, take: Take, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda path: usage._replace(free=10**9))
+    with pytest.raises(UserError, match=r"1.00 GB are free.*--min_free_disk wants 1.00 GB left; what is done"):
+        take(cosmopedia(), min_free_disk=10**9)
+    take(cosmopedia(), min_free_disk=10**8)
+    assert read_back(tmp_path) == as_rows(texts(0, 60))
+
+
+def test_a_full_disk_while_downloading(tmp_path: Path, take: Take, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "fsync", full)
+        with pytest.raises(UserError, match=r"the disk is full .*cosmopedia-v2"):
+            take(cosmopedia())
+    take(cosmopedia())
+    assert read_back(tmp_path) == as_rows(texts(0, 60))
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [("--retries=-1", "at least 0"), ("--max_rate=0", "more than 0"), ("--min_free_disk=nan", "at least 0")],
+)
+def test_limits_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, message: str) -> None:
+    assert main(["download_datasets", "--save_dir", str(tmp_path), flag]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_shards_do_not_depend_on_chance(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        write_shards(tmp_path / name, iter(texts(50)), 500)
-    for path in (tmp_path / "a").iterdir():
-        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
-    assert write_shards(tmp_path, iter([])) == []
-
-
-def test_a_row_of_the_hub_that_is_faulty_leaves_nothing(tmp_path: Path) -> None:
-    rows = [*texts(3), {"text": None, "prompt": "p"}]
-    with pytest.raises(UserError, match=r"smollm-corpus, row 4: the field `text` is null"):
-        download("cosmopedia-v2", tmp_path / "raw" / "cosmopedia-v2", read=reader(rows))
-    with pytest.raises(UserError, match="not one row could be taken"):
-        download("cosmopedia-v2", tmp_path / "raw" / "cosmopedia-v2", read=reader([]))
-    assert list((tmp_path / "raw").iterdir()) == []
-
-
-def test_a_full_disk_while_downloading(tmp_path: Path) -> None:
-    def read(entry: CatalogueEntry, cache_dir: Path | None) -> Iterator[dict[str, Any]]:
-        yield from texts(3)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with pytest.raises(UserError, match=r"the disk is full .*cosmopedia-v2"):
-        download("cosmopedia-v2", tmp_path / "raw" / "cosmopedia-v2", read=read)
-    assert left_over(tmp_path) == []
-
-
-def run_download(address: str, tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    """The script in a process of its own: the hub's address is read once, when its client is imported."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    environment |= {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
-    script = Path(__file__).resolve().parents[2] / "scripts" / "download_datasets.py"
-    command = [sys.executable, str(script), "--save_dir", str(tmp_path), *flags]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False
-    )
-
-
-def test_the_script_streams_from_a_hub(tmp_path: Path) -> None:
-    """The real client of `datasets` against a hub on loopback, about five seconds."""
-    rows = texts(40)
-    columns = {name: [row[name] for row in rows] for name in ("prompt", "text")} | {"audience": ["x"] * 40}
-    with serve(hub_handler({"HuggingFaceTB/smollm-corpus": hub_files({"cosmopedia-v2": columns})})) as address:
-        flags = ["--cache_dir", str(tmp_path / "cache"), "--datasets", "cosmopedia-v2", "--max_rows", "25"]
-        done = run_download(address, tmp_path, *flags)
-    assert done.returncode == 0, done.stderr
-    assert "cosmopedia-v2: about 0.0 GB of disk" in done.stdout
-    target = tmp_path / "raw" / "cosmopedia-v2"
-    source = RawSource.read(target)
-    assert list(read_rows(source.paths(target))) == [TextRow(row["text"], row["prompt"]) for row in rows[:25]]
-
-
-def test_a_hub_that_lacks_the_source_or_a_field(tmp_path: Path) -> None:
-    flags = ["--cache_dir", str(tmp_path / "cache"), "--datasets", "cosmopedia-v2", "--max_rows", "5"]
-    without = hub_files({"cosmopedia-v2": {"text": ["a"] * 9}})
-    with serve(hub_handler({"HuggingFaceTB/smollm-corpus": without})) as address:
-        done = run_download(address, tmp_path, *flags)
-    assert done.returncode == 1
-    assert "error: HuggingFaceTB/smollm-corpus has no field `prompt` any more" in done.stderr
-    with serve(hub_handler({"someone/else": {}})) as address:
-        done = run_download(address, tmp_path / "other", *flags)
-    assert done.returncode == 1
-    assert "error: HuggingFaceTB/smollm-corpus could not be read from the hub" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert list((tmp_path / "raw").iterdir()) == []
+        assert write_shards(tmp_path / name, "part", iter(texts(0, 50)), DiskGuard(0), 500)[0] == 50
+    assert len(bytes_of(tmp_path / "a")) > 2
+    assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
+    assert write_shards(tmp_path, "part", iter([]), DiskGuard(0)) == (0, [])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -211,58 +375,93 @@ def test_a_hub_that_lacks_the_source_or_a_field(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def blobs(count: int) -> list[dict[str, Any]]:
-    return [{"blob_id": f"b{n}", "repo_name": "r", "path": f"{n}.py"} for n in range(count)]
-
-
-@pytest.fixture
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
-
-
-@pytest.mark.usefixtures("no_waiting")
-def test_contents_are_fetched_by_id_in_order(tmp_path: Path) -> None:
+def test_contents_of_a_source(tmp_path: Path, take: Take, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_IDS_PER_UNIT", 20)
     contents = {f"b{n}": f"print({n})  # 中文\n".encode() for n in range(50)}
     contents["b7"] = b"\xff\xfe"
     del contents["b3"]
-    failures: dict[str, list[int | str]] = {"b1": [500, 503], "b5": ["cut"], "b9": [403]}
-    target = tmp_path / "raw" / "python-edu"
-    with serve(bucket_handler(contents, failures)) as address:
-        source = download("python-edu", target, fetcher=ContentFetcher(address, 4), read=reader(blobs(50)))
-    assert source.counts == {"rows": 47, module._MISSING: 2, module._NOT_TEXT: 1}
-    expected = [TextRow(contents[f"b{n}"].decode()) for n in range(50) if n not in (3, 7, 9)]
-    assert list(read_rows(source.paths(target))) == expected
+    faults = {"b1": [Fault(500), Fault(503)], "b45": [Fault(500)] * 4}
+    log = Log()
+    with serve(bucket_handler(contents, faults, log)) as bucket:
+        settings = {"name": "python-edu", "contents_endpoint": bucket}
+        with pytest.raises(UserError, match=r"content/b45 could not be fetched in 4 tries: .*500"):
+            take(python_edu(50), **settings)
+        source = take(python_edu(50), **settings)
+        with pytest.raises(UserError, match="--contents_endpoint: was"):
+            take(python_edu(50), name="python-edu", contents_endpoint="http://127.0.0.1:1")
+    assert source.counts == {"rows": 48, MISSING: 1, NOT_TEXT: 1}
+    assert read_back(tmp_path, "python-edu") == [
+        TextRow(contents[f"b{n}"].decode()) for n in range(50) if n not in (3, 7)
+    ]
+    # The two units that were finished were not fetched again.
+    assert log.requests.count("b0") == log.requests.count("b39") == 1
+    assert log.requests.count("b40") == 2
 
 
-@pytest.mark.usefixtures("no_waiting")
-def test_a_content_that_cannot_be_fetched_ends_the_run(tmp_path: Path) -> None:
-    contents = {f"b{n}": b"x" for n in range(5)}
-    with (
-        serve(bucket_handler(contents, {"b2": [500] * 9})) as address,
-        pytest.raises(UserError, match=r"content/b2 could not be fetched in 4 tries: .*500"),
-    ):
-        download("python-edu", tmp_path / "p", fetcher=ContentFetcher(address, 2), read=reader(blobs(5)))
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.usefixtures("no_waiting")
-def test_a_bucket_that_has_nothing_is_doubted(tmp_path: Path) -> None:
-    with (
-        serve(bucket_handler({}, {})) as address,
-        pytest.raises(UserError, match="none of the first 100 contents is at"),
-    ):
-        download("python-edu", tmp_path / "p", fetcher=ContentFetcher(address, 4), read=reader(blobs(1000)))
-    with serve(bucket_handler({}, {})) as address, pytest.raises(UserError, match="not one row could be taken"):
-        download("python-edu", tmp_path / "p", fetcher=ContentFetcher(address, 4), read=reader(blobs(3)))
+def test_a_bucket_that_has_nothing(tmp_path: Path, take: Take) -> None:
+    with serve(bucket_handler({}, {})) as bucket:
+        with pytest.raises(UserError, match="100 contents in a row are not at"):
+            take(python_edu(300), name="python-edu", contents_endpoint=bucket)
+        shutil.rmtree(tmp_path / "raw")
+        with pytest.raises(UserError, match=r"not one row could be taken .*in the bucket, skipped: 3"):
+            take(python_edu(3), name="python-edu", contents_endpoint=bucket)
 
 
 def test_the_bucket_may_be_named_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.download, "__defaults__", (None, None, None, reader(blobs(2))))
-    with serve(bucket_handler({"b0": b"x", "b1": b"y"}, {})) as address:
-        monkeypatch.setenv(module.CONTENTS_VARIABLE, address)
-        flags = ["--save_dir", str(tmp_path), "--datasets", "python-edu", "--max_rows", "2"]
+    hub = hub_handler({SMOLLM: python_edu(9)})
+    with serve(bucket_handler({"b0": b"x", "b1": b"y"}, {})) as bucket, serve(hub) as address:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.setenv(CONTENTS_VARIABLE, bucket)
+        flags = ["--save_dir", str(tmp_path), "--datasets", "python-edu", "--max_rows", "2", "--min_free_disk", "0"]
         assert main(["download_datasets", *flags]) == 0
     assert RawSource.read(tmp_path / "raw" / "python-edu").counts["rows"] == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Killed at any moment
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_killed_at_random_moments_the_result_is_the_same(tmp_path: Path) -> None:
+    files = cosmopedia() | python_edu(40)
+    contents = {f"b{n}": f"print({n})".encode() * 50 for n in range(40)}
+    chance = random.Random(233)
+    with serve(hub_handler({SMOLLM: files})) as hub, serve(bucket_handler(contents, {})) as bucket:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        environment |= {"HF_ENDPOINT": hub, CONTENTS_VARIABLE: bucket, "HF_HOME": str(tmp_path / "home")}
+
+        def start(place: Path) -> "subprocess.Popen[bytes]":
+            script = Path(__file__).resolve().parents[2] / "scripts" / "download_datasets.py"
+            flags = ["--save_dir", str(place), "--datasets", "cosmopedia-v2", "python-edu", "--min_free_disk", "0"]
+            command = [sys.executable, str(script), *flags, "--max_rows", "60", "--max_rate", "0.05"]
+            return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+        whole = start(tmp_path / "whole")
+        _, errors = whole.communicate(timeout=60)
+        assert whole.returncode == 0, errors.decode()
+        interrupted = 0
+        for _ in range(6):
+            # Killed some time after it has begun to write, whatever the time that the imports take.
+            killed = start(tmp_path / "killed")
+            deadline = time.monotonic() + 30
+            raw = tmp_path / "killed" / "raw"
+            while (
+                not any(path.is_dir() for path in raw.glob(".tmp-*"))
+                and killed.poll() is None
+                and time.monotonic() < deadline
+            ):
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0.0, 0.3))
+            killed.kill()
+            killed.communicate()
+            interrupted += any(path.is_dir() for path in raw.glob(".tmp-*"))
+        last = start(tmp_path / "killed")
+        _, errors = last.communicate(timeout=60)
+        assert last.returncode == 0, errors.decode()
+    assert interrupted
+    for name in ("cosmopedia-v2", "python-edu"):
+        assert bytes_of(tmp_path / "killed" / "raw" / name) == bytes_of(tmp_path / "whole" / "raw" / name)
+    assert not [path for path in left_over(tmp_path) if not path.endswith(".lock")]
 
 
 def test_the_catalogue_names_what_must_be_known() -> None:

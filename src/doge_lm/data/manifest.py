@@ -292,7 +292,10 @@ class Manifest:
 
 @dataclass
 class RawSource:
-    """A source before tokenizing: `source.json`."""
+    """A source before tokenizing: `source.json`.
+
+    `revision` is the hub's commit, and `settings` what it was downloaded with; both are empty for the user's own files.
+    """
 
     name: str
     kind: Kind
@@ -300,6 +303,8 @@ class RawSource:
     licence: str
     files: list[InputFile]
     counts: dict[str, int] = field(default_factory=dict)
+    revision: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
         """Writes `source.json` into a directory."""
