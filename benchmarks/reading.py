@@ -26,11 +26,11 @@ from doge_lm.data.manifest import MANIFEST_NAME, OutputFile
 from doge_lm.data.mix import parse_tokens
 from doge_lm.data.storage import (
     ROWS_PER_SHARD,
-    RowReader,
     ShardWriter,
     describe_dataset,
     describe_dataset_dict,
     id_dtype,
+    read_batches,
     row_schema,
     shard_name,
 )
@@ -67,7 +67,9 @@ def make_set(prepared: Path, folder: Path, tokens: int) -> int:
         split: [prepared / file.path for file in before.files if file.path.startswith(f"{split}/")]
         for split in ("train", "test")
     }
-    again: Iterator[pa.RecordBatch] = chain.from_iterable(repeat(RowReader(paths["train"]).batches))
+    again: Iterator[pa.RecordBatch] = chain.from_iterable(
+        repeat([batch for path in paths["train"] for batch in read_batches(path)])
+    )
     files: dict[str, list[OutputFile]] = {"train": [], "test": []}
     for split in files:
         (folder / split).mkdir(parents=True)
@@ -83,7 +85,7 @@ def make_set(prepared: Path, folder: Path, tokens: int) -> int:
         files["train"].append(shard.output())
     for path in paths["test"]:
         with ShardWriter(folder / "test" / path.name, row_schema(dtype)) as shard:
-            for batch in RowReader([path]).batches:
+            for batch in read_batches(path):
                 shard.write(batch)
         files["test"].append(shard.output())
     for split, outputs in files.items():

@@ -57,6 +57,7 @@ def prepare(tmp_path: Path, tokenizer_path: Path) -> Callable[..., dict[str, Man
         *,
         place: Path = tmp_path,
         num_proc: int = 1,
+        unit_bytes: int | None = None,
         **settings: Any,
     ) -> dict[str, Manifest]:
         for name, rows in sources.items():
@@ -64,7 +65,9 @@ def prepare(tmp_path: Path, tokenizer_path: Path) -> Callable[..., dict[str, Man
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(json_lines(rows))
             take_local(name, file, place / "raw" / name)
-        return preprocess(place, place, tokenizer_path, PreprocessSettings(**settings), num_proc=num_proc)
+        return preprocess(
+            place, place, tokenizer_path, PreprocessSettings(**settings), num_proc=num_proc, unit_bytes=unit_bytes
+        )
 
     return prepare_
 

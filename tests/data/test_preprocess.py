@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from datasets import load_from_disk
 
 from doge_lm.cli import main
 from doge_lm.data import documents, sources, storage
-from doge_lm.data import preprocess as module
 from doge_lm.data.download import take_local
 from doge_lm.data.manifest import Manifest, SourceAccounting
 from doge_lm.data.preprocess import PreprocessSettings, preprocess
@@ -32,30 +31,6 @@ from tests.data.conftest import conversation, json_lines, left_over
 from tests.data.reference import chat_document, pieces_in, pieces_of, text_document
 
 Prepare = Callable[..., dict[str, Manifest]]
-
-
-@pytest.fixture
-def prepare(tmp_path: Path, tokenizer_path: Path) -> Prepare:
-    """Takes rows by source in, and preprocesses them into `tmp_path`."""
-
-    def prepare_(
-        sources: dict[str, Iterable[dict[str, Any]]],
-        *,
-        place: Path = tmp_path,
-        num_proc: int = 1,
-        unit_bytes: int | None = None,
-        **settings: Any,
-    ) -> dict[str, Manifest]:
-        for name, rows in sources.items():
-            file = place / "own" / f"{name}.jsonl"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(json_lines(rows))
-            take_local(name, file, place / "raw" / name)
-        return preprocess(
-            place, place, tokenizer_path, PreprocessSettings(**settings), num_proc=num_proc, unit_bytes=unit_bytes
-        )
-
-    return prepare_
 
 
 def rows_of(folder: Path) -> Any:
@@ -153,7 +128,7 @@ def test_batches_do_not_change_the_rows(
 ) -> None:
     files = []
     for size in (1000, 2**22):
-        monkeypatch.setattr(module, "_BATCH_CHARACTERS", size)
+        monkeypatch.setattr(documents, "_BATCH_CHARACTERS", size)
         manifest = prepare({"a": library_rows[:10]}, place=tmp_path / str(size), sequence_length=256)["a"]
         files.append(manifest.files)
     assert files[0] == files[1]

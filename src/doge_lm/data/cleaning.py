@@ -25,7 +25,7 @@ import numpy.typing as npt
 import xxhash
 
 from doge_lm.data.manifest import read_record, write_record
-from doge_lm.data.sources import Row, TextRow, read_objects
+from doge_lm.data.sources import Row, TextRow, read_objects, row_texts
 from doge_lm.errors import UserError
 
 Hashes = npt.NDArray[np.uint64]
@@ -234,7 +234,7 @@ class Cleaner:
             return f"more than {settings.max_characters} characters"
         if self._languages and not _is_in(texts, self._languages):
             return "other language"
-        if self._index is not None and self._index.overlaps(_words_of(row)):
+        if self._index is not None and self._index.overlaps(row_texts(row)):
             return "overlap with a benchmark"
         return None
 
@@ -248,10 +248,6 @@ def prepare_index(settings: CleaningSettings, index_dir: Path) -> None:
     """
     if settings.decontaminate:
         NgramIndex.build(settings).save(index_dir)
-
-
-def _words_of(row: Row) -> list[str]:
-    return [row.prompt, row.text] if isinstance(row, TextRow) else [content for _, content in row.turns]
 
 
 # ---------------------------------------------------------------------------------------------------------------

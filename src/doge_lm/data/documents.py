@@ -11,7 +11,7 @@ crosses to another process as a few arrays.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,8 +21,12 @@ import numpy.typing as npt
 from doge_lm.data.encoders import Encoder, SpecialTokens
 from doge_lm.data.manifest import SourceAccounting
 from doge_lm.data.packing import NO_TARGET, Piece, cut_document, piece_starts
-from doge_lm.data.sources import ConversationRow, Role, Row, TextRow
+from doge_lm.data.sources import ConversationRow, Role, Row, TextRow, row_characters
 from doge_lm.data.storage import id_dtype
+
+# A batch is tokenized as soon as it holds this much text, or this many rows.
+_BATCH_CHARACTERS = 2**19
+_BATCH_ROWS = 1024
 
 # Reasons, as they stand in the accounting.
 EMPTY_TEXT = "empty text"
@@ -262,6 +266,20 @@ class _Parts(NamedTuple):
     starts: npt.NDArray[np.int64]  # where it begins among the tokens of all documents
     first: npt.NDArray[np.int64]
     document: npt.NDArray[np.int64]  # which one it belongs to
+
+
+def batch_rows(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Rows in batches for `Tokenizing`, whose bounds depend on the rows alone."""
+    batch: list[Row] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += row_characters(row)
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_ROWS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 class Tokenizing:

@@ -146,9 +146,7 @@ class Hub:
 
     def _fetch_rest(self, url: str, file: HubFile, part: Path, begun: int) -> None:
         headers = self._headers() | ({"Range": f"bytes={begun}-"} if begun else {})
-        response = self._client.open(url, headers)
-        whole = False
-        try:
+        with self._client.opened(url, headers) as response:
             goes_on = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {begun}-")
             since_check = 0
             with part.open("ab" if goes_on else "wb") as out:
@@ -160,12 +158,6 @@ class Hub:
                         since_check = 0
                     if out.tell() > file.size:
                         break  # the check of the hash will say so
-            whole = True
-        finally:
-            if whole:
-                response.release_conn()
-            else:
-                response.close()
         if part.stat().st_size < file.size:
             raise FaultError(f"the body broke off, {file.size - part.stat().st_size:,} bytes before its end")
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from doge_lm.data.manifest import InputFile, Manifest, OutputFile, SampleCounts, accounting_table
-from doge_lm.data.storage import RowReader, check_files
+from doge_lm.data.storage import check_files, read_batches
 from doge_lm.data.tokenizer import StreamDecoder, load_tokenizer, tokenizer_sha256
 from doge_lm.errors import UserError
 
@@ -289,9 +289,11 @@ def sample_rows(directory: Path, files: Sequence[OutputFile], count: int, seed: 
         own = chosen[(chosen >= starts[position]) & (chosen < starts[position + 1])]
         if not len(own):
             continue
-        reader = RowReader([directory / file.path])
+        batches = read_batches(directory / file.path)
+        ends = starts[position] + np.cumsum([batch.num_rows for batch in batches])
         for number in own.tolist():
-            batch = reader.take(np.array([number - starts[position]]))
+            index = int(np.searchsorted(ends, number, "right"))
+            batch = batches[index].slice(number - int(ends[index]) + batches[index].num_rows, 1)
             ids, lengths, spans = (
                 batch.column(name)[0].values.to_numpy(zero_copy_only=False)
                 for name in ("input_ids", "document_lengths", "context_spans")
@@ -385,7 +387,7 @@ def piece_lengths(directory: Path, files: Sequence[OutputFile], sequence_length:
     """
     total = np.zeros(sequence_length + 1, np.int64)
     for file in tqdm(files, desc="lengths", unit="file", disable=None):
-        for batch in RowReader([directory / file.path]).batches:
+        for batch in read_batches(directory / file.path):
             lengths = batch.column("document_lengths").flatten().to_numpy(zero_copy_only=False)
             if lengths.max(initial=0) > sequence_length or lengths.min(initial=0) < 0:
                 raise UserError(f"{directory / file.path} is damaged: a piece does not fit its row; make it again")

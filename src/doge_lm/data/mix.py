@@ -62,11 +62,6 @@ class Mix:
                 f"--mix names {_names(missing)}, but there is no such source (there: {_names(sorted(there)) or 'none'})"
             )
 
-    def only(self, names: Collection[str]) -> "Mix":
-        """The mix of some of its sources alone, which must be in it."""
-        total = sum(self.weights[name] for name in names)
-        return Mix({name: self.weights[name] / total for name in names})
-
     def as_text(self) -> dict[str, str]:
         """The weights as exact fractions: what a manifest keeps, the same for `a=1,b=1` and `a=0.5,b=0.5`."""
         return {name: str(weight) for name, weight in sorted(self.weights.items())}

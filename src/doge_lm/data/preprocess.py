@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from doge_lm.data import cleaning, encoders
 from doge_lm.data.cleaning import Cleaner, CleaningSettings
-from doge_lm.data.documents import PieceBatch, Tokenizing, nothing_to_learn
+from doge_lm.data.documents import PieceBatch, Tokenizing, batch_rows, nothing_to_learn
 from doge_lm.data.manifest import (
     MANIFEST_NAME,
     MAX_IDENTITY_BYTES,
@@ -56,7 +56,7 @@ from doge_lm.data.sources import (
     MAX_DOCUMENT_BYTES,
     BadInputError,
     Row,
-    TextRow,
+    row_texts,
     scan_rows,
 )
 from doge_lm.data.storage import RowWriter, describe_dataset, id_dtype
@@ -64,9 +64,6 @@ from doge_lm.data.units import Stream, Unit, plan_units, read_unit, unpack_strea
 from doge_lm.data.workers import Workers, check_num_proc
 from doge_lm.errors import UserError
 
-# A batch is tokenized as soon as it holds this much text, or this many rows.
-_BATCH_CHARACTERS = 2**19
-_BATCH_ROWS = 1024
 # Documents on which the backends are compared: so many, with so much text, of all sources together.
 _SAMPLE_ROWS = 200
 _SAMPLE_CHARACTERS = 10**6
@@ -75,7 +72,6 @@ _WORK_FOLDER = "work"
 
 Padding = Literal["packed", "max_length"]
 OnError = Literal["stop", "skip"]
-Backend = Literal["auto", "tokenizers", "gigatoken"]
 
 
 @dataclass(frozen=True)
@@ -166,7 +162,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backend",
-        choices=("auto", "tokenizers", "gigatoken"),
+        choices=encoders.BACKENDS,
         default="auto",
         help="what tokenizes, with the same result (default: auto, which takes the faster gigatoken where it is "
         "installed and gives the same ids on a sample of the documents)",
@@ -215,7 +211,7 @@ def preprocess(
     *,
     num_proc: int = 1,
     names: list[str] | None = None,
-    backend: Backend = "auto",
+    backend: encoders.WantedBackend = "auto",
     overwrite: bool = False,
     unit_bytes: int | None = None,
 ) -> dict[str, Manifest]:
@@ -332,10 +328,8 @@ def _sample(files: dict[str, list[Path]], max_document_bytes: int) -> list[str]:
 def _texts(paths: Iterable[Path], max_document_bytes: int) -> Iterator[str]:
     for path in paths:
         for item in scan_rows(path, max_document_bytes=max_document_bytes, count_lines=False):
-            if isinstance(item, BadInputError):
-                continue
-            row = item[1]
-            yield from [row.text, row.prompt] if isinstance(row, TextRow) else [content for _, content in row.turns]
+            if not isinstance(item, BadInputError):
+                yield from row_texts(item[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -774,7 +768,7 @@ def _make_unit(task: _Task) -> dict[str, Any]:
     with explain_disk_errors(task.target):
         writer = RowWriter(path, task.source, task.unit.number << 32, state.dtype)
         try:
-            for batch in _batches(reader.rows()):
+            for batch in batch_rows(reader.rows()):
                 result = state.tokenizing(batch)
                 reader.count(batch, result)
                 for document in result.documents():
@@ -851,22 +845,4 @@ _HOW_TO_SKIP = "; mend or remove it, or let `--on_error skip` drop and count wha
 
 
 def _row_bytes(row: Row) -> int:
-    texts = [row.prompt, row.text] if isinstance(row, TextRow) else [content for _, content in row.turns]
-    return sum(len(text.encode("utf-8")) for text in texts)
-
-
-def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Rows in batches whose bounds depend on the rows alone."""
-    batch: list[Row] = []
-    characters = 0
-    for row in rows:
-        batch.append(row)
-        if isinstance(row, TextRow):
-            characters += len(row.text) + len(row.prompt)
-        else:
-            characters += sum(len(content) for _, content in row.turns)
-        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_ROWS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+    return sum(len(text.encode("utf-8")) for text in row_texts(row))

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from doge_lm.data.manifest import OutputFile, SampleCounts, read_record, write_record
-from doge_lm.data.storage import ROWS_PER_BATCH, RowReader, ShardWriter, row_schema
+from doge_lm.data.storage import ROWS_PER_BATCH, ShardWriter, read_batches, row_schema
 from doge_lm.errors import UserError
 
 Indices = npt.NDArray[np.int64]
@@ -255,12 +255,11 @@ def unit_batches(unit: Unit) -> list[pa.RecordBatch]:
     Raises:
         UserError: if the file does not hold the rows that its manifest says.
     """
-    reader = RowReader([unit.path])
-    if len(reader) != unit.rows:
-        raise UserError(
-            f"{unit.path} holds {len(reader):,} rows, not {unit.rows:,}; run `doge-lm preprocess_datasets` again"
-        )
-    return list(reader.batches)
+    batches = read_batches(unit.path)
+    rows = sum(batch.num_rows for batch in batches)
+    if rows != unit.rows:
+        raise UserError(f"{unit.path} holds {rows:,} rows, not {unit.rows:,}; run `doge-lm preprocess_datasets` again")
+    return batches
 
 
 def _draw(task: DealTask, batches: list[pa.RecordBatch]) -> tuple[Indices, Indices, dict[str, Dealt]]:

@@ -341,6 +341,16 @@ def scan_rows(
             yield item.location, row
 
 
+def row_texts(row: Row) -> list[str]:
+    """All words of a row: prompt and text, or what is said in each turn."""
+    return [row.prompt, row.text] if isinstance(row, TextRow) else [content for _, content in row.turns]
+
+
+def row_characters(row: Row) -> int:
+    """Characters of all words of a row: near enough to its bytes for deciding where something is cut."""
+    return sum(map(len, row_texts(row)))
+
+
 def row_kind(row: Row) -> Kind:
     """What a row is for: text for pre-training, a conversation for fine-tuning."""
     return "pretrain" if isinstance(row, TextRow) else "finetune"

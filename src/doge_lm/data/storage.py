@@ -316,54 +316,12 @@ def check_files(directory: Path, files: Sequence[OutputFile]) -> None:
             )
 
 
-class RowReader:
-    """Random access to the rows of arrow files, through memory maps: nothing is read before it is asked for.
+def read_batches(path: Path) -> list[pa.RecordBatch]:
+    """The record batches of an arrow file, as memory maps: no row is read before it is asked for.
 
-    Args:
-        files: arrow files with the same columns; their rows are numbered one file after another.
+    Raises:
+        UserError: if the file is missing or damaged.
     """
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._batches: list[pa.RecordBatch] = []
-        starts = [0]
-        for path in files:
-            for batch in _read_batches(path):
-                self._batches.append(batch)
-                starts.append(starts[-1] + batch.num_rows)
-        self._starts = np.array(starts, np.int64)
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    @property
-    def batches(self) -> Sequence[pa.RecordBatch]:
-        """The record batches in order."""
-        return self._batches
-
-    def column(self, name: str) -> npt.NDArray[Any]:
-        """A column of numbers, whole."""
-        parts = [batch.column(name).to_numpy(zero_copy_only=False) for batch in self._batches]
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
-
-    def take(self, indices: npt.NDArray[np.int64]) -> pa.RecordBatch:
-        """Rows by number, in the order asked for, as one record batch.
-
-        Rows are gathered batch by batch, so that memory is touched in order and no column is ever made whole.
-        """
-        order = np.argsort(indices, kind="stable")
-        ascending = indices[order]
-        batch_of = np.searchsorted(self._starts, ascending, "right") - 1
-        cuts = np.flatnonzero(np.diff(batch_of)) + 1
-        parts = []
-        for begin, end in zip([0, *cuts.tolist()], [*cuts.tolist(), len(indices)], strict=True):
-            number = int(batch_of[begin])
-            parts.append(self._batches[number].take(pa.array(ascending[begin:end] - self._starts[number])))
-        back = np.empty(len(indices), np.int64)
-        back[order] = np.arange(len(indices))
-        return pa.concat_batches(parts).take(pa.array(back))
-
-
-def _read_batches(path: Path) -> list[pa.RecordBatch]:
     try:
         with pa.memory_map(str(path)) as source:
             return list(pa.ipc.open_stream(source))

@@ -28,12 +28,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 from huggingface_hub import HfApi
 
-from doge_lm.data.documents import Tokenizing, nothing_to_learn
+from doge_lm.data.documents import Tokenizing, batch_rows, nothing_to_learn
 from doge_lm.data.encoders import load_encoder
 from doge_lm.data.packing import BestFitPacker, PackedRow
 from doge_lm.data.sources import (
@@ -45,9 +43,11 @@ from doge_lm.data.sources import (
     file_suffix,
     find_files,
     parse_row,
+    row_characters,
     scan_rows,
 )
 from doge_lm.data.storage import id_dtype, row_features
+from doge_lm.data.units import parquet_parts
 from doge_lm.data.workers import Workers
 from doge_lm.errors import UserError
 
@@ -61,8 +61,6 @@ _PART_BYTES = 4 * 2**20
 _SMALL_FILE_BYTES = 2 * 2**20
 # How often text is larger than its compressed form, about.
 _UNPACKED = 4
-# Text that the tokenizer sees at once.
-_BATCH_BYTES = 2**20
 _TEST_LANES = 16
 # Epochs count from 0; the test set is drawn by a number that none of them will have.
 _TEST_EPOCH = 2**32 - 1
@@ -158,25 +156,11 @@ class FileSource:
 def _units_of(path: Path) -> list[FilePart]:
     size, suffix = path.stat().st_size, file_suffix(path)
     if suffix == ".parquet":
-        return _row_groups(path, size)
+        return [FilePart(path, *part) for part in parquet_parts(path, 0)] or [FilePart(path, None, size)]
     if suffix != ".jsonl":
         return [FilePart(path, None, size if suffix == ".txt" else _UNPACKED * size)]
     bounds = [*range(0, size, _PART_BYTES), size]
     return [FilePart(path, Part(start, stop), stop - start) for start, stop in pairwise(bounds)]
-
-
-def _row_groups(path: Path, size: int) -> list[FilePart]:
-    """The row groups of a file; the whole of one that is damaged, so that reading it says so in its turn."""
-    try:
-        metadata = pq.read_metadata(path)
-    except (pa.ArrowException, OSError):
-        return [FilePart(path, None, size)]
-    units, rows = [], 0
-    for index in range(metadata.num_row_groups):
-        group = metadata.row_group(index)
-        units.append(FilePart(path, Part(index, index + 1, rows), group.total_byte_size))
-        rows += group.num_rows
-    return units
 
 
 def _chunks_of(unit: FilePart) -> Iterator[Chunk]:
@@ -192,7 +176,7 @@ def _stretches(items: Iterable[_Item]) -> Iterator[Stretch]:
     size = 0
     for item in items:
         rows.append(item)
-        size += item.bytes if isinstance(item, BadInputError) else row_bytes(item[1])
+        size += item.bytes if isinstance(item, BadInputError) else row_characters(item[1])
         if size >= _PART_BYTES:
             yield Stretch(rows, size)
             rows, size = [], 0
@@ -323,13 +307,6 @@ class _PackedBlock(NamedTuple):
     examples: dict[str, str]
 
 
-def row_bytes(row: Row) -> int:
-    """Characters of a row: near enough to its bytes for deciding where something is cut."""
-    if isinstance(row, TextRow):
-        return len(row.text) + len(row.prompt)
-    return sum(len(content) for _, content in row.turns)
-
-
 def _digest(row: Row) -> bytes:
     parts = (row.prompt, row.text) if isinstance(row, TextRow) else [part for turn in row.turns for part in turn]
     digest = hashlib.blake2b(digest_size=16)
@@ -355,7 +332,7 @@ class _Packing:
         self.skipped, self.examples = Counter(), {}
         packer = BestFitPacker(self._settings.sequence_length)
         rows: list[PackedRow] = []
-        for batch in _batches(self._training_rows(block.chunks)):
+        for batch in batch_rows(self._training_rows(block.chunks)):
             for document in self.tokenizing(batch).documents():
                 rows.extend(packer.add(document))
         rows.extend(packer.finish())
@@ -389,19 +366,6 @@ class _Packing:
             raise UserError(f"{message}; mend or remove it, or let --set stream_on_error=skip leave out such rows")
         self.skipped[reason] += 1
         self.examples.setdefault(reason, message)
-
-
-def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    batch: list[Row] = []
-    size = 0
-    for row in rows:
-        batch.append(row)
-        size += row_bytes(row)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def hold_out(source: StreamSource, settings: StreamSettings, rows: int) -> HeldOut:

@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
@@ -189,6 +190,19 @@ class Client:
             raise FaultError(reason, seconds_to_wait(retry_after))
         raise RefusalError(response.status, reason)
 
+    @contextmanager
+    def opened(
+        self, url: str, headers: Mapping[str, str] | None = None
+    ) -> Generator[urllib3.BaseHTTPResponse, None, None]:
+        """As `open`; the connection is kept for the next request, or closed if the block ends with an exception."""
+        response = self.open(url, headers)
+        try:
+            yield response
+        except BaseException:
+            response.close()
+            raise
+        response.release_conn()
+
     def chunks(self, response: urllib3.BaseHTTPResponse) -> Generator[bytes, None, None]:
         """The body in pieces, as they arrive, no faster than the rate limit allows.
 
@@ -236,17 +250,8 @@ class Client:
             FaultError: if it cannot be fetched now.
             RefusalError: as `open`.
         """
-        response = self.open(url, headers)
-        whole = False
-        try:
-            body = b"".join(self.chunks(response))
-            whole = True
-        finally:
-            if whole:
-                response.release_conn()
-            else:
-                response.close()
-        return body
+        with self.opened(url, headers) as response:
+            return b"".join(self.chunks(response))
 
     def _pool(self, url: str) -> urllib3.PoolManager:
         scheme, host = urllib3.util.parse_url(url).scheme or "http", urllib3.util.parse_url(url).host or ""

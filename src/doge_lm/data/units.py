@@ -165,25 +165,29 @@ def _cut(path: Path, size: int, unit_bytes: int) -> list[Segment]:
         cuts = [size * index // count for index in range(count + 1)]
         return [Segment(path, size, Part(cuts[index], cuts[index + 1])) for index in range(count)]
     if suffix == ".parquet":
-        return _cut_parquet(path, size, unit_bytes)
+        return [Segment(path, size, part) for part, _ in parquet_parts(path, unit_bytes)] or [Segment(path, size)]
     return [Segment(path, size)]
 
 
-def _cut_parquet(path: Path, size: int, unit_bytes: int) -> list[Segment]:
+def parquet_parts(path: Path, part_bytes: int) -> list[tuple[Part, int]]:
+    """Cuts a `.parquet` at row groups: parts of at most so many bytes of data, or of one row group; and their bytes.
+
+    Empty for a file that is damaged: whoever reads it will say what is wrong.
+    """
     try:
         metadata = pq.read_metadata(path)
     except (pa.ArrowException, OSError):
-        return [Segment(path, size)]  # whoever reads it will say what is wrong
-    segments = []
+        return []
+    parts = []
     start = rows = before = filled = 0
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
-        if filled and filled + group.total_byte_size > unit_bytes:
-            segments.append(Segment(path, size, Part(start, index, before)))
+        if filled and filled + group.total_byte_size > part_bytes:
+            parts.append((Part(start, index, before), filled))
             start, before, filled = index, rows, 0
         filled += group.total_byte_size
         rows += group.num_rows
-    return [*segments, Segment(path, size, Part(start, metadata.num_row_groups, before))]
+    return [*parts, (Part(start, metadata.num_row_groups, before), filled)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
