@@ -66,26 +66,34 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def finished(folder: Path) -> dict[str, tuple[int, int]]:
-    """Shards that have a record beside them: name -> inode and time of change. `.tmp-NAME` counts as `NAME`."""
-    found = {}
-    for path in folder.rglob("*"):
-        records = (path.with_name(path.name + ".json"), path.with_suffix(".json"))
-        if path.suffix in (".arrow", ".zst") and any(record.is_file() for record in records):
-            parts = [part.removeprefix(".tmp-") for part in path.relative_to(folder).parts]
-            status = path.stat()
-            found["/".join(parts)] = (status.st_ino, status.st_mtime_ns)
-    return found
+    """Shards that have a record: name -> inode and time of change. `.tmp-NAME` counts as `NAME`."""
+    return {name: mark for name, (path, mark) in _marks(folder).items() if any(map(Path.is_file, _records(path)))}
 
 
 def everything(folder: Path) -> dict[str, tuple[int, int]]:
     """All files that are there, as `finished` gives those with a record."""
+    return {name: mark for name, (_, mark) in _marks(folder).items()}
+
+
+def _marks(folder: Path) -> dict[str, tuple[Path, tuple[int, int]]]:
     found = {}
     for path in folder.rglob("*"):
         if path.is_file():
             parts = [part.removeprefix(".tmp-") for part in path.relative_to(folder).parts]
             status = path.stat()
-            found["/".join(parts)] = (status.st_ino, status.st_mtime_ns)
+            found["/".join(parts)] = (path, (status.st_ino, status.st_mtime_ns))
     return found
+
+
+def _records(shard: Path) -> list[Path]:
+    """Where the record of a shard may lie: beside it, or where its stage keeps records while it is at work."""
+    stem = shard.name.partition(".")[0]
+    split = shard.parent.parent / "work" / f"{shard.parent.name}-{stem.removeprefix('data-')}.json"
+    unit = stem.removeprefix("part-").rpartition("-")[0]
+    return {
+        ".arrow": [shard.with_name(shard.name + ".json"), shard.parent / "work" / f"{stem}.json", split],
+        ".zst": [shard.parent / "progress" / f"unit-{unit}.json"],
+    }.get(shard.suffix, [])
 
 
 def redone(before: dict[str, tuple[int, int]], folder: Path, result: dict[str, str]) -> list[str]:
@@ -101,26 +109,28 @@ def start(stage: Stage, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     )
 
 
-def end_well(process: subprocess.Popen[bytes], stage: Stage) -> None:
-    """Waits for a run to end by itself.
+def end_well(process: subprocess.Popen[bytes], stage: Stage, error: bytes | None = None) -> None:
+    """Waits for a run to end by itself; `error` is what it has printed, if that was read already.
 
     Raises:
         RuntimeError: if it fails.
     """
-    _, error = process.communicate()
+    if error is None:
+        _, error = process.communicate()
     if process.returncode:
         raise RuntimeError(f"{stage.name} ended with status {process.returncode}: {error.decode()[-2000:]}")
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """Kills a process with its whole group, and waits until none of them is left."""
+def kill(process: subprocess.Popen[bytes]) -> bytes:
+    """Kills a process with its whole group, waits until none of them is left, and gives what it has printed."""
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    _, error = process.communicate()
     until = time.monotonic() + _DYING_SECONDS
     while _group_lives(process.pid):
         if time.monotonic() > until:
             raise RuntimeError(f"the process group {process.pid} outlives SIGKILL")
         time.sleep(0.01)
+    return error
 
 
 def _group_lives(group: int) -> bool:
@@ -161,6 +171,7 @@ def torture(
         ended = False
         while not ended:
             process = start(stage, environment)
+            error = None
             if count.kills < kills:
                 # Before it writes, a kill has nothing to spoil: most of them come later.
                 moment = rng.uniform(0.8 * count.first_output, count.seconds)
@@ -168,10 +179,13 @@ def torture(
                     process.wait(moment)
                     count.ended_before_the_kill += 1
                 except subprocess.TimeoutExpired:
-                    kill(process)
-                    count.kills += 1
+                    error = kill(process)
+                    # It may have ended by itself at the last moment.
+                    killed = process.returncode == -signal.SIGKILL
+                    count.kills += killed
+                    count.ended_before_the_kill += not killed
             if process.returncode != -signal.SIGKILL:
-                end_well(process, stage)
+                end_well(process, stage, error)
                 ended = True
             count.redone_shards += redone(before, stage.folder, result)
             before = finished(stage.folder)
