@@ -3,7 +3,8 @@
     python benchmarks/quality.py --dataset_path DIR --tokenizer_path DIR --output_dir OUT RUN [RUN …]
 
 A RUN is a row of the protocol, e.g. `doge:inner_value_init=identity,seed=1` or `llama:learning_rate=2e-3`: what
-stands behind the colon are settings of the preset doge_25M, changed. The protocol is the default under them:
+stands behind the colon are settings of the preset doge_25M, changed. `doge@query_norm+residual:seed=1` is a Doge with
+changes of `variants.py`, made for diagnosis, `llama@qk_norm` a Llama with one. The protocol is the default under them:
 T = 1,024, 64K tokens a step, cosine over 60M tokens, peak learning rate 3e-3, 1/√fan_in init.
 Prints a table and appends each row to OUT/quality.jsonl.
 """
@@ -12,23 +13,29 @@ import argparse
 import gc
 import json
 import math
+import re
 import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
+from safetensors.torch import load_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from variants import CHANGES, LLAMA_CHANGES
 
 from doge_lm.data.dataset import load_prepared
 from doge_lm.errors import UserError
 from doge_lm.model.configuration_doge import DogeConfig
-from doge_lm.model.modeling_doge import DogeCDMoE, DogeForCausalLM, DogeInnerFuncAttn
+from doge_lm.model.modeling_doge import DogeCDMoE, DogeInnerFuncAttn
 from doge_lm.training import pretrain
 from doge_lm.training.callbacks import LOG_NAME
 from doge_lm.training.plan import count_model
-from doge_lm.training.settings import TrainSettings
+from doge_lm.training.settings import TrainSettings, load_settings
 
 SEQUENCE_LENGTH = 1024
 TOKENS_PER_STEP = 65536
@@ -65,8 +72,8 @@ def llama_like(config: DogeConfig) -> LlamaConfig:
     )
 
 
-def build_llama(config: DogeConfig, train: TrainSettings) -> PreTrainedModel:
-    """The Llama beside a Doge, initialized by the same rule (`weight_init`)."""
+def build_llama(config: DogeConfig, train: TrainSettings, changes: Sequence[str] = ()) -> PreTrainedModel:
+    """The Llama beside a Doge, initialized by the same rule (`weight_init`), with changes of `variants.py`."""
     model = LlamaForCausalLM._from_config(
         llama_like(config), attn_implementation=train.attn_implementation, dtype=torch.float32
     )
@@ -76,17 +83,44 @@ def build_llama(config: DogeConfig, train: TrainSettings) -> PreTrainedModel:
             torch.nn.init.normal_(module.weight, std=std)
         elif isinstance(module, torch.nn.Embedding):
             torch.nn.init.normal_(module.weight, std=config.initializer_range)
+    for name in changes:
+        LLAMA_CHANGES[name](model)
     return model
 
 
-BUILDERS = {"doge": pretrain.build_model, "llama": build_llama}
+def build_doge(config: DogeConfig, train: TrainSettings, changes: Sequence[str] = ()) -> PreTrainedModel:
+    """A Doge with changes of `variants.py`."""
+    model = pretrain.build_model(config, train)
+    for name in changes:
+        CHANGES[name](model)
+    return model
+
+
+def parse_row(row: str) -> tuple[str, Callable[[DogeConfig, TrainSettings], PreTrainedModel], dict[str, str]]:
+    """The architecture of a row, what builds its model, and its settings.
+
+    Raises:
+        UserError: for an unknown architecture or change.
+    """
+    model, _, settings = row.partition(":")
+    architecture, _, variant = model.partition("@")
+    changes = variant.split("+") if variant else []
+    if architecture not in ("doge", "llama"):
+        raise UserError(f"run {row!r}: the architecture must be doge or llama")
+    known, builder = (CHANGES, build_doge) if architecture == "doge" else (LLAMA_CHANGES, build_llama)
+    unknown = [name for name in changes if name not in known]
+    if unknown:
+        raise UserError(
+            f"run {row!r}: {unknown[0]} is no change of a {architecture}; those of a {architecture} are "
+            f"{', '.join(known)}"
+        )
+    build = partial(builder, changes=changes)
+    return architecture, build, dict(change.split("=", 1) for change in settings.split(",") if change)
 
 
 def run_row(row: str, args: argparse.Namespace) -> dict[str, Any]:
     """Train and evaluate one row; returns its figures."""
-    architecture, _, changes = row.partition(":")
-    if architecture not in BUILDERS:
-        raise UserError(f"run {row!r}: the architecture must be one of {', '.join(BUILDERS)}")
+    architecture, build, changed = parse_row(row)
     steps = round(args.tokens / TOKENS_PER_STEP)
     epochs = math.ceil(args.tokens / args.epoch_tokens)
     settings = {
@@ -95,9 +129,10 @@ def run_row(row: str, args: argparse.Namespace) -> dict[str, Any]:
         "sequences_per_step": str(TOKENS_PER_STEP // args.sequence_length),
         "num_train_epochs": str(epochs),
         "per_epoch_max_steps": str(round(steps / epochs)),
-        **dict(change.split("=", 1) for change in changes.split(",") if change),
+        **({"per_device_train_batch_size": str(args.micro_batch)} if args.micro_batch else {}),
+        **changed,
     }
-    place = args.output_dir / row.replace(":", "-").replace(",", "-").replace("=", "")
+    place = args.output_dir / re.sub(r"[^\w.+-]+", "-", row)
     parser = argparse.ArgumentParser()
     pretrain.add_arguments(parser)
     flags = ["--config_path", args.preset, "--dataset_path", args.dataset_path, "--tokenizer_path", args.tokenizer_path]
@@ -105,35 +140,56 @@ def run_row(row: str, args: argparse.Namespace) -> dict[str, Any]:
     for key, value in settings.items():
         flags += ["--set", f"{key}={value}"]
     begun = time.perf_counter()
-    pretrain.run(parser.parse_args(flags), build_model=BUILDERS[architecture])
+    pretrain.run(parser.parse_args(flags), build_model=build)
     seconds = time.perf_counter() - begun
     lines = [json.loads(line) for line in (place / "log" / LOG_NAME).read_text(encoding="utf-8").splitlines()]
     figures = {"run": row, "seconds": round(seconds, 1), **summarize(lines)}
+    loaded = load_settings(args.preset, [f"{key}={value}" for key, value in settings.items()])
+    model = build(loaded.model_config(), loaded.train)
+    load_model(model, place / "model" / "model.safetensors")
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    figures["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    if args.micro_batch:
+        figures["micro_batch"] = args.micro_batch
+    test = load_prepared(Path(args.dataset_path)).test
+    figures["repeat_loss"] = repeat_loss(model, test)
     if architecture == "doge":
-        figures.update(usage(place / "model", args.dataset_path))
+        figures.update(usage(model, test))
     return figures
 
 
 @torch.no_grad()
-def usage(model_dir: Path, dataset_path: str, rows: int = 64) -> dict[str, list[float]]:
+def repeat_loss(model: PreTrainedModel, test: Dataset, length: int = 256, samples: int = 16) -> float:
+    """Loss on the second copy of `length` tokens that are drawn at random from the test set: whether the model copies.
+
+    Without copying it cannot fall below the entropy of the tokens; a model that copies goes towards 0.
+    """
+    pool = torch.cat([torch.as_tensor(test[index]["input_ids"].astype("int64")) for index in range(min(64, len(test)))])
+    drawn = torch.randint(len(pool), (samples, length), generator=torch.Generator().manual_seed(0))
+    ids = pool[drawn].repeat(1, 2).to(model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[:, length:-1].float()
+    return round(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, length + 1 :].flatten()).item(), 4)
+
+
+@torch.no_grad()
+def usage(model: PreTrainedModel, test: Dataset, rows: int = 64) -> dict[str, list[float]]:
     """How the choices of a trained Doge spread over the first rows of the test set, layer by layer.
 
     `experts_used` is the share of the N experts that at least one token takes, `experts_effective` is exp(entropy)
-    of their use over N, and `value_share` the share of tokens that take the commonest inner value.
+    of their use over N, and `value_share` the share of tokens that take the commonest inner value. A list is empty
+    where a change took the choice away.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = DogeForCausalLM.from_pretrained(model_dir).to(device).eval()
-    experts = [watch_experts(layer.feed_forward, model.config.num_cdmmoe_experts) for layer in model.model.layers]
+    feed_forwards = [layer.feed_forward for layer in model.model.layers if isinstance(layer.feed_forward, DogeCDMoE)]
+    experts = [watch_experts(feed_forward, model.config.num_cdmmoe_experts) for feed_forward in feed_forwards]
     values = [watch_values(layer.attn, model.config.num_inner_values) for layer in model.model.layers]
-    test = load_prepared(Path(dataset_path)).test
     for index in range(min(rows, len(test))):
-        ids = torch.as_tensor(test[index]["input_ids"].astype("int64"), device=device)
+        ids = torch.as_tensor(test[index]["input_ids"].astype("int64"), device=model.device)
         model(input_ids=ids[None], use_cache=False)
-    shares = [counts.double() / counts.sum() for counts in experts]
+    shares = [counts.double() / counts.sum() for counts in experts if counts.any()]
     return {
         "experts_used": [round((share > 0).double().mean().item(), 3) for share in shares],
         "experts_effective": [round(torch.special.entr(share).sum().exp().item() / len(share), 3) for share in shares],
-        "value_share": [round((counts.max() / counts.sum()).item(), 3) for counts in values],
+        "value_share": [round((counts.max() / counts.sum()).item(), 3) for counts in values if counts.any()],
     }
 
 
@@ -188,6 +244,7 @@ def main() -> int:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--sequence_length", type=int, default=SEQUENCE_LENGTH)
     parser.add_argument("--tokens", type=float, default=60e6)
+    parser.add_argument("--micro_batch", type=int, help="sequences of one forward pass (default: what memory allows)")
     parser.add_argument("--epoch_tokens", type=float, default=20e6, help="the plan is cut into epochs of at most this")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -192,6 +192,26 @@ def check_local(root: Path) -> None:
     assert Path(file.path) == (root / "texts/mine.txt").resolve()
 
 
+def check_cleaned(root: Path) -> None:
+    # One text of each source is there twice; of cosmopedia's, the command before has left one out.
+    for name, dropped in {"cosmopedia-v2-dedup": 0, "chinese-cosmopedia": 1, "python-edu": 1}.items():
+        accounting = Manifest.read(root / "cleaned/tokenized" / name).accounting[name]
+        assert accounting.documents_kept == MAX_ROWS - 1, name
+        assert sum(reason.times for reason in accounting.dropped.values()) == dropped, name
+
+
+def check_mixed(root: Path) -> None:
+    manifest = Manifest.read(root / "cleaned/pretrain")
+    tokens = {name: counts.tokens for name, counts in manifest.samples["train"].items()}
+    assert set(tokens) == {"cosmopedia-v2-dedup", "chinese-cosmopedia", "python-edu"}
+    assert tokens["cosmopedia-v2-dedup"] / sum(tokens.values()) == pytest.approx(0.5, abs=0.1)
+
+
+def write_more_texts(root: Path) -> None:
+    lines = [json.dumps({"text": README.read_text(encoding="utf-8")[number:]}) for number in range(100)]
+    (root / "texts" / "more.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
 def interrupt(root: Path) -> None:
     """Puts the run back to where its first checkpoint was the last one."""
     shutil.rmtree(root / "results/checkpoint-2")
@@ -241,6 +261,29 @@ RUNS = {
         says="78,572,032 total"
     ),
     'doge-lm generate ./results "Once upon a time"': Run("--max_new_tokens 8", says="Once upon a time"),
+    "doge-lm data inspect ./datasets/pretrain --tokenizer_path ./tokenizer": Run(
+        makes=("pretrain-inspect.png",), says="cosmopedia-v2"
+    ),
+    "doge-lm data near_duplicates --datasets_dir ./datasets --datasets cosmopedia-v2 --save_dir ./datasets "
+    "--num_proc 16": Run(
+        "--num_proc 1", makes=("datasets/raw/cosmopedia-v2-dedup",), says=f"kept {MAX_ROWS - 1}, dropped 1 near"
+    ),
+    "doge-lm preprocess_datasets --datasets_dir ./datasets --save_dir ./cleaned --tokenizer_path ./tokenizer "
+    "--max_len 2048 --num_proc 16 --datasets cosmopedia-v2-dedup chinese-cosmopedia python-edu --min_chars 200 "
+    "--languages cosmopedia-v2-dedup=en chinese-cosmopedia=zh --deduplicate": Run(
+        "--num_proc 1 --max_len 256", makes=("cleaned/tokenized",), after=check_cleaned
+    ),
+    "doge-lm merge_datasets --datasets_dir ./cleaned --save_dir ./cleaned --num_proc 16 "
+    "--mix cosmopedia-v2-dedup=0.5,chinese-cosmopedia=0.3,python-edu=0.2 --tokens 4B": Run(
+        "--num_proc 1 --tokens 20K --test_size 8", makes=("cleaned/pretrain",), says="epochs", after=check_mixed
+    ),
+    "doge-lm train --config_path doge_25M --output_dir ./results-stream --logging_dir ./log-stream "
+    "--tokenizer_path ./tokenizer --set stream=./texts": Run(
+        f"--config_path doge_tiny {TRAIN} --set stream_test_rows=2",
+        makes=("results-stream/model.safetensors",),
+        says="tokenized meanwhile",
+        before=write_more_texts,
+    ),
 }
 
 # What the python block is followed by: it loaded the trained model, from its directory alone.
@@ -322,7 +365,10 @@ def bare_environment(folder: Path) -> dict[str, str]:
 
 
 def hub_contents() -> tuple[dict[str, dict[str, bytes]], dict[str, bytes]]:
-    """Small tables for every source of the catalogue, by repository, and python-edu's contents by blob id."""
+    """Small tables for every source of the catalogue, by repository, and python-edu's contents by blob id.
+
+    Of the rows that are taken, the first and the last have the same text.
+    """
     words = {name: README.read_text(encoding="utf-8").split() for name in CATALOGUE}
     words["chinese-cosmopedia"] = re.findall(r"[\u4e00-\u9fff]", README_ZH.read_text(encoding="utf-8"))
     chance = random.Random(233)
@@ -331,6 +377,7 @@ def hub_contents() -> tuple[dict[str, dict[str, bytes]], dict[str, bytes]]:
     for name, entry in CATALOGUE.items():
         separator = "" if name == "chinese-cosmopedia" else " "
         texts = [separator.join(chance.choices(words[name], k=500)) for _ in range(MAX_ROWS + 5)]
+        texts[MAX_ROWS - 1] = texts[0]
         ids = [f"{name}-{number}" for number in range(len(texts))]
         fields: dict[str, list[Any]] = {
             "text": texts,

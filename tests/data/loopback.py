@@ -60,10 +60,11 @@ class Fault:
 
 @dataclass
 class Log:
-    """What a server met: the requests by path, and the bytes of bodies that it sent by path."""
+    """What a server met: the requests by path, their ranges and tokens, and the bytes of bodies it sent by path."""
 
     requests: list[str] = field(default_factory=list)
     ranges: list[str] = field(default_factory=list)
+    tokens: list[str | None] = field(default_factory=list)
     sent: dict[str, int] = field(default_factory=dict)
 
 
@@ -174,13 +175,19 @@ def hub_handler(
     repositories: dict[str, dict[str, bytes]],
     faults: dict[str, list[Fault]] | None = None,
     log: Log | None = None,
+    *,
+    ranges: bool = True,
+    files_at: str = "",
 ) -> type[BaseHTTPRequestHandler]:
     """A hub of data sets: as much of its HTTP interface as `datasets` and `download_datasets` need.
 
     Args:
         repositories: by name (`owner/name`), the files by path.
-        faults: what the next requests for a file (by its path) meet; "tree" stands for the list of files.
+        faults: what the next requests for a file (by its path) meet; "information" and "tree" stand for what is said of
+            a repository, and the list of its files.
         log: what is written down of the requests for files.
+        ranges: requests for a part of a file are understood, and not answered with the whole.
+        files_at: the address to which requests for files are redirected.
     """
     plagued, written = faults or {}, log or Log()
     known = {name: Repository(name, files) for name, files in repositories.items()}
@@ -211,6 +218,8 @@ def hub_handler(
 
         def answer_about(self, repository: Repository, rest: list[str]) -> None:
             match rest:
+                case [] if plagued.get("information"):
+                    self.meet(plagued["information"].pop(0), b"")
                 case [] | ["revision", "main"]:
                     self.reply_json(repository.information())
                 case ["revision", revision] if revision == repository.sha:
@@ -231,15 +240,22 @@ def hub_handler(
             if path not in repository.files:
                 self.reply(404, X_Error_Code="EntryNotFound")
                 return
+            written.requests.append(path)
+            written.tokens.append(self.headers.get("Authorization"))
+            if files_at:
+                self.reply(302, Location=files_at + self.path)
+                return
             content = repository.files[path]
             oid = repository.file(path)["oid"]
             headers = {"X_Repo_Commit": repository.sha, "ETag": f'"{oid}"', "Accept_Ranges": "bytes"}
-            wanted = self.headers.get("Range")
-            written.requests.append(path)
+            wanted = self.headers.get("Range") if ranges else None
             status = 200
             if wanted is not None:
                 written.ranges.append(wanted)
                 begin, _, end = wanted.removeprefix("bytes=").partition("-")
+                if int(begin) >= len(content):
+                    self.reply(416, Content_Range=f"bytes */{len(content)}")
+                    return
                 last = min(int(end) if end else len(content) - 1, len(content) - 1)
                 headers["Content_Range"] = f"bytes {begin}-{last}/{len(content)}"
                 status, content = 206, content[int(begin) : last + 1]

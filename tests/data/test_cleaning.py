@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from doge_lm.data import cleaning as module
+from doge_lm.data import ngrams
 from doge_lm.data.cleaning import (
     Cleaner,
     CleaningSettings,
@@ -19,7 +20,7 @@ from doge_lm.data.cleaning import (
     settings_from_args,
     write_hashes,
 )
-from doge_lm.data.sources import ConversationRow, TextRow
+from doge_lm.data.sources import ConversationRow, Row, TextRow
 from doge_lm.errors import UserError
 from tests.data.conftest import json_lines
 
@@ -68,8 +69,8 @@ def test_overlap_in_words_and_in_characters(tmp_path: Path, mapped: bool) -> Non
 
 
 def test_an_overlap_is_found_wherever_it_stands_in_a_long_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_WINDOW", 1000)
-    monkeypatch.setattr(module, "_WINDOW_OVERLAP", 200)
+    monkeypatch.setattr(ngrams, "_WINDOW", 1000)
+    monkeypatch.setattr(ngrams, "_WINDOW_OVERLAP", 200)
     cleaner = Cleaner(parse("--decontaminate", str(benchmark(tmp_path))))
     for place in range(0, 2000, 37):
         filler = "lorem ipsum dolor " * 200
@@ -114,7 +115,13 @@ def test_flags_that_cannot_be() -> None:
 
 
 def test_what_counts_as_equal() -> None:
-    rows = [TextRow("a\r\nb "), TextRow("a\nb"), TextRow("b", "a"), TextRow("ab"), ConversationRow((("human", "ab"),))]
+    rows: list[Row] = [
+        TextRow("a\r\nb "),
+        TextRow("a\nb"),
+        TextRow("b", "a"),
+        TextRow("ab"),
+        ConversationRow((("human", "ab"),)),
+    ]
     hashes = [tuple(pair) for pair in hash_rows(rows).tolist()]
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 4

@@ -1,8 +1,10 @@
 """Contents by blob id, and what every transfer does at faults."""
 
+import heapq
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -79,6 +81,59 @@ def test_the_rate_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert RateLimit(None).debt(10**9) == 0.0
 
 
+@pytest.mark.parametrize("transfers", [1, 7])
+def test_all_bodies_together_keep_to_the_rate(monkeypatch: pytest.MonkeyPatch, transfers: int) -> None:
+    """Bodies that could arrive at once, of several transfers, on a clock that only their waits move on."""
+    rate, piece, pieces = 1000.0, 300, 40
+    clock = [50.0]
+    waited: list[float] = []
+
+    class Stop(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waited.append(timeout or 0.0)
+            return False
+
+    class Body:
+        left = pieces
+
+        def read1(self, size: int) -> bytes:
+            self.left -= 1
+            return b"x" * piece if self.left >= 0 else b""
+
+    monkeypatch.setattr(transfer.time, "monotonic", lambda: clock[0])
+    client = Client(transfers, RateLimit(rate), Stop())
+    bodies: list[Iterator[bytes]] = [client.chunks(Body()) for _ in range(transfers)]  # type: ignore[arg-type]
+    ready = [(clock[0], number) for number in range(transfers)]
+    arrived: list[tuple[float, int]] = []
+    # As threads would: who is ready first goes on until its next wait, at the end of which it has its next piece.
+    while ready:
+        clock[0], number = heapq.heappop(ready)
+        waited.clear()
+        chunk: Any = next(bodies[number], None)
+        if chunk is not None:
+            at = clock[0] + sum(waited)
+            arrived.append((at, len(chunk)))
+            heapq.heappush(ready, (at, number))
+        else:
+            clock[0] += sum(waited)
+    total, seconds = transfers * pieces * piece, clock[0] - 50.0
+    assert sum(size for _, size in arrived) == total
+    # On the mean exactly the limit; at any moment no more ahead of it than the piece that each reads next.
+    assert seconds == pytest.approx(total / rate)
+    for moment, _ in arrived:
+        so_far = sum(size for at, size in arrived if at <= moment)
+        assert so_far <= rate * (moment - 50.0) + transfers * piece + 1e-6
+
+
+def test_an_idle_time_is_not_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(transfer.time, "monotonic", lambda: clock[0])
+    limit = RateLimit(1000)
+    assert limit.debt(500) == 0.5
+    clock[0] += 60
+    assert limit.debt(2000) == 2.0
+
+
 def waits_of(faults: int, stop: threading.Event, waits: list[float]) -> Callable[[], None]:
     class Recorder(threading.Event):
         def wait(self, timeout: float | None = None) -> bool:
@@ -109,11 +164,28 @@ def test_waits_grow_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
         waits_of(1, stop, [])()
 
 
+def test_long_waits_are_announced(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(transfer, "_notices", transfer._Notices())
+    monkeypatch.setattr(transfer.time, "monotonic", lambda: clock[0])
+    waits: list[float] = []
+    stop = threading.Event()
+    waits_of(9, stop, waits)()
+    assert capsys.readouterr().err == ""
+    for clock[0] in (100.0, 101.0):  # the second comes too soon after the first for another line
+        patience = Patience("URL", 9, stop)
+        stop.set()
+        with pytest.raises(StoppedError):
+            patience.endure(FaultError("HTTP status 429", wait=1800.0))
+    assert capsys.readouterr().err == "URL: HTTP status 429; waiting 1,800 seconds before the next try\n"
+
+
 def test_what_a_server_asks_for() -> None:
     assert seconds_to_wait("7") == 7
     assert seconds_to_wait("-1") == 0
     assert seconds_to_wait("1e9") == 3600
     assert seconds_to_wait("soon") is None
+    assert seconds_to_wait("Wed, 99 Foo 9999 07:28:00 GMT") is None
     assert seconds_to_wait(None) is None
     assert seconds_to_wait("Wed, 21 Oct 2015 07:28:00 GMT") == 0
     later = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 1000))

@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from huggingface_hub import constants
 
 from doge_lm.cli import main
 from doge_lm.data import download as module
+from doge_lm.data import hub as hub_module
 from doge_lm.data import transfer
 from doge_lm.data.contents import CONTENTS_VARIABLE, MISSING, NOT_TEXT
 from doge_lm.data.download import DownloadSettings, announce, download, take_local, write_shards
@@ -26,6 +28,7 @@ from doge_lm.data.transfer import DiskGuard
 from doge_lm.errors import UserError
 from tests.data.conftest import conversation, json_lines, left_over
 from tests.data.loopback import Fault, Log, Repository, bucket_handler, hub_files, hub_handler, parquet, serve
+from tests.data.test_hostile import Mount, mounted, remount  # noqa: F401 - the first is a fixture
 
 # ---------------------------------------------------------------------------------------------------------------
 # The user's own files
@@ -160,7 +163,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     huggingface_hub.close_session()
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "127.0.0.1")
+        monkeypatch.setenv(name, "127.0.0.1,localhost")
     monkeypatch.setattr(transfer, "FIRST_WAIT_SECONDS", 0.001)
     yield
     huggingface_hub.close_session()  # the one that follows heeds HF_HUB_OFFLINE again
@@ -178,12 +181,14 @@ def take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Take:
         faults: dict[str, list[Fault]] | None = None,
         log: Log | None = None,
         name: str = "cosmopedia-v2",
+        place: Path = tmp_path,
+        ranges: bool = True,
         **settings: Any,
     ) -> RawSource:
         settings = {"cache_dir": tmp_path / "cache", "retries": 3} | settings
-        with serve(hub_handler({CATALOGUE[name].hub_id: files}, faults, log)) as address:
+        with serve(hub_handler({CATALOGUE[name].hub_id: files}, faults, log, ranges=ranges)) as address:
             monkeypatch.setenv("HF_ENDPOINT", address)
-            return download(name, tmp_path / "raw" / name, DownloadSettings(**settings))
+            return download(name, place / "raw" / name, DownloadSettings(**settings))
 
     return take_
 
@@ -227,7 +232,7 @@ def test_faults_of_the_hub_are_borne(tmp_path: Path, take: Take, monkeypatch: py
     files, log = cosmopedia(), Log()
     first, second, third = (COSMOPEDIA.format(n) for n in range(3))
     faults = {
-        "tree": [Fault(500), Fault(429)],
+        "tree": [Fault(500), Fault(429), Fault()],
         "README.md": [Fault(503)],
         first: [Fault(after=400, how="reset"), Fault(after=300, how="cut"), Fault(429, retry_after="0.01")],
         second: [Fault(after=100, how="stall"), Fault(500), Fault(502)],
@@ -241,6 +246,135 @@ def test_faults_of_the_hub_are_borne(tmp_path: Path, take: Take, monkeypatch: py
     assert log.sent[second] == len(files[second])
     assert log.sent[third] == 2 * len(files[third])
     assert "bytes=100-" in log.ranges
+
+
+def test_the_interface_of_the_hub_is_given_the_time_that_it_asks_for(
+    take: Take, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float | None] = []
+
+    class Recorder(transfer.Patience):
+        def endure(self, fault: transfer.FaultError) -> None:
+            waits.append(fault.wait)
+            super().endure(fault)
+
+    monkeypatch.setattr(hub_module, "Patience", Recorder)
+    # The last of them answers without a word.
+    take(cosmopedia(), {"information": [Fault(429, retry_after="0.125"), Fault(503), Fault()]})
+    assert waits == [0.125, None, None]
+
+
+def test_a_hub_without_ranges(tmp_path: Path, take: Take) -> None:
+    files, log = cosmopedia(), Log()
+    first = COSMOPEDIA.format(0)
+    take(files, {first: [Fault(after=400, how="cut"), Fault(after=100, how="cut")]}, log, ranges=False)
+    assert read_back(tmp_path) == as_rows(texts(0, 60))
+    assert log.sent[first] == 500 + len(files[first])
+
+
+def test_a_hub_without_ranges_that_always_breaks_off_is_given_up(take: Take) -> None:
+    # Each attempt begins from the start, so what it brings after a shorter one is nothing new.
+    first = COSMOPEDIA.format(0)
+    faults = {first: [Fault(after=size, how="cut") for size in (400, 300) * 20]}
+    with pytest.raises(UserError, match=r"00000-of-00003.parquet could not be fetched in 4 tries: the body broke off"):
+        take(cosmopedia(), faults, ranges=False)
+
+
+def test_the_rest_of_another_content_is_not_kept(tmp_path: Path, take: Take) -> None:
+    # The connection broke, and what a mirror sends for the rest is of another version of the file.
+    files, log = cosmopedia(), Log()
+    first = COSMOPEDIA.format(0)
+    take(files, {first: [Fault(after=400, how="cut"), Fault(how="alter")]}, log)
+    assert read_back(tmp_path) == as_rows(texts(0, 60))
+    assert log.sent[first] == 2 * len(files[first])
+    assert log.ranges == ["bytes=400-"]
+
+
+@pytest.mark.parametrize("change", [-100, 100])
+def test_a_file_of_another_length_since(tmp_path: Path, take: Take, change: int) -> None:
+    files, log = cosmopedia(), Log()
+    first = COSMOPEDIA.format(0)
+    other = files[first][:change] if change < 0 else files[first] + b"x" * change
+    # Almost all of it had arrived when the run ended.
+    with pytest.raises(UserError, match="could not be fetched"):
+        take(files, {first: [Fault(after=len(files[first]) - 50, how="cut"), *[Fault(500)] * 4]})
+    with pytest.raises(UserError, match="broke off|416" if change < 0 else "fetched 2 times, and it has .* instead of"):
+        take({**files, first: other}, log=log)
+    assert len(log.requests) <= 8
+    take(files)
+    assert read_back(tmp_path) == as_rows(texts(0, 60))
+
+
+def test_a_token_stays_with_the_hub(tmp_path: Path, take: Take, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real hub redirects to another host, which signs its addresses and must not see the token."""
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
+    files, front, back = {SMOLLM: cosmopedia()}, Log(), Log()
+    faults = {COSMOPEDIA.format(0): [Fault(after=400, how="cut")]}
+    with serve(hub_handler(files, faults, back)) as store:
+        elsewhere = store.replace("127.0.0.1", "localhost")
+        with serve(hub_handler(files, log=front, files_at=elsewhere)) as address:
+            monkeypatch.setenv("HF_ENDPOINT", address)
+            download("cosmopedia-v2", tmp_path / "raw" / "cosmopedia-v2", DownloadSettings(tmp_path / "cache"))
+    assert read_back(tmp_path) == as_rows(texts(0, 60))
+    assert set(front.tokens) == {"Bearer hf_x"}
+    assert set(back.tokens) == {None}
+    assert "bytes=400-" in back.ranges
+
+
+def test_several_files_are_fetched_at_once(tmp_path: Path, take: Take) -> None:
+    files = cosmopedia()
+
+    class Meeting(Log):
+        """Nobody is served before all three have asked."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.requests = Requests()
+
+    class Requests(list[str]):
+        everybody = threading.Barrier(3, timeout=30)
+
+        def append(self, path: str) -> None:
+            super().append(path)
+            if path in map(COSMOPEDIA.format, range(3)):
+                self.everybody.wait()
+
+    take(files, log=Meeting(), num_proc=3)
+    assert read_back(tmp_path) == as_rows(texts(0, 60))
+
+
+@pytest.mark.parametrize("num_proc", [1, 2, 16])
+def test_the_rate_is_that_of_all_processes_together(num_proc: int) -> None:
+    settings = DownloadSettings(Path("cache"), num_proc=num_proc, max_rate=1000.0)
+    files, contents = CATALOGUE["cosmopedia-v2"], CATALOGUE["python-edu"]
+    assert settings.rate_share(files) == 1000.0  # only this process fetches
+    # Files of blob ids go on being fetched here while all others fetch contents.
+    assert (num_proc + 1) * (settings.rate_share(contents) or 0) == pytest.approx(1000.0)
+    assert DownloadSettings(Path("cache"), num_proc=num_proc).rate_share(contents) is None
+
+
+def test_every_transfer_of_a_download_is_limited(take: Take, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    class Rate(transfer.RateLimit):
+        booked = 0
+
+        def __init__(self, rate: float | None) -> None:
+            super().__init__(rate)
+            self.rate = rate or 0.0
+            made.append(self)
+
+        def debt(self, size: int) -> float:
+            self.booked += size
+            return super().debt(size)
+
+    monkeypatch.setattr(module, "RateLimit", Rate)
+    files, contents = python_edu(9), {f"b{n}": b"x" * 5000 for n in range(9)}
+    with serve(bucket_handler(contents, {})) as bucket:
+        take(files, name="python-edu", contents_endpoint=bucket, max_rate=10**6)
+    assert sum(rate.rate for rate in made) == 10**6
+    assert [rate.booked > 0 for rate in made] == [True, True]
+    assert sum(rate.booked for rate in made) > sum(map(len, files.values()))
 
 
 @pytest.mark.parametrize(
@@ -352,6 +486,35 @@ def test_a_full_disk_while_downloading(tmp_path: Path, take: Take, monkeypatch: 
     assert read_back(tmp_path) == as_rows(texts(0, 60))
 
 
+@pytest.mark.parametrize("full", ["--cache_dir", "--save_dir"])
+def test_a_disk_that_is_truly_full(
+    tmp_path: Path,
+    take: Take,
+    mounted: Mount,  # noqa: F811 - a fixture
+    monkeypatch: pytest.MonkeyPatch,
+    full: str,
+) -> None:
+    place = mounted("size=200k")
+    chance = random.Random(233)
+    rows = [{"prompt": "", "text": chance.randbytes(2000).hex()} for _ in range(120)]
+    files = {COSMOPEDIA.format(n): table(rows[40 * n : 40 * n + 40]) for n in range(3)}
+    settings = {"place": place} if full == "--save_dir" else {"cache_dir": place / "cache", "keep_cache": True}
+    log = Log()
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskGuard, "check", lambda *_: None)  # as if others filled the disk after it had looked
+        with pytest.raises(UserError, match=rf"the disk is full .*{place}.* run the same command again.*{full}"):
+            take(files, log=log, **settings)
+    assert not any(tmp_path.rglob("source.json"))
+    remount(place, "size=8m")
+    take(files, log=log, **settings)
+    home = place if full == "--save_dir" else tmp_path
+    assert read_back(home) == [TextRow(row["text"]) for row in rows]
+    # The file that was whole before the disk was full was not sent again, and the one after it from where it was.
+    assert log.sent[COSMOPEDIA.format(0)] == len(files[COSMOPEDIA.format(0)])
+    assert bool(log.ranges) == (full == "--cache_dir")
+    assert left_over(place) == []
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [("--retries=-1", "at least 0"), ("--max_rate=0", "more than 0"), ("--min_free_disk=nan", "at least 0")],
@@ -396,6 +559,32 @@ def test_contents_of_a_source(tmp_path: Path, take: Take, monkeypatch: pytest.Mo
     # The two units that were finished were not fetched again.
     assert log.requests.count("b0") == log.requests.count("b39") == 1
     assert log.requests.count("b40") == 2
+
+
+def test_a_full_disk_while_contents_come(
+    tmp_path: Path,
+    take: Take,
+    mounted: Mount,  # noqa: F811 - a fixture
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    place = mounted("size=600k")
+    monkeypatch.setattr(module, "_IDS_PER_UNIT", 20)
+    chance = random.Random(233)
+    contents = {f"b{n}": chance.randbytes(10_000).hex().encode() for n in range(60)}
+    log = Log()
+    with serve(bucket_handler(contents, {}, log)) as bucket:
+        settings = {"name": "python-edu", "contents_endpoint": bucket}
+        with pytest.raises(UserError, match=rf"the disk is full .*{place}.* run the same command again"):
+            take(python_edu(60), place=place, **settings)
+        assert not any(place.rglob("source.json"))
+        remount(place, "size=8m")
+        source = take(python_edu(60), place=place, **settings)
+        # The unit that was finished before was not fetched again.
+        assert [log.requests.count(f"b{n}") for n in range(20)] == [1] * 20
+        take(python_edu(60), **settings)
+    assert source.counts["rows"] == 60
+    assert bytes_of(place / "raw" / "python-edu") == bytes_of(tmp_path / "raw" / "python-edu")
+    assert left_over(place) == []
 
 
 def test_a_bucket_that_has_nothing(tmp_path: Path, take: Take) -> None:

@@ -14,7 +14,14 @@ import zstandard
 
 from doge_lm.data import encoders
 from doge_lm.data.documents import Tokenizing
-from doge_lm.data.encoders import TRICKY_TEXTS, Encoder, choose_backend, load_encoder
+from doge_lm.data.encoders import (
+    TRICKY_TEXTS,
+    Encoder,
+    choose_backend,
+    choose_encoder,
+    load_encoder,
+    take_texts,
+)
 from doge_lm.data.sources import find_files, read_rows
 from doge_lm.data.tokenizer import MARK, encode_batch, load_tokenizer, train_tokenizer
 from doge_lm.errors import UserError
@@ -144,6 +151,28 @@ def test_the_fast_backend_is_chosen(tokenizer_path: Path) -> None:
     assert choose_backend(tokenizer_path, "tokenizers", ["text"]) == ("tokenizers", None)
 
 
+@pytest.mark.parametrize("wanted", ["auto", "tokenizers"])
+def test_the_encoder_that_was_compared_is_given(
+    tokenizer_path: Path, wanted: Any, exact: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    read = encoders._read
+    monkeypatch.setattr(encoders, "_read", lambda path: opened.append(path) or read(path))  # type: ignore[func-returns-value]
+    encoder, note = choose_encoder(tokenizer_path, wanted, ["text"])
+    assert opened == [tokenizer_path]
+    assert encoder.name == choose_backend(tokenizer_path, wanted, ["text"])[0]
+    assert (note is None) == (encoder.name == "gigatoken" or wanted == "tokenizers")
+    same(exact, encoder, list(TRICKY_TEXTS))
+
+
+def test_texts_are_taken_up_to_a_size_or_a_number() -> None:
+    texts = iter(["abc", "", "defg", "h", "i"])
+    assert take_texts(texts, 5) == ["abc", "", "de"]
+    assert list(texts) == ["h", "i"]  # no more was read than is needed
+    assert take_texts(iter("abc"), 100, 2) == ["a", "b"]
+    assert take_texts([], 100) == []
+
+
 def test_without_the_fast_backend(tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "awkward", None)
     backend, note = choose_backend(tokenizer_path, "auto", ["text"])
@@ -176,7 +205,7 @@ def test_a_backend_that_differs_is_not_taken(tokenizer_path: Path, monkeypatch: 
     assert backend == "tokenizers"
     assert note is not None
     assert "'this is wrong', from token" in note
-    with pytest.raises(UserError, match="'this is wrong', from token"):
+    with pytest.raises(UserError, match=r"'this is wrong', from token .*or give --backend tokenizers"):
         choose_backend(tokenizer_path, "gigatoken", sample)
 
 

@@ -153,6 +153,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_RUN_BYTES", 1)
     monkeypatch.setattr(module, "_CANDIDATE_ROWS", 64)
     monkeypatch.setattr(module, "_CANDIDATE_TIMES", 4)
+    monkeypatch.setattr(module, "_MOST_RUNS", 10**6)
 
 
 @pytest.mark.usefixtures("small_steps")
@@ -170,6 +171,41 @@ def test_a_large_set_is_split_without_leaks(tmp_path: Path, prepare: Prepare) ->
     assert len(made["test"]) == 30
     before = sum((pieces_in(rows_of(tmp_path / "tokenized" / name)) for name in sources), Counter[Any]())
     assert pieces_in(made["train"]) + pieces_in(made["test"]) == before
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_where_most_documents_are_repeated_more_are_looked_at(tmp_path: Path, prepare: Prepare) -> None:
+    """Every document stands in two sources, but for every eighth: of 64 rows as candidates too few are of those."""
+    texts = [{"text": f"text number {n}"} for n in range(300)]
+    prepare(
+        {"a": texts, "b": [text for n, text in enumerate(texts) if n % 8]}, sequence_length=64, padding="max_length"
+    )
+    manifest = merge(tmp_path, tmp_path, test_size=16)["pretrain"]
+    assert manifest.settings["candidates"] == "some"
+    assert manifest.split_counts("test").samples == 16
+    train, test = sides(tmp_path / "pretrain")
+    assert train.isdisjoint(test)
+
+
+@pytest.mark.usefixtures("small_steps")
+@pytest.mark.parametrize("left", [0, 12])
+def test_a_large_set_of_repeats_says_so(
+    tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], left: int
+) -> None:
+    monkeypatch.setattr(module, "_MOST_CANDIDATE_ROWS", 128)
+    texts = [{"text": f"text number {n % 40}"} for n in range(400)]
+    prepare({"a": texts + [{"text": f"once {n}"} for n in range(left)]}, sequence_length=64, padding="max_length")
+    flags = ["--datasets_dir", str(tmp_path), "--save_dir", str(tmp_path), "--test_size", "16"]
+    status = main(["merge_datasets", *flags])
+    out, err = capsys.readouterr()
+    if left == 0:
+        assert status == 1
+        assert "stand elsewhere too" in err
+        assert "--deduplicate" in err
+        assert left_over(tmp_path) == []
+    else:
+        assert status == 0
+        assert re.search(r"the test set has \d samples, not 16: most samples .*--deduplicate", out)
 
 
 class Killed(BaseException):

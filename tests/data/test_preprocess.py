@@ -33,6 +33,11 @@ from tests.data.reference import chat_document, pieces_in, pieces_of, text_docum
 Prepare = Callable[..., dict[str, Manifest]]
 
 
+@pytest.fixture(scope="module")
+def tokenizer_path(small_tokenizer_path: Path) -> Path:
+    return small_tokenizer_path
+
+
 def rows_of(folder: Path) -> Any:
     return load_from_disk(str(folder)).with_format("numpy")
 
@@ -45,13 +50,18 @@ def expected_pieces(tokenizer: Any, rows: list[dict[str, Any]], length: int, **o
 @pytest.mark.parametrize("padding", ["packed", "max_length"])
 @pytest.mark.parametrize("train_on_prompts", [False, True])
 def test_every_token_of_real_text_is_accounted_for(
-    tmp_path: Path, prepare: Prepare, tokenizer: Any, library_rows: list[dict[str, Any]], padding: str,
+    tmp_path: Path, prepare: Prepare, published_tokenizer_path: Path, library_rows: list[dict[str, Any]], padding: str,
     train_on_prompts: bool,
 ) -> None:  # fmt: skip
     rows = library_rows[:12]
-    manifest = prepare({"library": rows}, sequence_length=512, padding=padding, train_on_prompts=train_on_prompts)[
-        "library"
-    ]
+    manifest = prepare(
+        {"library": rows},
+        tokenizer=published_tokenizer_path,
+        sequence_length=512,
+        padding=padding,
+        train_on_prompts=train_on_prompts,
+    )["library"]
+    tokenizer = load_tokenizer(published_tokenizer_path)
     made = rows_of(tmp_path / "tokenized" / "library")
     expected = expected_pieces(tokenizer, rows, 512, train_on_prompts=train_on_prompts)
     assert sorted(pieces_in(made).elements()) == expected
@@ -69,8 +79,11 @@ def test_every_token_of_real_text_is_accounted_for(
     assert (counts.padding > 0) == (padding == "max_length")
 
 
-def test_the_directory_is_a_data_set_of_the_agreed_columns(tmp_path: Path, prepare: Prepare) -> None:
-    manifest = prepare({"a": [{"text": "one two three"}] * 5}, sequence_length=64)["a"]
+def test_the_directory_is_a_data_set_of_the_agreed_columns(
+    tmp_path: Path, prepare: Prepare, published_tokenizer_path: Path
+) -> None:
+    rows = [{"text": "one two three"}] * 5
+    manifest = prepare({"a": rows}, tokenizer=published_tokenizer_path, sequence_length=64)["a"]
     made = load_from_disk(str(tmp_path / "tokenized" / "a"))
     assert {name: str(feature) for name, feature in made.features.items()} == {
         "input_ids": "List(Value('uint16'))",
@@ -171,14 +184,15 @@ def test_all_formats_come_to_the_same_rows(tmp_path: Path, tokenizer_path: Path,
 
 
 def test_the_shared_data_adds_up(
-    tmp_path: Path, shared_data: Path, tokenizer: Any, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, shared_data: Path, published_tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Half of it documents longer than a sample, and conversations that do not alternate; through the commands."""
+    tokenizer = load_tokenizer(published_tokenizer_path)
     place = ["--save_dir", str(tmp_path)]
     files = {name: shared_data / "mini" / f"{name}.jsonl.zst" for name in ("english", "instruct_zh")}
     local = [word for name, path in files.items() for word in ("--local", f"{name}={path}")]
     assert main(["download_datasets", *place, *local]) == 0
-    flags = ["--datasets_dir", str(tmp_path), "--tokenizer_path", str(tokenizer_path), "--max_len", "512"]
+    flags = ["--datasets_dir", str(tmp_path), "--tokenizer_path", str(published_tokenizer_path), "--max_len", "512"]
     assert main(["preprocess_datasets", *place, *flags]) == 0
     assert "+ first tokens of documents" in capsys.readouterr().out
     rows = list(read_rows([files["english"]]))
@@ -450,7 +464,7 @@ def test_settings_are_in_the_manifest(tmp_path: Path, prepare: Prepare) -> None:
         "padding": "packed",
         "packing": "best_fit",
         "train_on_prompts": True,
-        "max_document_bytes": 2**28,
+        "max_document_bytes": 2**24,
         "unit_bytes": 2**24,
     }
     assert written["sequence_length"] == 64

@@ -2,8 +2,10 @@ import gzip
 import itertools
 import json
 import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from datasets import load_dataset
+from torch.utils.data import DataLoader
 
-from doge_lm.data import streaming
+from doge_lm.data import sources, streaming
 from doge_lm.data.encoders import load_encoder
 from doge_lm.data.sources import TextRow
 from doge_lm.data.streaming import (
@@ -27,6 +30,7 @@ from doge_lm.data.streaming import (
     StreamState,
     hold_out,
     open_source,
+    sample_texts,
 )
 from doge_lm.errors import UserError
 from tests.data.loopback import Repository, hub_files, hub_handler, serve
@@ -135,19 +139,22 @@ def test_epochs_and_seeds_have_orders_of_their_own(folder: Path, settings: Strea
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
 
 
-def hub(folder: Path) -> HubSource:
+def hub(folder: Path, kind: str = "json") -> HubSource:
+    names = {"json": ["a.jsonl", "c.jsonl.zst"], "parquet": ["d.parquet", "g.parquet"]}[kind]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(texts("more", 100)), folder / "g.parquet", row_group_size=25)
+
     def load() -> Any:
-        files = [str(folder / "a.jsonl"), str(folder / "c.jsonl.zst")]
-        return load_dataset("json", data_files=files, split="train", streaming=True)
+        return load_dataset(kind, data_files=[str(folder / name) for name in names], split="train", streaming=True)
 
     return HubSource("owner/name", "abc", load)
 
 
-@pytest.mark.parametrize("kind", ["files", "hub"])
+@pytest.mark.parametrize("kind", ["files", "json", "parquet"])
 def test_a_stream_goes_on_from_every_row_as_if_it_had_not_stopped(
     folder: Path, settings: StreamSettings, kind: str
 ) -> None:
-    source: StreamSource = FileSource(folder) if kind == "files" else hub(folder)
+    source: StreamSource = FileSource(folder) if kind == "files" else hub(folder, kind)
     whole = RowStream(source, settings, NOTHING_HELD_OUT, length=10**9)
     rows: list[dict[str, Any]] = []
     states: list[StreamState] = []
@@ -168,6 +175,19 @@ def test_the_hub_gives_its_rows_in_its_own_order_of_blocks(
     found = documents(tokenizer, epoch_rows(hub(folder), settings, NOTHING_HELD_OUT, 0))
     assert sorted(found) == [name for name in everything() if name.startswith(("plain", "zstd"))]
     assert all(name.startswith("plain") for name in found[:10])
+
+
+def test_a_run_that_had_ended_stands_where_it_stood(folder: Path, settings: StreamSettings) -> None:
+    """As one that is resumed and has no row left to read."""
+    source = FileSource(folder)
+    stream = RowStream(source, settings, NOTHING_HELD_OUT, length=10**9)
+    take(stream, 0, 40)
+    end = stream.state(40).row + 2
+    assert end > 20
+    resumed = RowStream(source, settings, NOTHING_HELD_OUT, length=end, start=stream.state(40))
+    assert resumed.state(end) == stream.state(40)
+    with pytest.raises(ValueError, match="not among those"):
+        resumed.state(end - 3)
 
 
 def test_the_number_of_workers_changes_nothing(
@@ -192,6 +212,51 @@ def test_a_share_of_the_rows_can_be_asked_for(folder: Path, settings: StreamSett
         share[0]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+def test_another_process_cannot_read_it(folder: Path, settings: StreamSettings) -> None:
+    """Each worker of a DataLoader would read and tokenize all of it, and the state would be known in none."""
+    stream = RowStream(FileSource(folder), settings, NOTHING_HELD_OUT, length=100)
+    with pytest.raises(TypeError, match="num_workers=0"):
+        pickle.dumps(stream)
+    with pytest.raises(RuntimeError, match="num_workers=0"):
+        next(iter(DataLoader(stream, num_workers=1, multiprocessing_context="fork")))  # type: ignore[arg-type]
+    assert next(iter(DataLoader(stream, batch_size=None)))["input_ids"].tolist()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", ["tokenizers", "gigatoken"])
+def test_the_backend_changes_nothing(
+    folder: Path, settings: StreamSettings, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Any
+) -> None:
+    """A run may so be resumed where the other one is not installed."""
+    if backend == "gigatoken":
+        pytest.importorskip("gigatoken")
+    source = FileSource(folder)
+    expected = take(RowStream(source, settings, NOTHING_HELD_OUT, length=10**9), 0, 60)
+    opened: list[str] = []
+
+    def load(path: Path, name: Any) -> Any:
+        opened.append(name)
+        return load_encoder(path, name)
+
+    monkeypatch.setattr(streaming, "load_encoder", load)
+    chosen = StreamSettings(tokenizer_path, LENGTH, seed=7, backend=backend)
+    rows = take(RowStream(source, chosen, NOTHING_HELD_OUT, length=10**9), 0, 60)
+    assert opened == [backend]
+    assert same(rows, expected)
+
+
+def test_the_backends_are_compared_on_texts_of_several_files(
+    folder: Path, settings: StreamSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "f.jsonl").write_bytes(BAD)
+    source = FileSource(folder)
+    sample = sample_texts(source, settings.seed)
+    assert {"plain", "gzip", "zstd", "parquet", "text"} == {text.split()[0] for text in sample if text.strip()}
+    assert set(sample) <= {"", "  ", *named_texts().values()}
+    monkeypatch.setattr(streaming, "_SAMPLE_CHARACTERS", 1000)
+    assert sum(map(len, sample_texts(source, settings.seed))) == 1000
+
+
 def test_only_what_is_asked_for_is_read_ahead(
     folder: Path, settings: StreamSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,14 +264,14 @@ def test_only_what_is_asked_for_is_read_ahead(
     given = []
 
     class Counting:
-        identity = source.identity
+        identity, content = source.identity, source.content
 
         def chunks(self, seed: int, epoch: int, place: dict[str, Any]) -> Any:
             for chunk in source.chunks(seed, epoch, place):
                 given.append(chunk)
                 yield chunk
 
-        lanes = source.lanes
+        lanes, way_back = source.lanes, source.way_back
 
     stream = RowStream(Counting(), settings, NOTHING_HELD_OUT, length=10**9)
     assert not given
@@ -261,6 +326,131 @@ def test_bad_rows_stop_the_stream_with_their_place(tmp_path: Path, settings: Str
         RowStream(FileSource(tmp_path), settings, NOTHING_HELD_OUT, length=10)[0]
 
 
+@pytest.mark.parametrize("small_file", [100, 10**6])  # read by the parent, or by a worker
+def test_a_file_that_is_cut_off_stops_the_stream(
+    tmp_path: Path, settings: StreamSettings, monkeypatch: pytest.MonkeyPatch, small_file: int
+) -> None:
+    monkeypatch.setattr(streaming, "_SMALL_FILE_BYTES", small_file)
+    packed = zstandard.compress(json_lines([{"text": f"{number} " * 50} for number in range(5000)]), level=1)
+    (tmp_path / "b.jsonl.zst").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(UserError, match=r"b\.jsonl\.zst is truncated.*stream_on_error=skip"):
+        take(RowStream(FileSource(tmp_path), settings, NOTHING_HELD_OUT, length=10**9), 0, 10**6)
+
+
+def test_a_document_that_is_too_large_is_bad(
+    tmp_path: Path, settings: StreamSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "_MAX_DOCUMENT_BYTES", 1000)
+    rows = [*texts("plain", 2), {"text": "x" * 1000}]
+    (tmp_path / "a.jsonl").write_bytes(json_lines(rows))
+    with pytest.raises(UserError, match=r"a\.jsonl, line 3 has more than 1,000 bytes; cut the document up; mend"):
+        RowStream(FileSource(tmp_path), settings, NOTHING_HELD_OUT, length=9)[0]
+
+    class Large(list[dict[str, Any]]):
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+    source = HubSource("owner/name", "abc", lambda: Large([*rows, {"text": "x" * 1001}]))
+    with pytest.raises(UserError, match="name, row 4 has more than 1,000 characters; cut the document up; mend"):
+        RowStream(source, settings, NOTHING_HELD_OUT, length=9)[0]
+
+
+def test_lines_are_not_counted_for_every_bad_row_that_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large file with a bad row in each of its parts would be read from the beginning for each of them."""
+    (tmp_path / "a.jsonl").write_bytes(json_lines(texts("plain", 30)) + BAD)
+    monkeypatch.setattr(sources, "LinesBefore", None)
+    reports: list[str] = []
+    settings = StreamSettings(Path(), LENGTH, skip_bad_rows=True)
+    take(RowStream(FileSource(tmp_path), settings, NOTHING_HELD_OUT, length=10**9, report=reports.append), 0, 100)
+    assert len(reports) == 4
+    assert all("lines counted from byte " in report for report in reports)
+
+
+def test_a_file_that_grows_while_it_is_streamed_is_refused(tmp_path: Path, settings: StreamSettings) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines(texts("plain", 200)))
+    stream = RowStream(FileSource(tmp_path), settings, NOTHING_HELD_OUT, length=10**9)
+    assert stream[0]
+    with (tmp_path / "a.jsonl").open("ab") as file:
+        file.write(json_lines(texts("late", 1)))
+    with pytest.raises(UserError, match=r"a\.jsonl changes while it is read.*stream a copy"):
+        take(stream, 1, 10**4)
+    source = FileSource(tmp_path)
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(UserError, match=r"a\.jsonl does not exist any more.*stream a copy"):
+        RowStream(source, settings, NOTHING_HELD_OUT, length=10**9)[0]
+
+
+def test_a_large_row_group_comes_in_stretches(
+    tmp_path: Path, settings: StreamSettings, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "_SMALL_GROUP_BYTES", 5000)
+    rows = [{"text": f"row {number}: {number * 7919**5 % 10**40:040d} " * 3} for number in range(300)]
+    pq.write_table(pa.Table.from_pylist(rows[:290]), tmp_path / "a.parquet")
+    pq.write_table(pa.Table.from_pylist(rows[290:]), tmp_path / "b.parquet")
+    chunks = [chunk for _, chunk in FileSource(tmp_path).chunks(1, 0, {})]
+    assert len(chunks) > 10
+    assert all(chunk.bytes < 5000 for chunk in chunks)
+    found = documents(tokenizer, epoch_rows(FileSource(tmp_path), settings, NOTHING_HELD_OUT, 0))
+    assert sorted(found) == sorted(row["text"].split(":")[0] for row in rows)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_run_does_not_go_on_with_other_text(
+    folder: Path, settings: StreamSettings, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    """Up to some GB every byte counts; of more, names, sizes and the ends of the files."""
+    if not whole:
+        monkeypatch.setattr(streaming, "MAX_IDENTITY_BYTES", 100)
+        monkeypatch.setattr(streaming, "_HASHED_END_BYTES", 10)
+
+    def resume() -> RowStream:
+        return RowStream(FileSource(folder), settings, NOTHING_HELD_OUT, length=10**9, start=state)
+
+    def refused(message: str) -> None:
+        with pytest.raises(UserError, match=message + ".*start anew with --overwrite"):
+            resume()
+
+    stream = RowStream(FileSource(folder), settings, NOTHING_HELD_OUT, length=10**9)
+    take(stream, 0, 30)
+    state = StreamState(**json.loads(json.dumps(vars(stream.state(30)))))
+    assert same(take(resume(), 30, 35), take(stream, 30, 35))
+    content = (folder / "e.txt").read_bytes()
+    (folder / "e.txt").write_bytes(content[:-1] + b"x")
+    refused(r"e\.txt is not what it was;")
+    (folder / "e.txt").write_bytes(content)
+    (folder / "f.txt").write_bytes(content)
+    refused(r"f\.txt is new;")
+    (folder / "d.parquet").unlink()
+    refused(r"d\.parquet is not there any more \(so it is with 1 more\)")
+    (folder / "a.jsonl").write_bytes(b"middle".join((folder / "a.jsonl").read_bytes().split(b"word w", 1)))
+    refused(r"a\.jsonl is not what it was" if whole else r"d\.parquet is not there any more")
+
+
+def test_a_data_set_of_the_hub_that_has_changed_is_refused(folder: Path, settings: StreamSettings) -> None:
+    state = RowStream(hub(folder), settings, NOTHING_HELD_OUT, length=10).state(0)
+    later = HubSource("owner/name", "def", lambda: None)
+    with pytest.raises(UserError, match=r"owner/name is not what it was; .*--set stream=owner/name@abc"):
+        RowStream(later, settings, NOTHING_HELD_OUT, length=10, start=state)
+    with pytest.raises(UserError, match=r"a\.jsonl is new"):
+        RowStream(FileSource(folder), settings, NOTHING_HELD_OUT, length=10, start=state)
+
+
+def test_a_hub_that_fails_says_how_to_go_on(settings: StreamSettings) -> None:
+    class Failing:
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            yield from texts("hub", 20)
+            raise ConnectionResetError("the server hung up")
+
+    stream = RowStream(HubSource("owner/name", "abc", Failing), settings, NOTHING_HELD_OUT, length=10**9)
+    with pytest.raises(UserError, match=r"behind row 20 fails .*the server hung up.*--resume_from_checkpoint"):
+        take(stream, 0, 1000)
+
+
 def test_bad_rows_are_left_out_and_counted(tmp_path: Path, tokenizer: Any) -> None:
     settings = StreamSettings(Path(), LENGTH, skip_bad_rows=True)
     packed = zstandard.compress(json_lines([{"text": f"{number} " * 50} for number in range(5000)]), level=1)
@@ -281,23 +471,27 @@ def test_bad_rows_are_left_out_and_counted(tmp_path: Path, tokenizer: Any) -> No
 def test_a_source_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file or folder, and it is no data set of the hub"):
         open_source(str(tmp_path / "none"))
+    with pytest.raises(UserError, match="holds no readable file"):
+        open_source(str(tmp_path))
 
 
-def test_the_identity_follows_names_and_sizes(folder: Path) -> None:
+def test_the_identity_follows_names_and_content(folder: Path) -> None:
     before = FileSource(folder).identity
     moved = folder.with_name("moved")
     folder.rename(moved)
     assert FileSource(moved).identity == before
-    (moved / "e.txt").write_text("more text than there was", encoding="utf-8")
+    (moved / "e.txt").write_text("text 1: a whole file", encoding="utf-8")
     assert FileSource(moved).identity != before
 
 
 def test_a_data_set_of_the_hub_is_opened_at_its_commit(tmp_path: Path) -> None:
     """In a process of its own, as the address of the hub is read when `datasets` is imported."""
+    commit = Repository("owner/name", {}).sha
     program = (
         "from doge_lm.data.streaming import open_source\n"
+        f"assert open_source('owner/name@{commit}').content == {{'owner/name': '{commit}'}}\n"
         "source = open_source('owner/name')\n"
-        "rows = [item[1].text for _, chunk in source.chunks(1, 0, {}) for item in chunk.items()]\n"
+        "rows = [item[1].text for _, chunk in source.chunks(1, 0, {}) for item in chunk.items(count_lines=True)]\n"
         "print(source.identity, rows[:2], len(rows))\n"
     )
     columns = {"text": [f"row {number}" for number in range(300)]}
@@ -308,5 +502,4 @@ def test_a_data_set_of_the_hub_is_opened_at_its_commit(tmp_path: Path) -> None:
             [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
         )
     assert result.returncode == 0, result.stderr
-    commit = Repository("owner/name", {}).sha
-    assert result.stdout.strip() == f"owner/name:@{commit} ['row 0', 'row 1'] 300"
+    assert result.stdout.strip() == f"owner/name@{commit} ['row 0', 'row 1'] 300"

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import sys
 from pydoc_data.topics import topics
 
 import pytest
 import zstandard
 
 from doge_lm.cli import main
-from doge_lm.data import streaming
+from doge_lm.data import encoders, streaming
 from doge_lm.training.checkpoints import RunRecord, list_checkpoints
 
 from .support import LENGTH, finish, log_lines, losses, start
@@ -111,11 +112,48 @@ def test_other_text_or_another_test_set_is_refused(world, text, tmp_path, capsys
     assert "stream_test_rows is 6 there and 7 here" in capsys.readouterr().err
     other = tmp_path / "other"
     shutil.copytree(text, other)
+    assert train(world, place, other, "--resume_from_checkpoint", **settings) == 0  # the same text elsewhere
     (other / "more.txt").write_text("more", encoding="utf-8")
     assert train(world, place, other, "--resume_from_checkpoint", **settings) == 1
-    assert "data_sha256" in capsys.readouterr().err
+    assert "more.txt is new; put the text back" in capsys.readouterr().err
     assert main(["train", *world.flags(place, "--resume_from_checkpoint", **{**STREAM, **settings})]) == 1
     assert "data_sha256" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_small")
+def test_a_run_goes_on_where_the_faster_backend_is_not_installed(world, text, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gigatoken")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert train(world, whole, text, save_steps=4, save_total_limit=None) == 0
+    assert "tokenizing with the faster backend `gigatoken`" in capsys.readouterr().out
+    shutil.copytree(whole, resumed)
+    for checkpoint in list_checkpoints(resumed / "out")[1:]:
+        shutil.rmtree(checkpoint)
+    monkeypatch.setitem(sys.modules, "awkward", None)  # as gigatoken needs it
+    assert train(world, resumed, text, "--resume_from_checkpoint", save_steps=4, save_total_limit=None) == 0
+    out = capsys.readouterr().out
+    assert "tokenizing with the slower backend `tokenizers`: the fast backend is not installed" in out
+    assert losses(resumed) == losses(whole)
+    assert evaluations(resumed) == evaluations(whole)
+
+
+def test_a_backend_that_gives_other_ids_is_not_taken(world, text, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gigatoken")
+
+    class Wrong(encoders.GigatokenEncoder):
+        """Differs in a text of the user's alone."""
+
+        def encode(self, texts):
+            ids, lengths = super().encode(texts)
+            return ids + ("Augmented assignment" in "".join(texts)), lengths
+
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    assert train(world, right, text, per_epoch_max_steps=2) == 0
+    monkeypatch.setattr(encoders, "GigatokenEncoder", Wrong)
+    capsys.readouterr()
+    assert train(world, wrong, text, per_epoch_max_steps=2) == 0
+    assert "slower backend `tokenizers`: gigatoken gives other ids than tokenizers for" in capsys.readouterr().out
+    assert losses(wrong) == losses(right)
 
 
 def test_bad_rows_stop_a_run_or_are_counted_in_its_log(world, tmp_path, capsys):

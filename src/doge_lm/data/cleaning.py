@@ -4,17 +4,13 @@
 a source: the first hashes the rows of every unit (`hash_rows`, `write_hashes`), `mark_duplicates` finds, out of core,
 the rows of which an equal one stands before, and the second pass leaves those out (`load_drops`).
 
-Overlap with a benchmark means that a row shares one n-gram with it: 13 words in a row, or 20 characters in a row in
-scripts that put no spaces between words. Texts are compared without case, punctuation and spacing.
+Overlap with a benchmark means that a row shares one n-gram with it (`doge_lm.data.ngrams`): 13 words in a row, or 20
+characters in a row in scripts that put no spaces between words.
 """
 
 import argparse
-import hashlib
-import os
 import shutil
-import sys
-import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -25,10 +21,9 @@ import numpy.typing as npt
 import xxhash
 
 from doge_lm.data.manifest import read_record, write_record
-from doge_lm.data.sources import Row, TextRow, read_objects, row_texts
+from doge_lm.data.ngrams import NGRAM_RULE, Hashes, NgramIndex, benchmark_sha256, save_array
+from doge_lm.data.sources import Row, TextRow, row_texts
 from doge_lm.errors import UserError
-
-Hashes = npt.NDArray[np.uint64]
 
 # ---------------------------------------------------------------------------------------------------------------
 # Settings
@@ -91,7 +86,8 @@ class CleaningSettings:
             "min_chars": self.min_characters,
             "max_chars": self.max_characters,
             "languages": sorted(self.languages),
-            "decontaminate": {path.name: _sha256(path) for path in sorted(self.decontaminate)},
+            "decontaminate": {path.name: benchmark_sha256(path) for path in sorted(self.decontaminate)},
+            "ngram_rule": NGRAM_RULE if self.decontaminate else None,
             "ngram_words": self.ngram_words,
             "ngram_chars": self.ngram_characters,
             "deduplicate": self.deduplicate,
@@ -124,7 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FILE",
         help="leave out rows that share an n-gram with these benchmark files (.jsonl, .jsonl.gz, .jsonl.zst; all "
-        "their strings count)",
+        "their strings count; n-grams mostly of numbers do not)",
     )
     group.add_argument("--ngram_words", type=int, default=13, metavar="N", help="words of an n-gram (default: 13)")
     group.add_argument(
@@ -191,14 +187,6 @@ def _check_languages(languages: Sequence[str]) -> None:
                 raise UserError(f"--languages {entry}: {code!r} is not a language code; known are {' '.join(known)}")
 
 
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"--decontaminate {path} cannot be read: {error.strerror}") from error
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # One row at a time
 # ---------------------------------------------------------------------------------------------------------------
@@ -221,7 +209,8 @@ class Cleaner:
         self._languages = frozenset(settings.languages)
         self._index: NgramIndex | None = None
         if settings.decontaminate:
-            self._index = NgramIndex.build(settings) if index_dir is None else NgramIndex.open(settings, index_dir)
+            of = settings.decontaminate, settings.ngram_words, settings.ngram_characters
+            self._index = NgramIndex.build(*of) if index_dir is None else NgramIndex.open(*of, index_dir)
 
     def reason(self, row: Row) -> str | None:
         """Why a row is left out, in words for the accounting; None if it stays."""
@@ -247,7 +236,7 @@ def prepare_index(settings: CleaningSettings, index_dir: Path) -> None:
         index_dir: an existing directory. An index of the same benchmarks that is there already is kept.
     """
     if settings.decontaminate:
-        NgramIndex.build(settings).save(index_dir)
+        NgramIndex.prepare(settings.decontaminate, settings.ngram_words, settings.ngram_characters, index_dir)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -281,230 +270,6 @@ def _is_in(texts: Sequence[str], languages: frozenset[str]) -> bool:
     if len(sample) < 10 * _LANGUAGE_LETTERS and sum(map(str.isalpha, sample)) < _LANGUAGE_LETTERS:
         return True
     return str(_identifier().classify(sample)[0]) in languages
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Overlap with benchmarks
-# ---------------------------------------------------------------------------------------------------------------
-
-# Texts are looked at in windows, since every character takes some 40 bytes meanwhile. Windows overlap by more than an
-# n-gram of ordinary words is long; words that a window's edge cuts are not looked at in that window.
-_WINDOW = 2**18
-_WINDOW_OVERLAP = 2**12
-# Where benchmarks have this many n-grams, one of 2^-4 of all other n-grams must be looked up in the sorted list.
-_FILTER_PER_NGRAM = 16
-_FILTER_BITS = (16, 26)
-
-_SEPARATOR, _LETTER, _UNSPACED = 0, 1, 2
-
-# Scripts whose words are not set apart by spaces: their n-grams are of characters.
-_UNSPACED_RANGES = (
-    (0x0E00, 0x0EFF),  # Thai, Lao
-    (0x1000, 0x109F),  # Myanmar
-    (0x1780, 0x17FF),  # Khmer
-    (0x3005, 0x3007),
-    (0x3040, 0x30FF),  # Hiragana, Katakana
-    (0x31F0, 0x31FF),
-    (0x3400, 0x4DBF),  # Han
-    (0x4E00, 0x9FFF),
-    (0xF900, 0xFAFF),
-    (0x20000, 0x323AF),
-)
-
-_INDEX_NAME = "ngrams.npy"
-_FILTER_NAME = "ngrams-filter.npy"
-_INDEX_RECORD = "ngrams.json"
-
-
-@cache
-def _character_classes() -> npt.NDArray[np.uint8]:
-    """For every code point: a separator, part of a word (letters, marks, digits), or of a script without spaces."""
-    classes = np.fromiter(
-        (unicodedata.category(chr(code))[0] in "LMN" for code in range(sys.maxunicode + 1)),
-        np.uint8,
-        sys.maxunicode + 1,
-    )
-    for first, last in _UNSPACED_RANGES:
-        classes[first : last + 1] *= _UNSPACED
-    return classes
-
-
-def _mix(values: Hashes) -> Hashes:
-    """Scatters 64-bit numbers (the finalizer of SplitMix64)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-_BASE = 0x9E3779B97F4A7C15
-_MASK = 2**64 - 1
-
-
-def _rolling(values: Hashes, n: int) -> Hashes:
-    """A hash of every n values in a row, in about log n passes: the hash of 2m values is made of two of m."""
-    if len(values) < n:
-        return np.empty(0, np.uint64)
-    result = np.zeros(len(values), np.uint64)
-    done = 0  # `result[i]` covers the values i to i + done
-    power, width = values, 1  # `power[i]` covers the values i to i + width
-    while True:
-        if n & width:
-            count = len(values) - done - width + 1
-            shifted = result[:count] * np.uint64(pow(_BASE, width, 2**64)) if done else 0
-            result = shifted + power[done : done + count]
-            done += width
-        if done == n:
-            return _mix(result)
-        power = power[:-width] * np.uint64(pow(_BASE, width, 2**64)) + power[width:]
-        width *= 2
-
-
-def ngram_hashes(text: str, words: int, characters: int) -> Iterator[Hashes]:
-    """Hashes of the n-grams of a text, some windows' worth at a time; equal n-grams have equal hashes.
-
-    Args:
-        text: compared without case, punctuation, spacing and differences of form that NFKC removes.
-        words: words of an n-gram.
-        characters: characters of an n-gram in scripts without spaces, at least half of which must be of such a script.
-    """
-    start = 0
-    while True:
-        window = text[start : start + _WINDOW]
-        last = start + _WINDOW >= len(text)
-        yield from _window_hashes(window, words, characters, first=start == 0, last=last)
-        if last:
-            return
-        start += _WINDOW - _WINDOW_OVERLAP
-
-
-def _window_hashes(window: str, words: int, characters: int, *, first: bool, last: bool) -> Iterator[Hashes]:
-    normal = window if window.isascii() else unicodedata.normalize("NFKC", window)
-    encoded = normal.lower().encode("utf-32-le", "surrogatepass")
-    codes = np.frombuffer(encoded, np.uint32)
-    classes = _character_classes()[codes]
-    scattered = _mix(codes.astype(np.uint64) + np.uint64(1))
-    yield _rolling(_word_hashes(scattered, classes == _LETTER, first=first, last=last), words)
-    unspaced = classes == _UNSPACED
-    kept = classes != _SEPARATOR
-    if int(unspaced.sum()) * 2 >= characters and int(kept.sum()) >= characters:
-        grams = _rolling(scattered[kept], characters)
-        counts = np.concatenate([[0], np.cumsum(unspaced[kept])])
-        yield grams[2 * (counts[characters:] - counts[: len(counts) - characters]) >= characters]
-
-
-def _word_hashes(scattered: Hashes, in_word: npt.NDArray[np.bool_], *, first: bool, last: bool) -> Hashes:
-    """A hash of each word: the sum of its characters' numbers, each times a power of its place in the word."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], in_word, [False]])))
-    begins, ends = edges[::2], edges[1::2]
-    if not first:
-        begins, ends = begins[1:], ends[1:]
-    if not last:
-        begins, ends = begins[:-1], ends[:-1]
-    if not len(begins):
-        return np.empty(0, np.uint64)
-    lengths = ends - begins
-    places = np.arange(int(lengths.sum()))
-    within = places - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    spelled = scattered[np.repeat(begins, lengths) + within]
-    weights = _mix(within.astype(np.uint64) + np.uint64(_BASE & _MASK))
-    sums = np.add.reduceat(_mix(spelled ^ weights), np.cumsum(lengths) - lengths)
-    return _mix(sums + lengths.astype(np.uint64))
-
-
-class NgramIndex:
-    """The n-grams of benchmarks: a sorted array of 64-bit hashes, and a small table that answers "no" at once.
-
-    Args:
-        hashes: sorted, each once.
-        table: for the leading bits of a hash, whether any n-gram has them.
-        words: as for `ngram_hashes`.
-        characters: as for `ngram_hashes`.
-    """
-
-    def __init__(self, hashes: Hashes, table: npt.NDArray[np.bool_], words: int, characters: int) -> None:
-        self._hashes = hashes
-        self._table = table
-        self._shift = np.uint64(64 - (len(table).bit_length() - 1))
-        self._words = words
-        self._characters = characters
-
-    def __len__(self) -> int:
-        return len(self._hashes)
-
-    @classmethod
-    def build(cls, settings: CleaningSettings) -> "NgramIndex":
-        """Gathers the n-grams of the benchmark files: 8 bytes for each, and 16 for the table.
-
-        Raises:
-            UserError: for a file that cannot be read, or one without any n-gram, which could not guard anything.
-        """
-        words, characters = settings.ngram_words, settings.ngram_characters
-        parts = []
-        for path in settings.decontaminate:
-            found = _file_ngrams(path, words, characters)
-            if not len(found):
-                raise UserError(
-                    f"--decontaminate {path}: no text in it has {words} words or {characters} characters without "
-                    "spaces, so nothing could be compared; leave it out, or lower --ngram_words"
-                )
-            parts.append(found)
-        hashes = np.unique(np.concatenate(parts))
-        bits = min(max((_FILTER_PER_NGRAM * len(hashes)).bit_length(), _FILTER_BITS[0]), _FILTER_BITS[1])
-        table = np.zeros(2**bits, np.bool_)
-        table[hashes >> np.uint64(64 - bits)] = True
-        return cls(hashes, table, words, characters)
-
-    def save(self, directory: Path) -> None:
-        """Writes the index, so that `open` finds it whole or not at all."""
-        _save_array(directory / _INDEX_NAME, self._hashes)
-        _save_array(directory / _FILTER_NAME, self._table)
-        write_record(directory / _INDEX_RECORD, {"ngrams": len(self._hashes)})
-
-    @classmethod
-    def open(cls, settings: CleaningSettings, directory: Path) -> "NgramIndex":
-        """Maps what `save` wrote."""
-        if read_record(directory / _INDEX_RECORD) is None:
-            raise FileNotFoundError(f"{directory / _INDEX_RECORD}: call prepare_index first")
-        hashes = np.load(directory / _INDEX_NAME, mmap_mode="r")
-        table = np.load(directory / _FILTER_NAME, mmap_mode="r")
-        return cls(hashes, table, settings.ngram_words, settings.ngram_characters)
-
-    def overlaps(self, texts: Iterable[str]) -> bool:
-        """Whether any of some texts shares an n-gram with the benchmarks."""
-        return any(self._any(grams) for text in texts for grams in ngram_hashes(text, self._words, self._characters))
-
-    def _any(self, grams: Hashes) -> bool:
-        candidates = grams[self._table[grams >> self._shift]]
-        places = np.searchsorted(self._hashes, candidates)
-        return bool((self._hashes[np.minimum(places, len(self._hashes) - 1)] == candidates).any())
-
-
-def _file_ngrams(path: Path, words: int, characters: int) -> Hashes:
-    """The distinct n-grams of all strings of a file of JSON lines."""
-    gathered: list[Hashes] = []
-    pending = 0
-    for _, values in read_objects(path):
-        for text in _strings(values):
-            for grams in ngram_hashes(text, words, characters):
-                gathered.append(grams)
-                pending += len(grams)
-        if pending > 2**22 or len(gathered) > 2**16:
-            gathered = [np.unique(np.concatenate(gathered))]
-            pending = 0
-    return np.unique(np.concatenate(gathered)) if gathered else np.empty(0, np.uint64)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every string in a JSON value, however deep."""
-    stack = [value]
-    while stack:
-        entry = stack.pop()
-        if isinstance(entry, str):
-            yield entry
-        elif isinstance(entry, dict):
-            stack.extend(entry.values())
-        elif isinstance(entry, list):
-            stack.extend(entry)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -543,7 +308,7 @@ def _row_digest(row: Row) -> bytes:
 
 def write_hashes(path: Path, hashes: Hashes) -> None:
     """Writes what `hash_rows` gave for a unit, whole or not at all; the name must end in `.npy`."""
-    _save_array(path, hashes)
+    save_array(path, hashes)
 
 
 def drops_path(hash_path: Path, out_dir: Path) -> Path:
@@ -590,7 +355,7 @@ def mark_duplicates(hash_paths: Sequence[Path], out_dir: Path) -> int:
     for path, begin, end in zip(hash_paths, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
         slices = [rows[np.searchsorted(rows, begin) : np.searchsorted(rows, end)] for rows in marked if len(rows)]
         drops = np.sort(np.concatenate(slices)) - begin if slices else np.empty(0, np.int64)
-        _save_array(drops_path(path, out_dir), drops)
+        save_array(drops_path(path, out_dir), drops)
     del marked  # the files are mapped, and cannot be removed before on every platform
     shutil.rmtree(partitions)
     write_record(out_dir / _DONE_NAME, {"inputs": inputs, "rows": total, "duplicates": duplicates})
@@ -640,13 +405,3 @@ def _mark_partition(path: Path) -> npt.NDArray[np.int64]:
     if not marked_path.stat().st_size:
         return np.empty(0, np.int64)
     return np.memmap(marked_path, np.int64, "r")
-
-
-def _save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """Writes an array so that its file is there whole or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, load_from_disk
 
 from doge_lm.data.manifest import KINDS, MANIFEST_NAME, Manifest
-from doge_lm.data.storage import check_files
+from doge_lm.data.storage import check_files, flat_values
 from doge_lm.errors import UserError
 
 IGNORED_LABEL = -100
@@ -79,15 +79,15 @@ def load_prepared(path: str | Path) -> PreparedSet:
 
 def count_tokens(dataset: Dataset) -> int:
     """Real tokens of a prepared split (padding left out), without a loop over rows."""
-    return sum(int(_flat(batch, "document_lengths").sum()) for batch in _batches(dataset, ["document_lengths"]))
+    return sum(int(_values(batch, "document_lengths").sum()) for batch in _batches(dataset, ["document_lengths"]))
 
 
 def count_targets(dataset: Dataset) -> int:
     """Tokens of a prepared split that the loss covers, without a loop over rows."""
     total = 0
     for batch in _batches(dataset, ["document_lengths", "context_spans"]):
-        lengths = _flat(batch, "document_lengths")
-        spans = _flat(batch, "context_spans")
+        lengths = _values(batch, "document_lengths")
+        spans = _values(batch, "context_spans")
         total += int(lengths.sum()) - len(lengths) - int((spans[1::2] - spans[::2]).sum())
     return total
 
@@ -96,10 +96,9 @@ def _batches(dataset: Dataset, columns: list[str]) -> Any:
     return dataset.select_columns(columns).with_format("arrow").iter(batch_size=_COUNT_ROWS)
 
 
-def _flat(table: pa.Table, column: str) -> np.ndarray:
-    values = table.column(column).combine_chunks()
-    values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
-    return values.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+def _values(table: pa.Table, column: str) -> np.ndarray:
+    parts = [flat_values(chunk)[0] for chunk in table.column(column).chunks]
+    return np.concatenate([np.empty(0, np.int64), *parts])
 
 
 @dataclass(frozen=True)

@@ -299,6 +299,12 @@ class DownloadSettings:
             identity["--contents_endpoint"] = self.contents_endpoint
         return identity
 
+    def rate_share(self, entry: CatalogueEntry) -> float | None:
+        """Bytes a second for each process that fetches: this one alone, or also those that write, if they fetch."""
+        if self.max_rate is None or not entry.contents_from_software_heritage:
+            return self.max_rate
+        return self.max_rate / (self.num_proc + 1)
+
 
 def download(name: str, target: Path, settings: DownloadSettings) -> RawSource:
     """Downloads one source of the catalogue into `target`; goes on where an interrupted run of the same ended.
@@ -379,7 +385,7 @@ class _Download:
         self._cache.mkdir(parents=True, exist_ok=True)
         for unfinished in self._folder.glob("*.part"):
             unfinished.unlink()
-        client = Client(self._settings.num_proc, RateLimit(self._settings.max_rate))
+        client = Client(self._settings.num_proc, RateLimit(self._settings.rate_share(self._entry)))
         hub = Hub(client, self._settings.retries, self._guard)
         listing = self._listing(hub)
         self._fetch_and_write(hub, client, listing)
@@ -400,7 +406,7 @@ class _Download:
             self._folder,
             self._settings.contents_endpoint,
             self._settings.retries,
-            None if self._settings.max_rate is None else self._settings.max_rate / num_proc,
+            self._settings.rate_share(self._entry),
             self._settings.min_free_disk,
         )
         left: dict[str, int] = {}

@@ -7,7 +7,7 @@ datasets, which keeps the processes that prepare data small.
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from doge_lm.data.long_texts import PIECE_CHARACTERS, Cutter, Piece
 from doge_lm.data.storage import id_dtype
 from doge_lm.data.tokenizer import (
     CONTROL_TOKENS,
@@ -42,7 +43,9 @@ __all__ = [
     "TokenizersEncoder",
     "WantedBackend",
     "choose_backend",
+    "choose_encoder",
     "load_encoder",
+    "take_texts",
     "tokenizer_sha256",
 ]
 
@@ -55,6 +58,8 @@ BACKENDS: tuple[WantedBackend, ...] = ("auto", "tokenizers", "gigatoken")
 _CACHED_CHARACTERS = 2**26
 # The sample is tokenized by the slow backend as well: this is a few seconds.
 _SAMPLED_CHARACTERS = 2**23
+# What `tokenizers` encodes at a time: some 85 MB of memory.
+_ENCODED_CHARACTERS = 2**20
 
 TRICKY_TEXTS: tuple[str, ...] = (
     "",
@@ -178,13 +183,46 @@ class TokenizersEncoder:
         self.vocab_size = len(files.byte_lengths)
         self._dtype = id_dtype(self.vocab_size)
         self._backend = files.backend
+        self._cutter: Cutter | None = None  # made when a long text comes
 
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        """See `Encoder`."""
-        encodings = encode_with_backend(self._backend, texts)
-        lengths = np.fromiter((len(encoding) for encoding in encodings), np.int64, len(encodings))
-        ids = itertools.chain.from_iterable(encoding.ids for encoding in encodings)
-        return np.fromiter(ids, self._dtype, int(lengths.sum())), lengths
+        """See `Encoder`. Memory is taken for about a million characters at a time."""
+        parts: list[npt.NDArray[Any]] = [np.empty(0, self._dtype)]
+        lengths = np.zeros(len(texts), np.int64)
+        numbers: list[int] = []
+        pieces: list[Piece] = []
+        characters = 0
+        for number, text in enumerate(texts):
+            for piece in self._cut(text):
+                if pieces and characters + len(piece.text) > _ENCODED_CHARACTERS:
+                    self._encode_pieces(pieces, numbers, parts, lengths)
+                    numbers, pieces, characters = [], [], 0
+                numbers.append(number)
+                pieces.append(piece)
+                characters += len(piece.text)
+        self._encode_pieces(pieces, numbers, parts, lengths)
+        return np.concatenate(parts), lengths
+
+    def _cut(self, text: str) -> Iterable[Piece]:
+        if len(text) <= 2 * PIECE_CHARACTERS:
+            return (Piece(text, drop_first=False),)
+        if self._cutter is None:
+            self._cutter = Cutter(self._backend.get_vocab(with_added_tokens=False))
+        return self._cutter.cut(text, PIECE_CHARACTERS)
+
+    def _encode_pieces(
+        self,
+        pieces: Sequence[Piece],
+        numbers: Sequence[int],
+        parts: list[npt.NDArray[Any]],
+        lengths: npt.NDArray[np.int64],
+    ) -> None:
+        """Appends the ids of pieces to `parts`, and adds their numbers to those of their texts."""
+        encodings = encode_with_backend(self._backend, [piece.text for piece in pieces])
+        for piece, number, encoding in zip(pieces, numbers, encodings, strict=True):
+            lengths[number] += len(encoding) - piece.drop_first
+        ids = (encoding.ids[piece.drop_first :] for piece, encoding in zip(pieces, encodings, strict=True))
+        parts.append(np.fromiter(itertools.chain.from_iterable(ids), self._dtype))
 
 
 class GigatokenEncoder:
@@ -208,8 +246,7 @@ class GigatokenEncoder:
             self._backend = self._module.Tokenizer.from_json(self._json)
         except Exception as error:  # whatever it stumbles over, the other backend is the way on
             raise UserError(
-                f"gigatoken cannot open {files.path / TOKENIZER_NAME} ({type(error).__name__}: {error}); give "
-                "--backend tokenizers"
+                f"gigatoken cannot open {files.path / TOKENIZER_NAME} ({type(error).__name__}: {error})"
             ) from error
 
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
@@ -286,7 +323,15 @@ def _without_control_tokens(text: str) -> str:
 def choose_backend(
     tokenizer_path: str | Path, wanted: WantedBackend, sample: Sequence[str]
 ) -> tuple[Backend, str | None]:
-    """Decides on a backend: `gigatoken` where it is installed and gives the same ids, otherwise `tokenizers`.
+    """Decides on a backend as `choose_encoder` does; gives its name, and the note."""
+    encoder, note = choose_encoder(tokenizer_path, wanted, sample)
+    return encoder.name, note
+
+
+def choose_encoder(
+    tokenizer_path: str | Path, wanted: WantedBackend, sample: Sequence[str]
+) -> tuple[Encoder, str | None]:
+    """Opens a tokenizer: with `gigatoken` where it is installed and gives the same ids, otherwise with `tokenizers`.
 
     Args:
         tokenizer_path: a tokenizer's directory.
@@ -295,35 +340,35 @@ def choose_backend(
             characters is left out.
 
     Returns:
-        The backend, and a note for the user where "auto" came to the slow one, and why.
+        The encoder, and a note for the user where "auto" came to the slow one, and why.
 
     Raises:
         UserError: if the tokenizer is missing or broken, or gigatoken is wanted and is not installed or gives other
             ids; the message names the first text that differs.
     """
-    if wanted == "tokenizers":
-        return "tokenizers", None
     files = _read(Path(tokenizer_path))
+    exact = TokenizersEncoder(files)
+    if wanted == "tokenizers":
+        return exact, None
     try:
         fast = GigatokenEncoder(files)
-        _refuse_differences(TokenizersEncoder(files), fast, [*TRICKY_TEXTS, *_bounded(sample)])
+        _refuse_differences(exact, fast, [*TRICKY_TEXTS, *take_texts(sample, _SAMPLED_CHARACTERS)])
     except UserError as error:
         if wanted == "gigatoken":
-            raise
-        return "tokenizers", f"tokenizing with the slower backend `tokenizers`: {error}"
-    return "gigatoken", None
+            raise UserError(f"{error}; or give --backend tokenizers") from error
+        return exact, f"tokenizing with the slower backend `tokenizers`: {error}"
+    return fast, None
 
 
-def _bounded(sample: Sequence[str]) -> list[str]:
-    """The first texts of a sample, cut at `_SAMPLED_CHARACTERS` in all."""
-    chosen = []
-    left = _SAMPLED_CHARACTERS
-    for text in sample:
-        if left <= 0:
+def take_texts(texts: Iterable[str], characters: int, count: int | None = None) -> list[str]:
+    """The first texts: so many characters of them (at least 1) in all, and at most `count`."""
+    taken = []
+    for text in itertools.islice(texts, count):
+        taken.append(text[:characters])
+        characters -= len(text)
+        if characters <= 0:
             break
-        chosen.append(text[:left])
-        left -= len(text)
-    return chosen
+    return taken
 
 
 def _refuse_differences(exact: Encoder, fast: Encoder, texts: Sequence[str]) -> None:
@@ -335,7 +380,7 @@ def _refuse_differences(exact: Encoder, fast: Encoder, texts: Sequence[str]) -> 
         expected, found = exact.encode([text])[0], fast.encode([text])[0]
         if not np.array_equal(expected, found):
             raise UserError(_difference(text, expected, found))
-    raise UserError("gigatoken gives other ids for texts together than one by one; give --backend tokenizers")
+    raise UserError("gigatoken gives other ids for texts together than one by one")
 
 
 def _difference(text: str, expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> str:
@@ -345,6 +390,5 @@ def _difference(text: str, expected: npt.NDArray[Any], found: npt.NDArray[Any]) 
     shown = text if len(text) <= 60 else f"{text[:60]}..."
     return (
         f"gigatoken gives other ids than tokenizers for the text {shown!r}, from token {first} on: "
-        f"{found[first : first + 5].tolist()} instead of {expected[first : first + 5].tolist()}; give "
-        "--backend tokenizers"
+        f"{found[first : first + 5].tolist()} instead of {expected[first : first + 5].tolist()}"
     )

@@ -6,6 +6,7 @@ stored as a large file, Git's object id otherwise.
 """
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -15,8 +16,9 @@ from typing import Any, TypeVar
 
 import yaml
 
+from doge_lm.data.manifest import FULL_DISK
 from doge_lm.data.sources import CatalogueEntry
-from doge_lm.data.transfer import Client, DiskGuard, FaultError, Patience, RefusalError
+from doge_lm.data.transfer import Client, DiskGuard, FaultError, Patience, RefusalError, seconds_to_wait
 from doge_lm.errors import UserError
 
 DATA_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -106,16 +108,27 @@ class Hub:
         """Fetches a file to a place, whole or not at all; what is in `target.part` already is not fetched again.
 
         Raises:
-            UserError: if the hub refuses, faults do not end, the content is not what the hub states, or the disk would
-                get too full.
+            UserError: if the hub refuses, faults do not end, the content is not what the hub states, or the disk is or
+                would get too full.
             StoppedError: if the client was stopped.
         """
+        try:
+            self._fetch(entry, revision, file, target)
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            raise UserError(
+                f"the disk is full ({error.strerror}): {target} could not be fetched; what is there of it is kept: "
+                "free some space and run the same command again, or choose another --cache_dir"
+            ) from error
+
+    def _fetch(self, entry: CatalogueEntry, revision: str, file: HubFile, target: Path) -> None:
         if target.is_file() and target.stat().st_size == file.size:
             return
         part = target.with_name(target.name + ".part")
         url = self._url(entry, revision, file.path)
         patience = Patience(url, self._retries, self._client.stop)
-        mismatches = 0
+        mismatches = furthest = 0
         while True:
             begun = part.stat().st_size if part.exists() else 0
             self._guard.check(target.parent, max(file.size - begun, 0))
@@ -129,12 +142,17 @@ class Hub:
                 patience.endure(FaultError(str(refusal)))
                 continue
             except FaultError as fault:
-                if part.exists() and part.stat().st_size > begun:
+                # Beyond where it was before: a server that knows no ranges begins from the start each time.
+                reached = part.stat().st_size if part.exists() else 0
+                if reached > max(begun, furthest):
                     patience.progressed()
+                furthest = max(begun, furthest, reached)
                 patience.endure(fault)
                 continue
             wrong = _what_is_wrong(part, file)
             if wrong is None:
+                with part.open("rb+") as whole:
+                    os.fsync(whole.fileno())  # from here on its size alone says that it is sound
                 part.replace(target)
                 return
             part.unlink()
@@ -186,8 +204,9 @@ class Hub:
                 status = error.response.status_code
                 if status < 500 and status not in (408, 429):
                     raise self._refused(entry, RefusalError(status, f"HTTP status {status}")) from error
-                patience.endure(FaultError(f"HTTP status {status}"))
-            except (HTTPError, OSError) as error:
+                wait = seconds_to_wait(error.response.headers.get("Retry-After"))
+                patience.endure(FaultError(f"HTTP status {status}", wait))
+            except (HTTPError, OSError, json.JSONDecodeError) as error:
                 patience.endure(FaultError(str(error)))
 
     def _refused(self, entry: CatalogueEntry, refusal: RefusalError, path: str = "") -> UserError:

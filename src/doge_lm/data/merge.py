@@ -50,7 +50,7 @@ from doge_lm.data.shuffle import (
     DealTask,
     Share,
     ShuffleTask,
-    Unit,
+    UnitFile,
     count_rows,
     deal,
     runs_of,
@@ -85,9 +85,13 @@ _Result = TypeVar("_Result")
 # A run is dealt by one process at a time, which holds some 50 bytes for each of its rows.
 _RUN_BYTES = 2**30
 _RUN_UNITS = 1024  # memory maps at once
-# The test set is chosen among groups with so many rows in all: these, or eight times the test set.
+# In a large set runs are larger instead of more: shuffling holds all open, and where each bucket begins in each.
+_MOST_RUNS = 256
+# The test set is chosen among groups with so many rows in all: these, or eight times the test set. Where too many of
+# them hold documents that stand elsewhere too, it is chosen anew among eight times as many, up to a limit.
 _CANDIDATE_ROWS = 2**16
 _CANDIDATE_TIMES = 8
+_MOST_CANDIDATE_ROWS = 2**20
 # A test set that takes more of a source than this is worth a word.
 _LARGE_TEST_SHARE = 0.2
 _WORK = "work"
@@ -151,10 +155,16 @@ def _print_result(target: Path, manifest: Manifest, test_size: int) -> None:
         print(f"{kind}: {least}{_repeats(manifest.repeated_documents)}; their samples stay on one side of the split")
     got = manifest.split_counts("test").samples
     if got != test_size:
-        print(
-            f"{kind}: the test set has {got:,} samples, not {test_size:,}: samples that share a document stay "
-            "together, and no choice of them comes nearer"
-        )
+        print(f"{kind}: the test set has {got:,} samples, not {test_size:,}: {_why_short(manifest)}")
+
+
+def _why_short(manifest: Manifest) -> str:
+    if manifest.settings["candidates"] == "all":
+        return "samples that share a document stay together, and no choice of them comes nearer"
+    return (
+        "most samples that it was chosen among hold documents that stand elsewhere too; `doge-lm preprocess_datasets "
+        "--deduplicate` removes repeats within a source"
+    )
 
 
 def merge(
@@ -229,9 +239,9 @@ class _Source:
         """The sha256 of the sha256s of its files."""
         return sha256("".join(file.sha256 for file in self.manifest.files).encode("ascii")).hexdigest()
 
-    def units(self, number: int) -> list[Unit]:
+    def units(self, number: int) -> list[UnitFile]:
         return [
-            Unit(self.directory / file.path, self.name, number, position, file.rows, file.bytes)
+            UnitFile(self.directory / file.path, self.name, number, position, file.rows, file.bytes)
             for position, file in enumerate(self.manifest.files)
         ]
 
@@ -249,7 +259,7 @@ class _Job:
     test_size: int
 
     @property
-    def units(self) -> list[Unit]:
+    def units(self) -> list[UnitFile]:
         return [unit for number, source in enumerate(self.sources) for unit in source.units(number)]
 
     @property
@@ -482,8 +492,23 @@ def _split(job: _Job, work: Path, num_proc: int) -> _Split:
 
 
 def _choose(job: _Job, work: Path, num_proc: int) -> _Split:
-    units = job.units
+    """Chooses the test set, among more and more candidates until it is whole or there are no more."""
     room = max(_CANDIDATE_ROWS, _CANDIDATE_TIMES * job.test_size)
+    most = max(room, _MOST_CANDIDATE_ROWS)
+    while True:
+        split = _choose_among(job, work, room, num_proc)
+        found = sum(map(len, split.rows.values()))
+        if found == job.test_size or split.all_candidates or room == most:
+            break
+        room = min(room * _CANDIDATE_TIMES, most)
+    if not split.rows:
+        raise _UnusableError(_no_test_set(job, split))
+    return split
+
+
+def _choose_among(job: _Job, work: Path, room: int, num_proc: int) -> _Split:
+    """Chooses the test set among candidates of so many rows, or among all groups where there are no more."""
+    units = job.units
     shares = _test_shares(job)
     limits = None if job.rows <= room else [max(1, rows) for rows in share_out(shares, room)]
     candidates = _candidates(job, units, limits, num_proc)
@@ -491,12 +516,13 @@ def _choose(job: _Job, work: Path, num_proc: int) -> _Split:
     rows = read_candidates(units, candidates, manifest.tokenizer.bos_token_id, manifest.sequence_length)
     elsewhere = np.empty(0, np.uint64)
     if limits is not None:
-        np.save(work / "hashes.npy", rows.hashes)
+        hashes = work / f"hashes-{room}.npy"
+        np.save(hashes, rows.hashes)
         tasks = [
             SearchTask(
-                work / f"search-{number:05d}.json",
+                work / f"search-{room}-{number:05d}.json",
                 [(units[position], candidates.groups[candidates.units == position]) for position in run],
-                work / "hashes.npy",
+                hashes,
                 manifest.tokenizer.bos_token_id,
                 manifest.sequence_length,
             )
@@ -504,15 +530,24 @@ def _choose(job: _Job, work: Path, num_proc: int) -> _Split:
         ]
         found = _each(f"{job.kind}: repeated documents", num_proc, search, tasks)
         elsewhere = np.unique(np.concatenate(found))
-    repeated = len(np.union1d(rows.repeated, elsewhere))
     chosen = choose_test_rows(rows, elsewhere, shares, job.test_size, job.seed)
-    if not chosen:
-        raise _UnusableError(
-            f"{job.kind}: no test set of up to {job.test_size:,} samples can be split off: the {job.rows:,} samples "
-            f"share documents so that every group of them is larger; choose a larger --test_size"
-            + (f", or remove repeats ({_repeats(repeated)})" if repeated else "")
-        )
+    repeated = len(np.union1d(rows.repeated, elsewhere))
     return _Split(chosen, _count_test(units, chosen), repeated, limits is None)
+
+
+def _no_test_set(job: _Job, split: _Split) -> str:
+    repeats = _repeats(split.repeated)
+    if split.all_candidates:
+        cause = (
+            f"the {job.rows:,} samples share documents so that every group of them is larger; choose a larger "
+            "--test_size" + (f", or remove repeats ({repeats})" if split.repeated else "")
+        )
+    else:
+        cause = (
+            f"all samples that it was chosen among hold documents that stand elsewhere too ({repeats}); remove them "
+            "with `doge-lm preprocess_datasets --deduplicate`, or a source that holds the same as another"
+        )
+    return f"{job.kind}: no test set of up to {job.test_size:,} samples can be split off: {cause}"
 
 
 def _test_shares(job: _Job) -> np.ndarray:
@@ -522,17 +557,18 @@ def _test_shares(job: _Job) -> np.ndarray:
     return np.array([round(job.mix.weights[source.name] * 10**9) for source in job.sources])
 
 
-def _runs(units: list[Unit]) -> list[list[int]]:
+def _runs(units: list[UnitFile]) -> list[list[int]]:
     """Runs of units, as numbers among all units."""
     runs = []
     begin = 0
-    for run in runs_of(units, _RUN_BYTES, _RUN_UNITS):
+    run_bytes = max(_RUN_BYTES, -(-sum(unit.bytes for unit in units) // _MOST_RUNS))
+    for run in runs_of(units, run_bytes, _RUN_UNITS):
         runs.append(list(range(begin, begin + len(run))))
         begin += len(run)
     return runs
 
 
-def _candidates(job: _Job, units: list[Unit], limits: list[int] | None, num_proc: int) -> Candidates:
+def _candidates(job: _Job, units: list[UnitFile], limits: list[int] | None, num_proc: int) -> Candidates:
     tasks = [
         ScanTask(
             [(position, units[position]) for position in run],
@@ -549,7 +585,7 @@ def _candidates(job: _Job, units: list[Unit], limits: list[int] | None, num_proc
     return Candidates.join([best[source] for source in sorted(best)])
 
 
-def _count_test(units: list[Unit], chosen: dict[int, list[int]]) -> dict[str, SampleCounts]:
+def _count_test(units: list[UnitFile], chosen: dict[int, list[int]]) -> dict[str, SampleCounts]:
     counts: dict[str, SampleCounts] = {}
     for position, rows in chosen.items():
         unit = units[position]

@@ -60,7 +60,15 @@ from doge_lm.data.sources import (
     scan_rows,
 )
 from doge_lm.data.storage import RowWriter, describe_dataset, id_dtype
-from doge_lm.data.units import Stream, Unit, plan_units, read_unit, unpack_stream, usual_unit_bytes
+from doge_lm.data.units import (
+    Stream,
+    Unit,
+    plan_units,
+    read_unit,
+    remove_spools,
+    unpack_stream,
+    usual_unit_bytes,
+)
 from doge_lm.data.workers import Workers, check_num_proc
 from doge_lm.errors import UserError
 
@@ -243,11 +251,10 @@ def preprocess(
     shares = _shares(settings, [source for _, source in sources])
     files = {source.name: source.paths(directory) for directory, source in sources}
     tokenizer_hash = encoders.tokenizer_sha256(tokenizer_path)
-    chosen, note = encoders.choose_backend(tokenizer_path, backend, _sample(files, settings.max_document_bytes))
+    encoder, note = encoders.choose_encoder(tokenizer_path, backend, _sample(files, settings.max_document_bytes))
     if note is not None:
         print(note)
-    encoder = encoders.load_encoder(tokenizer_path, chosen)
-    special = encoder.special
+    chosen, special = encoder.name, encoder.special
     tokenizer = TokenizerIdentity(tokenizer_hash, encoder.vocab_size, special.pad, special.bos, special.eos)
     del encoder  # the processes have their own
     index_dir = save_dir / TOKENIZED_FOLDER / ".tmp-ngrams"
@@ -312,17 +319,9 @@ def _shares(settings: PreprocessSettings, sources: Sequence[RawSource]) -> dict[
 
 def _sample(files: dict[str, list[Path]], max_document_bytes: int) -> list[str]:
     """Some texts of the beginning of each source; bad input is passed over here, since it will be met again."""
-    texts: list[str] = []
-    for paths in files.values():
-        rows = _SAMPLE_ROWS // len(files) + 1
-        characters = _SAMPLE_CHARACTERS // len(files)
-        for text in _texts(paths, min(max_document_bytes, _SAMPLE_CHARACTERS)):
-            texts.append(text[:characters])
-            characters -= len(text)
-            rows -= 1
-            if rows <= 0 or characters <= 0:
-                break
-    return texts
+    limit = min(max_document_bytes, _SAMPLE_CHARACTERS)
+    characters, count = _SAMPLE_CHARACTERS // len(files) + 1, _SAMPLE_ROWS // len(files) + 1
+    return [text for paths in files.values() for text in encoders.take_texts(_texts(paths, limit), characters, count)]
 
 
 def _texts(paths: Iterable[Path], max_document_bytes: int) -> Iterator[str]:
@@ -571,9 +570,10 @@ class _Run:
             if self._is_whole(job):
                 self._put_in_place(job)
                 return True
-            (job.folder / _WORK_FOLDER).mkdir(exist_ok=True)
-            for spool in (job.folder / _WORK_FOLDER).glob("spool-*"):  # of a run that was killed
-                spool.unlink()
+            work = job.folder / _WORK_FOLDER
+            work.mkdir(exist_ok=True)
+            remove_spools(work)  # of a run that was killed
+            job.stack.callback(remove_spools, work)  # of one that ends with an error
         return False
 
     def _is_whole(self, job: _Job) -> bool:

@@ -8,12 +8,12 @@ by the pieces that are left. Some 20 bytes are held for each piece, however long
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from doge_lm.data.storage import flat_values
 from doge_lm.errors import UserError
 
 _Ints = npt.NDArray[np.int64]
@@ -56,8 +56,8 @@ def pieces_of_batch(batch: pa.RecordBatch, groups: _Ints, bos_token_id: int, seq
     Raises:
         UserError: if the lengths do not fit the rows.
     """
-    ids, id_offsets = _flat(batch.column("input_ids"))
-    lengths, offsets = _flat(batch.column("document_lengths"))
+    ids, id_offsets = flat_values(batch.column("input_ids"))
+    lengths, offsets = flat_values(batch.column("document_lengths"))
     lengths = lengths.astype(np.int64)
     row_of = np.repeat(np.arange(batch.num_rows), np.diff(offsets))
     ends = np.cumsum(lengths)
@@ -72,12 +72,6 @@ def pieces_of_batch(batch: pa.RecordBatch, groups: _Ints, bos_token_id: int, seq
     return Pieces(
         np.frombuffer(digests, np.uint64), groups[row_of], ids[begins] == bos_token_id, lengths == sequence_length
     )
-
-
-def _flat(column: pa.ListArray) -> tuple[npt.NDArray[Any], _Ints]:
-    """The values of a column of lists, and where each list begins in them (one more for the last one's end)."""
-    offsets = column.offsets.to_numpy().astype(np.int64)
-    return column.flatten().to_numpy(zero_copy_only=False), offsets - offsets[0]
 
 
 def join_groups(pieces: Pieces, count: int) -> tuple[_Ints, int]:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from doge_lm.data.manifest import OutputFile, SampleCounts, read_record, write_record
-from doge_lm.data.storage import ROWS_PER_BATCH, ShardWriter, read_batches, row_schema
+from doge_lm.data.storage import ROWS_PER_BATCH, ShardWriter, flat_values, read_batches, row_schema
 from doge_lm.errors import UserError
 
 Indices = npt.NDArray[np.int64]
@@ -39,7 +39,7 @@ def random_stream(seed: int, purpose: str, *numbers: int) -> np.random.RandomSta
 
 
 @dataclass(frozen=True)
-class Unit:
+class UnitFile:
     """An arrow file of a source: `source` and `number` say which, and are what its random draws depend on."""
 
     path: Path
@@ -50,9 +50,9 @@ class Unit:
     bytes: int
 
 
-def runs_of(units: Sequence[Unit], run_bytes: int, run_units: int) -> list[list[Unit]]:
+def runs_of(units: Sequence[UnitFile], run_bytes: int, run_units: int) -> list[list[UnitFile]]:
     """Consecutive units, of at most so many bytes and units together, but at least one unit."""
-    runs: list[list[Unit]] = []
+    runs: list[list[UnitFile]] = []
     size = 0
     for unit in units:
         if not runs or size + unit.bytes > run_bytes or len(runs[-1]) == run_units:
@@ -126,15 +126,6 @@ class _Lists:
         return offsets, np.concatenate(parts or [np.empty(0, np.uint8)])
 
 
-def flat_values(column: pa.Array) -> tuple[npt.NDArray[Any], Indices]:
-    """The values of a column of lists or strings, without a copy, and where each row begins in them (one more)."""
-    if pa.types.is_string(column.type):
-        _, offsets, data = column.buffers()
-        bounds = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]
-        return np.frombuffer(data or b"", np.uint8), bounds.astype(np.int64)
-    return column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy().astype(np.int64)
-
-
 def count_rows(batch: pa.RecordBatch, times: Indices) -> SampleCounts:
     """Counts what lies in the rows of a record batch, each taken so many times."""
     ids = np.diff(flat_values(batch.column("input_ids"))[1])
@@ -168,7 +159,7 @@ def _row_sums(values: npt.NDArray[Any], offsets: Indices) -> Indices:
 class Share:
     """What is dealt of a unit: its test rows once each, all others `copies` times, and `extra` of them once more."""
 
-    unit: Unit
+    unit: UnitFile
     test: tuple[int, ...]
     copies: int
     extra: int
@@ -249,7 +240,7 @@ def deal(task: DealTask) -> dict[str, Any]:
     return record
 
 
-def unit_batches(unit: Unit) -> list[pa.RecordBatch]:
+def unit_batches(unit: UnitFile) -> list[pa.RecordBatch]:
     """The record batches of a unit, as memory maps.
 
     Raises:

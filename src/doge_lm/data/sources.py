@@ -31,7 +31,7 @@ from doge_lm.data.manifest import Kind
 from doge_lm.errors import UserError
 
 # A line, or a text file (one document each), above this is refused: it must be held in memory whole.
-MAX_DOCUMENT_BYTES = 256 * 2**20
+MAX_DOCUMENT_BYTES = 16 * 2**20
 # Compressed data is taken in small bites, since a bite may unpack to many thousand times its size.
 _COMPRESSED_CHUNK = 4 * 2**10
 _PLAIN_CHUNK = 2**20
@@ -198,7 +198,7 @@ Row = TextRow | ConversationRow
 
 
 class LinesBefore:
-    """The lines of a file that lie before a byte: counted when an error asks for them, and then only once."""
+    """The lines of a file that begin before a byte: counted when an error asks for them, and then only once."""
 
     def __init__(self, path: Path, end: int) -> None:
         self._path = path
@@ -208,11 +208,12 @@ class LinesBefore:
     def __int__(self) -> int:
         if self._count is None:
             self._count = 0
-            left = self._end
+            left, last = self._end, b"\n"
             with self._path.open("rb") as file:
                 while left > 0 and (chunk := file.read(min(left, _PLAIN_CHUNK))):
                     self._count += chunk.count(b"\n")
-                    left -= len(chunk)
+                    left, last = left - len(chunk), chunk[-1:]
+            self._count += last != b"\n"  # a line that ends behind the byte
         return self._count
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from doge_lm.data.manifest import read_record, write_record
 from doge_lm.data.repeats import Pieces, join_groups, pieces_of_batch, telling_pieces
-from doge_lm.data.shuffle import Indices, Unit, random_stream, unit_batches
+from doge_lm.data.shuffle import Indices, UnitFile, random_stream, unit_batches
 
 _Flags = npt.NDArray[np.bool_]
 _Hashes = npt.NDArray[np.uint64]
@@ -58,7 +58,7 @@ class Candidates:
 class ScanTask:
     """A run to be searched for candidates: its units, each with its number among all and what rows to take."""
 
-    units: list[tuple[int, Unit]]
+    units: list[tuple[int, UnitFile]]
     limits: list[int | None]
     seed: int
 
@@ -74,7 +74,7 @@ def scan(task: ScanTask) -> list[tuple[int, Candidates]]:
     return found
 
 
-def _groups(unit: Unit) -> Indices:
+def _groups(unit: UnitFile) -> Indices:
     parts = [batch.column("group").to_numpy() for batch in unit_batches(unit)]
     return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
 
@@ -103,7 +103,7 @@ class CandidateRows:
 
 
 def read_candidates(
-    units: Sequence[Unit], candidates: Candidates, bos_token_id: int, sequence_length: int
+    units: Sequence[UnitFile], candidates: Candidates, bos_token_id: int, sequence_length: int
 ) -> CandidateRows:
     """Reads the rows of the candidates, and joins groups that hold the same document.
 
@@ -151,7 +151,7 @@ class SearchTask:
     """A run to be searched for documents of the candidates outside of them; `hashes` is an .npy file of theirs."""
 
     record: Path
-    units: list[tuple[Unit, Indices]]
+    units: list[tuple[UnitFile, Indices]]
     hashes: Path
     bos_token_id: int
     sequence_length: int

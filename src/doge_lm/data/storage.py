@@ -316,6 +316,26 @@ def check_files(directory: Path, files: Sequence[OutputFile]) -> None:
             )
 
 
+def flat_values(column: pa.Array) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """The values of a column of lists or strings (the bytes of these), without a copy, and where each row begins.
+
+    Args:
+        column: without nulls; it may be a slice.
+
+    Returns:
+        The values of all rows one after another, and the offsets of the rows in them, with one more for the end.
+    """
+    if pa.types.is_string(column.type):
+        _, bounds, data = column.buffers()
+        offsets = np.frombuffer(bounds, np.int32)[column.offset : column.offset + len(column) + 1]
+        values = np.frombuffer(data or b"", np.uint8)
+    else:
+        offsets = column.offsets.to_numpy()
+        values = column.values.to_numpy(zero_copy_only=True)
+    offsets = offsets.astype(np.int64)
+    return values[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
 def read_batches(path: Path) -> list[pa.RecordBatch]:
     """The record batches of an arrow file, as memory maps: no row is read before it is asked for.
 

@@ -1,15 +1,15 @@
 """Rows for training straight from a source of text, tokenized and packed on the fly: no prepared set, no shards.
 
-A source (a file, a folder, or a data set on the hub) is read as **chunks**: a range of lines of a plain `.jsonl`, row
-groups of a `.parquet`, a small file, or a stretch of rows of what can only be read from front to back (a large
-compressed file, the hub). Chunks that follow each other are joined into **blocks** of about 16 MiB of text, which
-worker processes turn into packed rows. In every epoch the parts of files, and the large compressed files as such, are
-permuted by the seed; the hub is read in its own order; and the rows of every block are permuted. So the stream depends
-on the source, the seed and the tokenizer, and never on the number of workers.
+A source (a file, a folder, or a data set on the hub) is read as **chunks**: a range of lines of a plain `.jsonl`, a
+row group of a `.parquet`, a small file, or a stretch of rows of what can only be read from front to back (a large
+compressed file or row group, the hub). Chunks that follow each other are joined into **blocks** of about 16 MiB of
+text, which worker processes turn into packed rows. In every epoch the parts of files, and the large compressed files
+as such, are permuted by the seed; the hub is read in its own order; and the rows of every block are permuted. So the
+stream depends on the source, the seed and the tokenizer, and never on the number of workers.
 
 Where the stream stands is a small value (`StreamState`): the place of a block in the source, and the number of rows
-before it. A resumed run begins there, and does that one block again. What is held at any time are the few blocks in
-the workers' hands.
+before it. A resumed run begins there, and does that one block again; text that is not what it was is refused. What is
+held at any time are the few blocks in the workers' hands.
 
 The test set is taken first: documents of up to 16 places by turns, until they fill the rows that are asked for. A
 document that equals one of them, wherever it stands, is never given for training.
@@ -17,6 +17,7 @@ document that equals one of them, wherever it stands, is never given for trainin
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -25,16 +26,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
-from datasets import Dataset, load_dataset
-from huggingface_hub import HfApi
 
 from doge_lm.data.documents import Tokenizing, batch_rows, nothing_to_learn
-from doge_lm.data.encoders import load_encoder
+from doge_lm.data.encoders import Backend, load_encoder, take_texts
+from doge_lm.data.manifest import MAX_IDENTITY_BYTES
 from doge_lm.data.packing import BestFitPacker, PackedRow
 from doge_lm.data.sources import (
+    TOO_LARGE,
     BadInputError,
     Location,
     Part,
@@ -44,12 +45,17 @@ from doge_lm.data.sources import (
     find_files,
     parse_row,
     row_characters,
+    row_texts,
     scan_rows,
 )
 from doge_lm.data.storage import id_dtype, row_features
-from doge_lm.data.units import parquet_parts
+from doge_lm.data.units import check_size, parquet_parts
 from doge_lm.data.workers import Workers
 from doge_lm.errors import UserError
+
+if TYPE_CHECKING:
+    # Named in annotations only: the workers do without this import, and without its memory.
+    from datasets import Dataset
 
 SOURCE_NAME = "stream"
 """The `source` of all rows: a packed row may hold documents of several files."""
@@ -59,12 +65,29 @@ _BLOCK_BYTES = 16 * 2**20
 _PART_BYTES = 4 * 2**20
 # A compressed file up to this size is read by a worker, whole; a larger one by the parent, stretch by stretch.
 _SMALL_FILE_BYTES = 2 * 2**20
+# A row group of a `.parquet` up to this size likewise.
+_SMALL_GROUP_BYTES = 64 * 2**20
+# Larger documents are bad input: a worker holds a document several times over, and one of this size takes it to about
+# 300 MB. Preparing a set has no such limit but the one that the user gives.
+_MAX_DOCUMENT_BYTES = 8 * 2**20
 # How often text is larger than its compressed form, about.
 _UNPACKED = 4
 _TEST_LANES = 16
+# Documents on which the backends are compared.
+_SAMPLE_ROWS = 200
+_SAMPLE_CHARACTERS = 10**6
+# Of files that are too large to be hashed whole at every start, so much of each end is.
+_HASHED_END_BYTES = 2**16
 # Epochs count from 0; the test set is drawn by a number that none of them will have.
 _TEST_EPOCH = 2**32 - 1
 _NOTHING = "the stream gives no row to train on: it is empty, or all of its documents are held out or bad"
+_KEEP_STILL = (
+    "a stream needs files that stay as they are until the run ends: stream a copy of them, or a folder of their own"
+)
+_ONE_PROCESS = (
+    "a RowStream is read in the process that made it, and has worker processes of its own; give the DataLoader "
+    "num_workers=0"
+)
 
 Place = dict[str, Any]
 """A place in a source, as JSON values. The empty one is the beginning."""
@@ -78,15 +101,37 @@ _Item = tuple[Location | str, Row] | BadInputError
 
 
 class FilePart(NamedTuple):
-    """A part of a file, or (where `part` is None) all of it, which a worker reads."""
+    """A part of a file, or (where `part` is None) all of it, which a worker reads.
+
+    Attributes:
+        path: the file.
+        size: its size when the source was opened.
+        part: the part.
+        bytes: of text in it, about.
+    """
 
     path: Path
+    size: int
     part: Part | None
     bytes: int
 
-    def items(self) -> Iterator[_Item]:
-        """The rows, and what is wrong between them."""
-        return scan_rows(self.path, part=self.part)
+    def items(self, *, count_lines: bool) -> Iterator[_Item]:
+        """The rows, and what is wrong between them; see `scan_rows`.
+
+        Raises:
+            UserError: if the file is not as large as it was.
+        """
+        check_size(self.path, self.size, _KEEP_STILL)
+        limit = _MAX_DOCUMENT_BYTES
+        yield from scan_rows(self.path, part=self.part, max_document_bytes=limit, count_lines=count_lines)
+        check_size(self.path, self.size, _KEEP_STILL)
+
+    @property
+    def counted_from(self) -> str:
+        """Where in the file lines are counted from, for messages, unless they were counted from its beginning."""
+        if self.part is None or self.part.before is not None or self.part.start == 0:
+            return ""
+        return f" (lines counted from byte {self.part.start:,} of the file)"
 
 
 class Stretch(NamedTuple):
@@ -94,8 +139,9 @@ class Stretch(NamedTuple):
 
     rows: list[_Item]
     bytes: int
+    counted_from: str = ""
 
-    def items(self) -> Iterator[_Item]:
+    def items(self, *, count_lines: bool) -> Iterator[_Item]:
         """The rows, and what is wrong between them."""
         return iter(self.rows)
 
@@ -109,6 +155,13 @@ class StreamSource(Protocol):
     @property
     def identity(self) -> str:
         """Stands for the content: a run is resumed with the same one only."""
+
+    @property
+    def content(self) -> dict[str, str]:
+        """What is read, by name, each with what stands for its content; `StreamState` keeps it."""
+
+    def way_back(self, content: dict[str, str]) -> str:
+        """What a user can do whose run was made with another content."""
 
     def chunks(self, seed: int, epoch: int, place: Place) -> Iterator[tuple[Place, Chunk]]:
         """The chunks of one epoch from a place on, each with its place."""
@@ -128,11 +181,18 @@ class FileSource:
     """
 
     def __init__(self, path: Path) -> None:
-        files = find_files(path)
+        files = [(file, file.stat().st_size) for file in find_files(path)]
         root = path if path.is_dir() else path.parent
-        listed = [[file.relative_to(root).as_posix(), file.stat().st_size] for file in files]
-        self.identity = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-        self._units = [unit for file in files for unit in _units_of(file)]
+        whole = sum(size for _, size in files) <= MAX_IDENTITY_BYTES
+        self.content = {
+            file.relative_to(root).as_posix(): _content_hash(file, size, whole=whole) for file, size in files
+        }
+        self.identity = hashlib.sha256(json.dumps(self.content).encode()).hexdigest()
+        self._units = [unit for file, size in files for unit in _units_of(file, size)]
+
+    def way_back(self, content: dict[str, str]) -> str:
+        """See `StreamSource`."""
+        return "put the text back as it was, or start anew with --overwrite in place of --resume_from_checkpoint"
 
     def chunks(self, seed: int, epoch: int, place: Place) -> Iterator[tuple[Place, Chunk]]:
         """See `StreamSource`. The place is the number of the unit in the epoch's order, and of the chunk within it."""
@@ -153,20 +213,39 @@ class FileSource:
         return [self._units[index] for index in permutation]
 
 
-def _units_of(path: Path) -> list[FilePart]:
-    size, suffix = path.stat().st_size, file_suffix(path)
+def _content_hash(path: Path, size: int, *, whole: bool) -> str:
+    """A hash of a file's size and content: all of it, or the two ends."""
+    digest = hashlib.sha256(str(size).encode())
+    try:
+        with path.open("rb") as file:
+            if whole:
+                while data := file.read(2**20):
+                    digest.update(data)
+            else:
+                digest.update(file.read(_HASHED_END_BYTES))
+                file.seek(max(0, size - _HASHED_END_BYTES))
+                digest.update(file.read(_HASHED_END_BYTES))
+    except OSError:
+        return ""  # whoever reads it will say what is wrong
+    return digest.hexdigest()[:16]  # one of these for each file goes into every checkpoint
+
+
+def _units_of(path: Path, size: int) -> list[FilePart]:
+    suffix = file_suffix(path)
+    whole = FilePart(path, size, None, size if suffix in (".jsonl", ".txt") else _UNPACKED * size)
     if suffix == ".parquet":
-        return [FilePart(path, *part) for part in parquet_parts(path, 0)] or [FilePart(path, None, size)]
-    if suffix != ".jsonl":
-        return [FilePart(path, None, size if suffix == ".txt" else _UNPACKED * size)]
-    bounds = [*range(0, size, _PART_BYTES), size]
-    return [FilePart(path, Part(start, stop), stop - start) for start, stop in pairwise(bounds)]
+        return [FilePart(path, size, *part) for part in parquet_parts(path, 0)] or [whole]
+    if suffix == ".jsonl":
+        bounds = [*range(0, size, _PART_BYTES), size]
+        return [FilePart(path, size, Part(start, stop), stop - start) for start, stop in pairwise(bounds)]
+    return [whole]
 
 
 def _chunks_of(unit: FilePart) -> Iterator[Chunk]:
-    compressed = (file_suffix(unit.path) or "").endswith((".zst", ".gz"))
-    if compressed and unit.bytes > _UNPACKED * _SMALL_FILE_BYTES:
-        yield from _stretches(unit.items())
+    suffix = file_suffix(unit.path) or ""
+    compressed = suffix.endswith((".zst", ".gz")) and unit.bytes > _UNPACKED * _SMALL_FILE_BYTES
+    if compressed or (suffix == ".parquet" and unit.bytes > _SMALL_GROUP_BYTES):
+        yield from _stretches(unit.items(count_lines=True))
     else:
         yield unit
 
@@ -198,8 +277,15 @@ class HubSource:
 
     def __init__(self, name: str, version: str, load: Callable[[], Any]) -> None:
         self.identity = f"{name}@{version}"
+        self.content = {name: version}
         self._name = name
         self._load = load
+
+    def way_back(self, content: dict[str, str]) -> str:
+        """See `StreamSource`."""
+        if self._name not in content:
+            return "stream what it was, or start anew with --overwrite in place of --resume_from_checkpoint"
+        return f"read what it was then with --set stream={self._name}@{content[self._name]}"
 
     def chunks(self, seed: int, epoch: int, place: Place) -> Iterator[tuple[Place, Chunk]]:
         """See `StreamSource`."""
@@ -220,20 +306,38 @@ class HubSource:
         return [_stretches(self._items(iter(self._load()), 0))]
 
     def _items(self, rows: Iterator[dict[str, Any]], done: int) -> Iterator[_Item]:
-        for number, values in enumerate(rows, start=done + 1):
+        for number, values in enumerate(self._readable(rows, done), start=done + 1):
             location = Location(Path(self._name), number, "row")
             try:
-                yield location, parse_row(values, location)
+                row = parse_row(values, location)
+                if (characters := row_characters(row)) > _MAX_DOCUMENT_BYTES:
+                    message = f"{location} has more than {_MAX_DOCUMENT_BYTES:,} characters; cut the document up"
+                    raise BadInputError(message, TOO_LARGE, characters)
             except BadInputError as error:
                 yield error
+            else:
+                yield location, row
+
+    def _readable(self, rows: Iterator[dict[str, Any]], done: int) -> Iterator[dict[str, Any]]:
+        try:
+            for values in rows:
+                yield values
+                done += 1
+        # The network fails in the words of whichever HTTP library the hub's client is built on, and a damaged file in
+        # those of its reader. What could be tried again `datasets` has tried.
+        except Exception as error:
+            raise UserError(
+                f"stream {self._name}: reading on behind row {done:,} fails ({type(error).__name__}: {error}); if it "
+                "is the network, run again with --resume_from_checkpoint, which goes on from the last checkpoint"
+            ) from error
 
 
 def open_source(text: str) -> StreamSource:
     """Opens what the setting `stream` names.
 
     Args:
-        text: a file or a folder, or `OWNER/NAME` or `OWNER/NAME:CONFIG` of a data set on the hub, of which the split
-            `train` is read.
+        text: a file or a folder, or `OWNER/NAME`, `OWNER/NAME:CONFIG` or either with `@REVISION` (a commit, branch or
+            tag) of a data set on the hub, of which the split `train` is read.
 
     Raises:
         UserError: if it is neither.
@@ -241,26 +345,62 @@ def open_source(text: str) -> StreamSource:
     path = Path(text)
     if path.exists():
         return FileSource(path)
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?", text)
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w./-]+))?", text)
     if match is None:
         raise UserError(
             f"stream {text}: there is no such file or folder, and it is no data set of the hub (OWNER/NAME or "
-            "OWNER/NAME:CONFIG) either"
+            "OWNER/NAME:CONFIG, with @REVISION or without) either"
         )
-    return _open_hub(match[1], match[2])
+    return _open_hub(match[1], match[2], match[3])
 
 
-def _open_hub(name: str, config: str | None) -> HubSource:
+def _open_hub(name: str, config: str | None, revision: str | None) -> HubSource:
+    from datasets import load_dataset  # noqa: PLC0415
+    from huggingface_hub import HfApi  # noqa: PLC0415
+
     try:
-        load_dataset(name, config, split="train", streaming=True)  # first, as its errors say what is wrong
-        commit = HfApi().dataset_info(name).sha
+        # First, as its errors say what is wrong.
+        load_dataset(name, config, split="train", streaming=True, revision=revision)
+        commit = HfApi().dataset_info(name, revision=revision).sha
     # Whatever is wrong with the network, the repository or its configuration: the user asked for exactly this.
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise UserError(
             f"stream {name}: it is no file or folder here, and the hub does not open it as a data set: {error}"
         ) from error
     load = partial(load_dataset, name, config, split="train", streaming=True, revision=commit)
-    return HubSource(f"{name}:{config or ''}", str(commit), load)
+    return HubSource(f"{name}:{config}" if config else name, str(commit), load)
+
+
+def refuse_changes(before: dict[str, str], source: StreamSource) -> None:
+    """Checks that a source holds what a run was begun with.
+
+    Args:
+        before: the `content` of the source then.
+        source: the source now.
+
+    Raises:
+        UserError: naming the first file that is gone, new or of other content.
+    """
+    now = source.content
+    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if not changed:
+        return
+    name = changed[0]
+    what = "is not there any more" if name not in now else "is new" if name not in before else "is not what it was"
+    others = f" (so it is with {len(changed) - 1:,} more)" if len(changed) > 1 else ""
+    raise UserError(
+        f"the checkpoint was made while other text was streamed: {name} {what}{others}; {source.way_back(before)}"
+    )
+
+
+def sample_texts(source: StreamSource, seed: int) -> list[str]:
+    """Some texts from several places of a source; bad input is passed over here, since it will be met again."""
+    lanes = [
+        (item[1] for chunk in lane for item in chunk.items(count_lines=False) if not isinstance(item, BadInputError))
+        for lane in source.lanes(seed)
+    ]
+    texts = (text for row in _by_turns(lanes) for text in row_texts(row))
+    return take_texts(texts, _SAMPLE_CHARACTERS, _SAMPLE_ROWS)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -277,12 +417,14 @@ class StreamSettings:
         sequence_length: tokens of a row.
         seed: of every order, below 2**32.
         skip_bad_rows: leave out, and count, what cannot be read or holds nothing to learn; otherwise it is an error.
+        backend: what tokenizes; the ids are the same.
     """
 
     tokenizer_path: Path
     sequence_length: int
     seed: int = 233
     skip_bad_rows: bool = False
+    backend: Backend = "tokenizers"
 
 
 @dataclass(frozen=True)
@@ -320,7 +462,7 @@ class _Packing:
     """Chunks to rows; made once in each process."""
 
     def __init__(self, settings: StreamSettings, held_out: frozenset[bytes]) -> None:
-        encoder = load_encoder(settings.tokenizer_path, "tokenizers")
+        encoder = load_encoder(settings.tokenizer_path, settings.backend)
         self.tokenizing = Tokenizing(encoder, settings.sequence_length)
         self._settings = settings
         self._held_out = held_out
@@ -350,22 +492,24 @@ class _Packing:
         Raises:
             UserError: naming the first bad row, unless they are skipped.
         """
-        for item in chunk.items():
+        # The lines before a part are counted for an error that ends the run, not for each of many that are skipped.
+        for item in chunk.items(count_lines=not self._settings.skip_bad_rows):
             if isinstance(item, BadInputError):
-                self._skip(item.reason, str(item))
+                # Of the flag that the message may end with `train` knows nothing.
+                self._skip(item.reason, str(item).removesuffix(", or raise --max_document_bytes"), chunk)
                 continue
             location, row = item
             reason = nothing_to_learn(row)
             if reason is None:
                 yield row
             else:
-                self._skip(reason, f"{location}: {reason}")
+                self._skip(reason, f"{location}: {reason}", chunk)
 
-    def _skip(self, reason: str, message: str) -> None:
+    def _skip(self, reason: str, message: str, chunk: Chunk) -> None:
         if not self._settings.skip_bad_rows:
             raise UserError(f"{message}; mend or remove it, or let --set stream_on_error=skip leave out such rows")
         self.skipped[reason] += 1
-        self.examples.setdefault(reason, message)
+        self.examples.setdefault(reason, message + chunk.counted_from)
 
 
 def hold_out(source: StreamSource, settings: StreamSettings, rows: int) -> HeldOut:
@@ -425,8 +569,10 @@ def row_values(row: PackedRow) -> dict[str, Any]:
     return {**row._asdict(), "source": SOURCE_NAME}
 
 
-def held_out_dataset(held_out: HeldOut, vocab_size: int) -> Dataset:
+def held_out_dataset(held_out: HeldOut, vocab_size: int) -> "Dataset":
     """The held-out rows in the form of a prepared set."""
+    from datasets import Dataset  # noqa: PLC0415
+
     rows = [row_values(row) for row in held_out.rows]
     return Dataset.from_list(rows, features=row_features(id_dtype(vocab_size))).with_format("numpy")
 
@@ -456,19 +602,21 @@ class StreamState:
         epoch: passes over the source before it.
         place: where it stands in the source.
         skipped: bad rows before it, by reason.
+        content: of the source; a run goes on with the same one only.
     """
 
     row: int = 0
     epoch: int = 0
     place: Place = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
+    content: dict[str, str] = field(default_factory=dict)
 
 
 class RowStream:
     """The rows of a run by their numbers, which must be asked for in ascending order; some may be left out.
 
-    So it stands in for a data set that is read by index, in one process; with several, each reads it all and takes
-    its share of every batch.
+    So it stands in for a data set that is read by index, in the process that made it (a DataLoader has no workers of
+    its own for it). Where several processes train, each has a stream, reads it all and takes its share of every batch.
 
     Args:
         source: what is read.
@@ -478,6 +626,9 @@ class RowStream:
         workers: processes that tokenize and pack; 1 works in this process.
         start: where to begin; rows before it cannot be asked for.
         report: told of the first bad row of every kind that is left out.
+
+    Raises:
+        UserError: if `start` is of other text.
     """
 
     def __init__(
@@ -492,9 +643,13 @@ class RowStream:
         report: Callable[[str], None] = print,
     ) -> None:
         self._source, self._settings, self._length, self._report = source, settings, length, report
+        self._process = os.getpid()
+        self._start = start or StreamState(content=source.content)
+        refuse_changes(self._start.content, source)
         self._stack = ExitStack()
-        self._workers = self._stack.enter_context(Workers(workers, _start_worker, (settings, held_out.digests)))
-        self._start = start or StreamState()
+        self._workers = self._stack.enter_context(
+            Workers(workers, _start_worker, (settings, held_out.digests), flag="stream_workers")
+        )
         # The blocks that were given lately, the current one last; its rows; and the number of the row behind it.
         self._states: list[StreamState] = []
         self._rows: list[PackedRow] = []
@@ -506,7 +661,12 @@ class RowStream:
     def __len__(self) -> int:
         return self._length
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(_ONE_PROCESS)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if os.getpid() != self._process:
+            raise RuntimeError(_ONE_PROCESS)
         while index >= self._end:
             self._advance(next(self._blocks))
         first = self._states[-1].row if self._states else self._end
@@ -522,8 +682,8 @@ class RowStream:
         Raises:
             ValueError: if the stream has not come so far, or has forgotten the row.
         """
-        if not self._states and row == self._start.row:
-            return self._start
+        if not self._states and row >= self._start.row:
+            return self._start  # nothing was read yet: a run that had ended, say
         passed = sum(state.row <= row for state in self._states)
         if passed == 0 or row > self._end:
             raise ValueError(f"row {row} is not among those that the stream has given last")
@@ -537,7 +697,7 @@ class RowStream:
 
     def _advance(self, block: _PackedBlock) -> None:
         """Takes the next block for the current one."""
-        here = StreamState(self._end, block.epoch, block.place, dict(self._skipped))
+        here = StreamState(self._end, block.epoch, block.place, dict(self._skipped), self._source.content)
         random = np.random.RandomState([self._settings.seed, here.row >> 32, here.row & 0xFFFFFFFF])
         self._rows = [block.rows[index] for index in random.permutation(len(block.rows))]
         self._skipped.update(block.skipped)

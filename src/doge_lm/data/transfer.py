@@ -1,12 +1,13 @@
 """HTTP that does not give up at the first fault: retries with back-off, a rate limit, and a watch on the disk.
 
 A fault that may pass (a reset, a timeout, a body that breaks off or dries up, 408, 429, 5xx) is a `FaultError`;
-`Patience` waits and counts, and ends with a `UserError` that names the address. An answer that will stay the same
-(401, 403, 404, ...) is a `RefusalError`; what it means is for the caller to say.
+`Patience` waits and counts, says so where it takes long, and ends with a `UserError` that names the address. An answer
+that will stay the same (401, 403, 404, ...) is a `RefusalError`; what it means is for the caller to say.
 """
 
 import random
 import shutil
+import sys
 import threading
 import time
 import urllib.request
@@ -16,16 +17,20 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import urllib3
+from tqdm import tqdm
 from urllib3.exceptions import HTTPError, MaxRetryError
 
 from doge_lm.errors import UserError
 
-DEFAULT_RETRIES = 6
+# The waits of so many add up to two to four minutes: a router that is started anew does not end the run of a night.
+DEFAULT_RETRIES = 10
 
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 60.0
 _LONGEST_RETRY_AFTER_SECONDS = 3600.0
 _CONNECT_SECONDS = 30.0
+# A wait as long as this is worth a line; where many transfers wait for one server, one line in this time is enough.
+NOTICE_SECONDS = 10.0
 # A body that brings less than this many bytes in this time counts as broken.
 STALL_SECONDS = 60.0
 _STALL_BYTES = 1024
@@ -102,6 +107,25 @@ class DiskGuard:
             )
 
 
+class _Notices:
+    """Says on stderr what is waited for, at most a line in `NOTICE_SECONDS` from each process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._next_at = 0.0
+
+    def say(self, line: str) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if now < self._next_at:
+                return
+            self._next_at = now + NOTICE_SECONDS
+        tqdm.write(line, file=sys.stderr)  # does not tear the progress bar
+
+
+_notices = _Notices()
+
+
 class Patience:
     """Waits after a fault, longer each time, and gives up after so many faults in a row.
 
@@ -137,7 +161,11 @@ class Patience:
             ) from fault
         wait = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0 ** (self._faults - 1))
         wait *= random.uniform(0.5, 1.0)  # so that many transfers do not come back at the same moment
-        if self._stop.wait(wait if fault.wait is None else max(wait, fault.wait)):
+        if fault.wait is not None:
+            wait = max(wait, fault.wait)
+        if wait >= NOTICE_SECONDS:
+            _notices.say(f"{self._url}: {fault}; waiting {wait:,.0f} seconds before the next try")
+        if self._stop.wait(wait):
             raise StoppedError
 
 

@@ -40,6 +40,7 @@ _MANY_FILES = 64
 _MAX_WHOLE_FILE = 256 * 2**20
 # A unit's numbers in one: 15 bits for its place, 16 for that within a file.
 _PART_BITS = 16
+_TAKE_IN_AGAIN = "wait until it is whole, and take the source in again with `doge-lm download_datasets`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ def _cut(path: Path, size: int, unit_bytes: int) -> list[Segment]:
     """Cuts a large file, if it can be cut, into parts of equal size."""
     suffix = file_suffix(path)
     if suffix == ".jsonl":
-        count = -(-size // unit_bytes)
+        count = max(1, -(-size // unit_bytes))
         cuts = [size * index // count for index in range(count + 1)]
         return [Segment(path, size, Part(cuts[index], cuts[index + 1])) for index in range(count)]
     if suffix == ".parquet":
@@ -227,7 +228,7 @@ def unpack_stream(
     if names and all(map(is_done, names)):
         yield from (Unit(stream.place, part, segments) for part in range(len(names)))
         return
-    check_size(segments[0])
+    check_size(stream.path, stream.bytes)
     part = 0
     before = 0
     chunks = _Chunks(unpacked_chunks(stream.path, file_suffix(stream.path) or ""), stop_at_faults=stop_at_faults)
@@ -239,7 +240,7 @@ def unpack_stream(
         yield Unit(stream.place, part, (Segment(stream.path, stream.bytes, Part(0, 0, before)),), spool, fault)
         part += 1
         before += lines
-    check_size(segments[0])
+    check_size(stream.path, stream.bytes)
     write_record(record, {"units": part})
 
 
@@ -282,8 +283,18 @@ def _fill(spool: Path | None, chunks: _Chunks, unit_bytes: int) -> int:
     """Writes lines into a spool until it has a unit's bytes; returns their number. Without a spool it only counts."""
     if spool is None:
         return _copy(None, chunks, unit_bytes)
-    with spool.open("wb") as file:
-        return _copy(file, chunks, unit_bytes)
+    try:
+        with spool.open("wb") as file:
+            return _copy(file, chunks, unit_bytes)
+    except BaseException:  # a full disk, a damaged file: nobody will read what there is of it
+        spool.unlink(missing_ok=True)
+        raise
+
+
+def remove_spools(folder: Path) -> None:
+    """Removes the spools that `unpack_stream` has put into a folder, which need not be there any more."""
+    for spool in folder.glob("spool-*"):
+        spool.unlink(missing_ok=True)
 
 
 def _copy(file: IO[bytes] | None, chunks: _Chunks, unit_bytes: int) -> int:
@@ -318,7 +329,7 @@ def read_unit(
     """
     for segment in unit.segments:
         if unit.spool is None:
-            check_size(segment)
+            check_size(segment.path, segment.bytes)
         yield from scan_rows(
             segment.path if unit.spool is None else unit.spool,
             kind,
@@ -328,7 +339,7 @@ def read_unit(
             shown_as=segment.path,
         )
         if unit.spool is None:
-            check_size(segment)
+            check_size(segment.path, segment.bytes)
     if unit.fault is not None:
         yield unit.fault
 
@@ -338,18 +349,15 @@ def _whole(spool: Path, segment: Segment) -> Part:
     return Part(0, spool.stat().st_size, before)
 
 
-def check_size(segment: Segment) -> None:
-    """Checks that a file has the size that it had when the units were planned.
+def check_size(path: Path, size: int, what_to_do: str = _TAKE_IN_AGAIN) -> None:
+    """Checks that a file has the size that it had when it was found.
 
     Raises:
-        UserError: if it has not, or is gone.
+        UserError: if it has not, or is gone; the message ends with what the user is to do.
     """
     try:
-        size = os.stat(segment.path).st_size
+        found = os.stat(path).st_size
     except FileNotFoundError as error:
-        raise UserError(f"{segment.path} does not exist any more; take the source in again") from error
-    if size != segment.bytes:
-        raise UserError(
-            f"{segment.path} changes while it is read: it has {size:,} bytes, but had {segment.bytes:,}; wait until it "
-            "is whole, and take the source in again with `doge-lm download_datasets`"
-        )
+        raise UserError(f"{path} does not exist any more; {what_to_do}") from error
+    if found != size:
+        raise UserError(f"{path} changes while it is read: it has {found:,} bytes, but had {size:,}; {what_to_do}")

@@ -20,10 +20,7 @@ _Result = TypeVar("_Result")
 _LOOK_AHEAD = 3
 # Where results are taken as they get ready, this many items wait for a process.
 _WAITING = 2
-_PROCESS_GONE = (
-    "a worker process ended abruptly, most likely for want of memory; run the same command again with a smaller "
-    "--num_proc"
-)
+_PROCESS_GONE = "a worker process ended abruptly, most likely for want of memory; run it again with a smaller"
 
 
 def check_num_proc(num_proc: int) -> None:
@@ -41,10 +38,14 @@ class Workers:
         num_proc: how many, at least 1.
         start: a function of a module, called once in each process before any work.
         arguments: what it is called with; must be picklable.
+        flag: what sets their number, for messages.
     """
 
-    def __init__(self, num_proc: int, start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    def __init__(
+        self, num_proc: int, start: Callable[..., None], arguments: tuple[Any, ...], flag: str = "--num_proc"
+    ) -> None:
         check_num_proc(num_proc)
+        self._flag = flag
         self._num_proc = num_proc
         self._pool: ProcessPoolExecutor | None = None
         if num_proc == 1:
@@ -78,7 +79,7 @@ class Workers:
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool as error:
-            raise UserError(_PROCESS_GONE) from error
+            raise UserError(f"{_PROCESS_GONE} {self._flag}") from error
         finally:
             for future in pending:
                 future.cancel()
@@ -108,7 +109,7 @@ class Workers:
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
                     yield pending.pop(future), future.result()
         except BrokenProcessPool as error:
-            raise UserError(_PROCESS_GONE) from error
+            raise UserError(f"{_PROCESS_GONE} {self._flag}") from error
         finally:
             for future in pending:
                 future.cancel()

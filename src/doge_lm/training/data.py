@@ -11,6 +11,7 @@ from typing import NamedTuple
 from datasets import Dataset
 
 from doge_lm.data.dataset import load_prepared
+from doge_lm.data.encoders import choose_backend
 from doge_lm.data.streaming import (
     HeldOut,
     RowStream,
@@ -20,6 +21,7 @@ from doge_lm.data.streaming import (
     held_out_dataset,
     hold_out,
     open_source,
+    sample_texts,
 )
 from doge_lm.data.tokenizer import tokenizer_sha256
 from doge_lm.errors import UserError
@@ -109,6 +111,7 @@ class StreamedText:
         held_out: the test set.
         test: the same, as a prepared set gives it.
         workers: processes that tokenize and pack.
+        note: what tokenizes, and why it is not the faster backend, for the user.
     """
 
     source: StreamSource
@@ -116,19 +119,25 @@ class StreamedText:
     held_out: HeldOut
     test: Dataset
     workers: int
+    note: str
 
     @classmethod
     def open(cls, train: TrainSettings, tokenizer_path: Path, vocab_size: int) -> "StreamedText":
-        """Opens what the setting `stream` names, and draws the test set.
+        """Opens what the setting `stream` names, chooses what tokenizes it, and draws the test set.
 
         Raises:
             UserError: if it is not there, holds too little, or a row is bad.
         """
         assert train.stream is not None
         source = open_source(train.stream)
-        settings = StreamSettings(tokenizer_path, train.sequence_length, train.seed, train.stream_on_error == "skip")
+        backend, slow = choose_backend(tokenizer_path, "auto", sample_texts(source, train.seed))
+        settings = StreamSettings(
+            tokenizer_path, train.sequence_length, train.seed, train.stream_on_error == "skip", backend
+        )
         held_out = hold_out(source, settings, train.stream_test_rows)
-        return cls(source, settings, held_out, held_out_dataset(held_out, vocab_size), train.stream_workers)
+        test = held_out_dataset(held_out, vocab_size)
+        note = slow or f"tokenizing with the faster backend `{backend}`"
+        return cls(source, settings, held_out, test, train.stream_workers, note)
 
     def start(self, length: int, state: StreamState | None, report: Callable[[str], None]) -> TrainingData:
         """Training and test set of a run; the processes are started when the first row is asked for.
@@ -136,8 +145,12 @@ class StreamedText:
         Args:
             length: rows of the run.
             state: where to begin; at the beginning by default.
-            report: told of the first bad row of every kind that is left out.
+            report: told what tokenizes, and of the first bad row of every kind that is left out.
+
+        Raises:
+            UserError: if the state is of other text.
         """
+        report(self.note)
         stream = RowStream(
             self.source,
             self.settings,

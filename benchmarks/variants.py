@@ -1,0 +1,260 @@
+"""Changes of a model for diagnosis: what a run of `quality.py` names behind `@`, as in `doge@query_norm+residual`.
+
+They answer the question which part of the published form costs what. None is an option of the package; what proves
+useful becomes a field of its configuration. Each changes a fresh model in place. `CHANGES` are those of a Doge,
+`LLAMA_CHANGES` those of the Llama beside it. Shapes as in `modeling_doge.py`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+from transformers import LlamaForCausalLM
+
+from doge_lm.model.cdmoe import cdmoe
+from doge_lm.model.modeling_doge import DogeCDMoE, DogeForCausalLM, DogeInnerFuncAttn
+
+Change = Callable[[DogeForCausalLM], None]
+
+SLOW = 0.2  # learning rate of `slow_experts` over that of the rest
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm of each head's features, with gains that the heads share."""
+
+    def __init__(self, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(head_dim, eps=eps)
+
+    def forward(self, x_BTd: Tensor) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        return self.norm(x_BTd.unflatten(-1, (-1, *self.norm.normalized_shape))).flatten(-2)
+
+
+class FloatBatchNorm(nn.BatchNorm1d):
+    """Batch normalization over tokens, without gains, in float32 whatever comes in."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, affine=False)
+
+    def forward(self, x_Mf: Tensor) -> Tensor:
+        """(M, f) to (M, f)."""
+        with torch.autocast(x_Mf.device.type, enabled=False):
+            return super().forward(x_Mf.float())
+
+
+class OpenCDMoE(DogeCDMoE):
+    """The published form, in two steps that the changes below put together in other ways."""
+
+    weights_outside = False  # whether an expert is w · σ(c·D) instead of σ(w · (c·D))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        return self.experts(self.shared(hidden_states))
+
+    def shared(self, x_BTd: Tensor) -> Tensor:
+        """c, what all domains share: (B, T, d) to (B, T, e)."""
+        return self.shared_down_proj(self.act_fn(self.shared_up_proj(x_BTd)))
+
+    def experts(self, c_BTe: Tensor) -> Tensor:
+        """What the chosen experts make of c: (B, T, e) to (B, T, d)."""
+        c_Me = c_BTe.flatten(0, 1)
+        weights_MHk, experts_MHk = self.route(c_Me)
+        tables = self.down_embed.weight, self.up_embed.weight
+        compute = cdmoe_weighted_outside if self.weights_outside else cdmoe
+        output_Md = compute(c_Me, weights_MHk, experts_MHk, *tables, self.act_fn)
+        return output_Md.view(*c_BTe.shape[:-1], -1)
+
+
+def cdmoe_weighted_outside(
+    c_Me: Tensor,
+    weights_MHk: Tensor,
+    experts_MHk: Tensor,
+    down_embed: Tensor,
+    up_embed: Tensor,
+    act: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Sum the chosen experts: Σ over heads and experts of w · σ(c·D_expert) U_expert, by dense products."""
+    weights_MK, experts_MK = weights_MHk.flatten(1), experts_MHk.flatten(1)
+    inner_MN = nn.functional.linear(c_Me, down_embed)
+    hidden_MK = weights_MK * act(inner_MN.gather(1, experts_MK))
+    hidden_MN = torch.zeros_like(inner_MN).scatter_add(1, experts_MK, hidden_MK.to(inner_MN.dtype))
+    return nn.functional.linear(hidden_MN, up_embed.t())
+
+
+class ResidualCDMoE(OpenCDMoE):
+    """The shared part reaches the output too: y = c + experts(c). Needs e = d."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        c_BTe = self.shared(hidden_states)
+        return c_BTe + self.experts(c_BTe)
+
+
+class ParallelCDMoE(OpenCDMoE):
+    """The shared part is an MLP beside experts that read the layer's input: y = MLP(x) + experts(x). Needs e = d."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        return self.shared(hidden_states) + self.experts(hidden_states)
+
+
+class SharedOnlyCDMoE(DogeCDMoE):
+    """No experts: y = c, an ordinary MLP. Their parameters stay, unused. Needs e = d."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        return self.shared_down_proj(self.act_fn(self.shared_up_proj(hidden_states)))
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU in place of the whole feed-forward: y = W_down (σ(W_gate x) ⊙ W_up x)."""
+
+    def __init__(self, d: int, width: int, act_fn: nn.Module) -> None:
+        super().__init__()
+        self.act_fn = act_fn
+        self.gate_proj = nn.Linear(d, width, bias=False)
+        self.up_proj = nn.Linear(d, width, bias=False)
+        self.down_proj = nn.Linear(width, d, bias=False)
+
+    def forward(self, x_BTd: Tensor) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        return self.down_proj(self.act_fn(self.gate_proj(x_BTd)) * self.up_proj(x_BTd))
+
+
+class Scaled(nn.Module):
+    """A parametrization W = scale · θ: under Adam, whose steps do not follow the size of a gradient, W learns at
+    `scale` times the learning rate.
+    """
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, theta: Tensor) -> Tensor:
+        """θ to W."""
+        return self.scale * theta
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """W to θ."""
+        return weight / self.scale
+
+
+class LinearValueAttn(DogeInnerFuncAttn):
+    """v = W_v x. The inner values stay, unused."""
+
+    v_proj: nn.Linear
+
+    def inner_values(self, x_BTd: Tensor) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        return self.v_proj(x_BTd)
+
+
+class LinearInnerValueAttn(LinearValueAttn):
+    """v = (W_v x) ⊙ E[argmax s]: the published value, of mixed features."""
+
+    def inner_values(self, x_BTd: Tensor) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        return self.v_proj(x_BTd) * self.gains(x_BTd)
+
+    def gains(self, x_BTd: Tensor) -> Tensor:
+        """E[argmax s], (B, T, d), with the straight-through gradient."""
+        scores_BTn = nn.functional.linear(self.v_queries(x_BTd), self.v_keys)
+        hard_BTn = nn.functional.one_hot(scores_BTn.argmax(dim=-1), self.config.num_inner_values)
+        soft_BTn = scores_BTn.softmax(dim=-1, dtype=torch.float32)
+        with torch.autocast(x_BTd.device.type, enabled=False):
+            return (hard_BTn + (soft_BTn - soft_BTn.detach())) @ self.v_embed.weight.float()
+
+
+def _add_value_matrix(attention: DogeInnerFuncAttn, model: DogeForCausalLM) -> None:
+    d = model.config.hidden_size
+    attention.v_proj = nn.Linear(d, d, bias=False)
+    nn.init.normal_(attention.v_proj.weight, std=model._std(d))
+
+
+def _queries_normed(model: DogeForCausalLM) -> None:
+    for feed_forward in _feed_forwards(model):
+        queries = feed_forward.queries
+        feed_forward.queries = nn.Sequential(queries, FloatBatchNorm(queries.out_features))
+
+
+def _input_normed(model: DogeForCausalLM) -> None:
+    for feed_forward in _feed_forwards(model):
+        queries = feed_forward.queries
+        feed_forward.queries = nn.Sequential(FloatBatchNorm(queries.in_features), queries)
+
+
+def _queries_and_keys_normed(model: DogeForCausalLM | LlamaForCausalLM) -> None:
+    for attention in _attentions(model):
+        for name in ("q_proj", "k_proj"):
+            norm = HeadNorm(attention.head_dim, model.config.rms_norm_eps)
+            setattr(attention, name, nn.Sequential(getattr(attention, name), norm))
+
+
+def _attentions(model: DogeForCausalLM | LlamaForCausalLM) -> list[nn.Module]:
+    doge = isinstance(model, DogeForCausalLM)
+    return [layer.attn if doge else layer.self_attn for layer in model.model.layers]
+
+
+def _weights_outside(model: DogeForCausalLM) -> None:
+    for feed_forward in _feed_forwards(model):
+        if not isinstance(feed_forward, OpenCDMoE):
+            feed_forward.__class__ = OpenCDMoE
+        feed_forward.weights_outside = True
+
+
+def _slow_experts(model: DogeForCausalLM) -> None:
+    for feed_forward in _feed_forwards(model):
+        for embedding in (feed_forward.down_embed, feed_forward.up_embed):
+            register_parametrization(embedding, "weight", Scaled(SLOW))
+
+
+def _gated_mlp(model: DogeForCausalLM) -> None:
+    """SwiGLU, as wide as keeps the total of parameters."""
+    d = model.config.hidden_size
+    for layer in model.model.layers:
+        width = round(sum(p.numel() for p in layer.feed_forward.parameters()) / (3 * d))
+        layer.feed_forward = GatedMLP(d, width, layer.feed_forward.act_fn)
+        for matrix in (m for m in layer.feed_forward.modules() if isinstance(m, nn.Linear)):
+            nn.init.normal_(matrix.weight, std=model._std(matrix.in_features))
+
+
+def _feed_forwards(model: DogeForCausalLM) -> list[DogeCDMoE]:
+    return [layer.feed_forward for layer in model.model.layers]
+
+
+def _feed_forward_of(kind: type[DogeCDMoE]) -> Change:
+    def change(model: DogeForCausalLM) -> None:
+        if model.config.private_expert_intermediate_size != model.config.hidden_size:
+            raise ValueError(f"{kind.__name__} needs private_expert_intermediate_size = hidden_size")
+        for feed_forward in _feed_forwards(model):
+            feed_forward.__class__ = kind
+
+    return change
+
+
+def _value_of(kind: type[LinearValueAttn]) -> Change:
+    def change(model: DogeForCausalLM) -> None:
+        for layer in model.model.layers:
+            layer.attn.__class__ = kind
+            _add_value_matrix(layer.attn, model)
+
+    return change
+
+
+CHANGES: dict[str, Change] = {
+    "qk_norm": _queries_and_keys_normed,
+    "query_norm": _queries_normed,
+    "input_norm": _input_normed,
+    "residual": _feed_forward_of(ResidualCDMoE),
+    "parallel": _feed_forward_of(ParallelCDMoE),
+    "weights_outside": _weights_outside,
+    "slow_experts": _slow_experts,
+    "gated_mlp": _gated_mlp,
+    "shared_only": _feed_forward_of(SharedOnlyCDMoE),
+    "linear_value": _value_of(LinearValueAttn),
+    "linear_inner_value": _value_of(LinearInnerValueAttn),
+}
+
+LLAMA_CHANGES: dict[str, Callable[[LlamaForCausalLM], None]] = {"qk_norm": _queries_and_keys_normed}
