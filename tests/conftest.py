@@ -8,6 +8,9 @@ from pathlib import Path
 # Tests never use the network. Set before anything imports huggingface_hub, which reads it once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One of several processes that run tests leaves the other cores to them. Set before anything imports torch.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -31,7 +34,10 @@ def shared_data() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where there is none."""
+    """Begin with the modules that take long, and skip what is marked `gpu` where there is none."""
+    # In several processes, a long module that began last would be waited for by all but one.
+    long = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in long)
     if torch.cuda.is_available():
         return
     without_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU")

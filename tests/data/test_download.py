@@ -26,9 +26,8 @@ from doge_lm.data.manifest import RawSource
 from doge_lm.data.sources import CATALOGUE, TextRow, read_objects, read_rows
 from doge_lm.data.transfer import DiskGuard
 from doge_lm.errors import UserError
-from tests.data.conftest import conversation, json_lines, left_over
+from tests.data.conftest import Mount, conversation, json_lines, left_over, remount
 from tests.data.loopback import Fault, Log, Repository, bucket_handler, hub_files, hub_handler, parquet, serve
-from tests.data.test_hostile import Mount, mounted, remount  # noqa: F401 - the first is a fixture
 
 # ---------------------------------------------------------------------------------------------------------------
 # The user's own files
@@ -490,7 +489,7 @@ def test_a_full_disk_while_downloading(tmp_path: Path, take: Take, monkeypatch: 
 def test_a_disk_that_is_truly_full(
     tmp_path: Path,
     take: Take,
-    mounted: Mount,  # noqa: F811 - a fixture
+    mounted: Mount,
     monkeypatch: pytest.MonkeyPatch,
     full: str,
 ) -> None:
@@ -564,7 +563,7 @@ def test_contents_of_a_source(tmp_path: Path, take: Take, monkeypatch: pytest.Mo
 def test_a_full_disk_while_contents_come(
     tmp_path: Path,
     take: Take,
-    mounted: Mount,  # noqa: F811 - a fixture
+    mounted: Mount,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     place = mounted("size=600k")

@@ -7,13 +7,10 @@ printed, and leave every sound document in place.
 
 import gzip
 import json
-import os
 import random
 import re
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ from datasets import load_from_disk
 
 from doge_lm.cli import main
 from doge_lm.data.manifest import Manifest, SourceAccounting
-from tests.data.conftest import json_lines, left_over
+from tests.data.conftest import Mount, json_lines, left_over, remount
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -119,6 +116,11 @@ class Pipeline:
         self.check_skipped(self.preprocess("--on_error", "skip", "--overwrite"), kept=kept, faults=faults)
         if kept > 2:  # fewer are too few to split
             assert self.merge().status == 0
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(small_tokenizer_path: Path) -> Path:
+    return small_tokenizer_path
 
 
 @pytest.fixture
@@ -421,33 +423,6 @@ def test_tiny_files(pipeline: Pipeline, tmp_path: Path, count: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # Where it is written
 # ---------------------------------------------------------------------------------------------------------------
-
-Mount = Callable[[str], Path]
-
-
-@pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[Mount]:
-    """Mounts a tmpfs with some options; skips where that is not allowed."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def mount_(options: str) -> Path:
-        program = shutil.which("mount")
-        if sys.platform != "linux" or program is None:
-            pytest.skip("no tmpfs here")
-        command = [program, "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-        done = subprocess.run(command, capture_output=True, check=False)
-        if done.returncode:
-            pytest.skip(f"a tmpfs cannot be mounted: {done.stderr.decode().strip()}")
-        return place
-
-    yield mount_
-    while os.path.ismount(place):
-        subprocess.run(["umount", str(place)], check=True)
-
-
-def remount(place: Path, options: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{options}", str(place)], check=True)
 
 
 def in_stage(pipeline: Pipeline, stage: str, source: Path, save_dir: Path) -> Outcome:
