@@ -54,6 +54,22 @@ def test_an_unknown_command_lists_those_there_are(capsys: pytest.CaptureFixture[
     assert "train" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["inspct"], []])
+def test_the_commands_on_data_are_listed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    if arguments:
+        with pytest.raises(SystemExit) as exit_:
+            main(["data", *arguments])
+        assert exit_.value.code == (2 if arguments == ["inspct"] else 0)
+    else:
+        assert main(["data"]) == 2
+    shown = capsys.readouterr()
+    text = shown.out + shown.err
+    assert "usage: doge-lm data [" in text
+    assert "near_duplicates" in text
+    assert "inspect" in text
+    assert "data __" not in text
+
+
 def test_an_error_of_the_user_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--config_path", "no_such_preset"]) == 1
     err = capsys.readouterr().err

@@ -45,17 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; the exit status is 0, 1 for an error the user can mend, 2 for wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     # The commands on data are named by two words.
-    if len(arguments) > 1 and arguments[0] == "data":
+    if len(arguments) > 1 and arguments[0] == "data" and not arguments[1].startswith("-"):
         arguments[:2] = [" ".join(arguments[:2])]
     # `doge-lm preprocess-datasets` is as good as `doge-lm preprocess_datasets`.
     if arguments and not arguments[0].startswith("-"):
         arguments[0] = arguments[0].replace("-", "_")
     command = next((command for command in COMMANDS if arguments and command.name == arguments[0]), None)
-    if not arguments:
-        _overview().print_help()
+    group = "data" if arguments and f"{arguments[0]} ".startswith("data ") else ""
+    named = [*arguments[0].split(" ")[1:], *arguments[1:]] if group else arguments
+    if not named:
+        _overview(group).print_help()
         return 2
     if command is None:
-        _overview().parse_args(arguments)  # prints help or the version, or complains, and exits
+        _overview(group).parse_args(named)  # prints help or the version, or complains, and exits
         raise AssertionError("no command was named, yet the arguments were accepted")
     try:
         return _run(command, arguments[1:])
@@ -91,17 +93,23 @@ def _run(command: Command, arguments: list[str]) -> int:
     return module.run(parser.parse_args(arguments))
 
 
-def _overview() -> argparse.ArgumentParser:
-    width = max(len(command.name) for command in COMMANDS)
-    lines = "\n".join(f"  {command.name:{width}}  {command.summary}" for command in COMMANDS)
+def _overview(group: str = "") -> argparse.ArgumentParser:
+    """The help of all commands, or of those whose names begin with a word."""
+    listed = {
+        command.name.removeprefix(f"{group} "): command.summary
+        for command in COMMANDS
+        if not group or command.name.startswith(f"{group} ")
+    }
+    width = max(map(len, listed))
+    lines = "\n".join(f"  {name:{width}}  {summary}" for name, summary in listed.items())
     parser = argparse.ArgumentParser(
-        prog="doge-lm",
+        prog=f"doge-lm {group}".rstrip(),
         description="Train a small language model of the Doge architecture, from raw text to a chat model.",
-        epilog=f"commands:\n{lines}\n\n`doge-lm COMMAND --help` lists a command's flags.",
+        epilog=f"commands:\n{lines}\n\n`{f'doge-lm {group}'.rstrip()} COMMAND --help` lists a command's flags.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"doge-lm {__version__}")
-    parser.add_argument("command", choices=[command.name for command in COMMANDS], metavar="COMMAND")
+    parser.add_argument("command", choices=list(listed), metavar="COMMAND")
     return parser
 
 

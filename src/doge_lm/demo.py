@@ -78,7 +78,7 @@ def commands(work_dir: Path, corpus: dict[str, Path], steps: int | None) -> list
             *["preprocess_datasets", "--datasets_dir", datasets, "--save_dir", datasets],
             *["--tokenizer_path", tokenizer, "--max_len", str(settings.train.sequence_length), "--num_proc", "2"],
         ],
-        ["merge_datasets", "--datasets_dir", datasets, "--save_dir", datasets, "--test_size", "64", "--num_proc", "2"],
+        ["merge_datasets", "--datasets_dir", datasets, "--save_dir", datasets, "--test_size", "32", "--num_proc", "2"],
         [
             *["train", "--config_path", PRESET, "--logging_dir", str(work_dir / "log"), "--output_dir", model],
             *["--tokenizer_path", tokenizer, "--dataset_path", f"{datasets}/pretrain", *shorter],

@@ -122,10 +122,10 @@ def test_what_counts_as_equal() -> None:
         TextRow("ab"),
         ConversationRow((("human", "ab"),)),
     ]
-    hashes = [tuple(pair) for pair in hash_rows(rows).tolist()]
+    hashes = [tuple(pair) for block in hash_rows(rows) for pair in block.tolist()]
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 4
-    assert hash_rows([]).shape == (0, 2)
+    assert list(hash_rows([])) == []
 
 
 @pytest.mark.parametrize("partition_rows", [7, 2**20])
@@ -148,3 +148,14 @@ def test_duplicates_are_those_that_a_set_finds(
     assert [load_drops(drops_path(path, out)).tolist() for path in paths] == expected
     assert total == sum(map(len, expected)) == mark_duplicates(paths, out)
     assert not (out / ".partitions").exists()
+
+
+def test_hashes_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_HASHED_ROWS", 2)
+    blocks = list(hash_rows(map(TextRow, "abcde")))
+    assert [len(block) for block in blocks] == [2, 2, 1]
+    for name, parts in {"rows-1.npy": blocks, "rows-0.npy": []}.items():
+        write_hashes(tmp_path / name, parts)
+        expected = np.concatenate([np.empty((0, 2), np.uint64), *parts])
+        assert np.array_equal(np.load(tmp_path / name, mmap_mode="r"), expected)
+    assert len(list(tmp_path.iterdir())) == 2

@@ -1,6 +1,7 @@
 """Taking sources in: the user's files, a hub and a bucket on loopback, and what can go wrong with each."""
 
 import errno
+import hashlib
 import os
 import random
 import shutil
@@ -66,8 +67,11 @@ def test_local_files_are_referred_to(tmp_path: Path, capsys: pytest.CaptureFixtu
         (".x={ok}", "may hold letters"),
         ("mine={dir}/none.jsonl", "none.jsonl does not exist"),
         ("mine={dir}/table.csv", "unknown kind"),
-        ("mine={dir}/empty.jsonl", "there is not one row"),
-        ("mine={dir}/bad.jsonl", "bad.jsonl, line 1: invalid JSON"),
+        ("mine={dir}/empty.jsonl", "there is not one good row"),
+        (
+            "mine={dir}/bad.jsonl",
+            "there is not one good row in {dir}/bad.jsonl; the first fault: {dir}/bad.jsonl, line 1: ",
+        ),
         ("infinity-instruct-Gen={ok}", "are for pretrain, but infinity-instruct-Gen is a source for finetune"),
     ],
 )
@@ -79,8 +83,69 @@ def test_local_files_that_cannot_be_taken(
         (tmp_path / name).write_bytes(content)
     local = value.format(ok=tmp_path / "ok.txt", dir=tmp_path)
     assert main(["download_datasets", "--save_dir", str(tmp_path / "D"), "--local", local]) == 1
-    assert message in capsys.readouterr().err
+    assert message.format(dir=tmp_path) in capsys.readouterr().err
     assert not (tmp_path / "D").exists()
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (b'{"text": oops}\n' + json_lines([{"text": "good"}]), "a.jsonl, line 1: invalid JSON"),
+        (b'{"text": "caf\xe9"}\n', "a.jsonl, line 1: invalid UTF-8"),
+        (b"{}\n{}\n", "a.jsonl, line 1: the field `text` or `conversations` is missing (fields there: none) (and 1"),
+    ],
+)
+def test_what_is_faulty_before_the_first_good_row_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: bytes, message: str
+) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "a.jsonl").write_bytes(bad)
+    (own / "b.jsonl").write_bytes(json_lines([{"text": "good"}]))
+    source = take_local("mine", own, tmp_path / "raw" / "mine")
+    assert (source.kind, len(source.files)) == ("pretrain", 2)
+    error = capsys.readouterr().err
+    assert message in error
+    assert "--on_error skip" in error
+
+
+def test_a_document_may_be_too_large_for_the_default_of_preprocessing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines([{"text": "x" * (2**24 + 1)}]))
+    assert take_local("mine", tmp_path / "a.jsonl", tmp_path / "raw" / "mine").kind == "pretrain"
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_left_aside_and_what_is_of_the_other_kind_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own"
+    (own / ".git").mkdir(parents=True)
+    for name in ("x.csv", "y.CSV", "README", "z.txt.gz", ".git/config.ini"):
+        (own / name).write_bytes(b"x")
+    (own / "a.jsonl").write_bytes(json_lines([{"text": "a"}]))
+    (own / "b.jsonl").write_bytes(json_lines([conversation(("human", "q"), ("gpt", "a"))]))
+    assert take_local("mine", own, tmp_path / "raw" / "mine").kind == "pretrain"
+    error = capsys.readouterr().err
+    assert "left aside: 2 .csv, 1 .txt.gz, 1 without a suffix (readable are .jsonl, " in error
+    assert f"{own / 'a.jsonl'} is for pretrain, but {own / 'b.jsonl'} for finetune" in error
+
+
+def test_a_shard_of_which_a_bit_has_flipped_is_refused(tmp_path: Path) -> None:
+    _, [file] = write_shards(tmp_path, "part", texts(0, 50), DiskGuard(0))
+    path = tmp_path / file.path
+    sound = path.read_bytes()
+    assert hashlib.sha256(sound).hexdigest() == file.sha256
+    rows = list(read_rows([path]))
+    for bit in range(0, 8 * len(sound), 11):
+        altered = bytearray(sound)
+        altered[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(altered)
+        try:
+            assert list(read_rows([path])) == rows  # a bit that means nothing
+        except UserError:
+            continue
 
 
 def test_a_name_given_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

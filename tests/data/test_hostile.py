@@ -286,6 +286,15 @@ def test_empty_files_of_lines_hold_nothing(pipeline: Pipeline, own: Callable[...
     pipeline.check_skipped(pipeline.preprocess(), kept=3, faults=0)
 
 
+@pytest.mark.parametrize("suffix", [".zst", ".gz"])
+def test_a_packed_file_without_a_byte_is_named_or_counted(
+    pipeline: Pipeline, own: Callable[..., Path], suffix: str
+) -> None:
+    folder = own(SOUND, "a.jsonl").parent
+    empty = own(b"", f"b.jsonl{suffix}")
+    pipeline.check_both_ways(folder, re.escape(str(empty)), "empty", kept=3)
+
+
 def test_an_empty_text_file_is_named_or_counted(pipeline: Pipeline, own: Callable[..., Path]) -> None:
     folder = own(b"some words", "a.txt").parent
     own(b"other words", "c.txt")

@@ -12,7 +12,7 @@ from datasets import load_from_disk
 
 from doge_lm.cli import main
 from doge_lm.data import inspect
-from doge_lm.data.manifest import Manifest
+from doge_lm.data.manifest import Manifest, RawSource, SampleCounts
 from doge_lm.data.merge import merge
 from tests.data.conftest import conversation
 
@@ -167,12 +167,43 @@ def test_another_tokenizer_is_refused(prepared: Path, tokenizer_path: Path, caps
         (["pretrain", "--split", "dev"], "only train, test"),
         (["pretrain", "--samples", "-1"], "--samples -1"),
         (["pretrain", "--png", "nowhere/x.png"], "--png nowhere/x.png"),
+        (["pretrain", "--png", "x.pdf"], "--png x.pdf: the picture is a PNG"),
+        (["pretrain/test"], "pretrain/test is a split of a merged set; give pretrain --split test"),
+        (["tokenized"], "give one of them: tokenized/apple, tokenized/pear, tokenized/talk"),
+        (["."], "give one of them: finetune, pretrain, raw/apple"),
     ],
 )
 def test_wrong_arguments(
     prepared: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
 ) -> None:
     assert expected in refused(capsys, *arguments)
+
+
+def test_a_source_that_is_not_tokenized_yet(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "raw/apple")
+    source = RawSource.read(prepared / "raw" / "apple")
+    assert re.search(r"kind +pretrain\n", text)
+    assert "not tokenized yet" in text
+    assert source.origin in text
+    assert f"{source.files[0].path}  {source.files[0].bytes:,} " in text
+
+
+def test_a_tokenizer_is_no_set(prepared: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is a tokenizer; give it as --tokenizer_path" in refused(capsys, tokenizer_path)
+
+
+def test_numbers_of_the_picture_are_written_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    lengths = np.zeros(2049, np.int64)
+    lengths[-1] = 12_345_678
+    inspect.draw(tmp_path / "x.png", "title", lengths, {"one": SampleCounts(tokens=25_000_000_000)})
+    figures[0].draw_without_rendering()
+    left, right = figures[0].axes
+    labels = [{label.get_text() for label in axis.get_ticklabels()} for axis in (left.xaxis, left.yaxis, right.xaxis)]
+    assert "1,000" in labels[0]
+    assert "10,000,000" in labels[1]
+    assert "24,000,000,000" in labels[2]
 
 
 def test_damaged_file(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:

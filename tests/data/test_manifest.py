@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +180,15 @@ def test_the_accounting_adds_up() -> None:
     account.check("a", rows)
     table = accounting_table({"a": account}, {"a": rows})
     assert "a: dropped, empty text: 1 times, 4 bytes, 3 tokens" in table
+
+
+def test_a_lost_file_stands_in_the_table() -> None:
+    account, rows = balanced()
+    account.leave_out("rest of a file", 0, is_document=False, example="b.jsonl is truncated")
+    account.leave_out("rest of a file", 0, is_document=False, example="c.jsonl is truncated")
+    table = accounting_table({"a": account}, {"a": rows})
+    assert re.search(r"^bad input .* 2$", table, re.MULTILINE)
+    assert "a: dropped, rest of a file: 2 times, 0 bytes, – tokens\n  the first: b.jsonl is truncated" in table
 
 
 @pytest.mark.parametrize(

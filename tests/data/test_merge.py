@@ -56,7 +56,7 @@ def documents_of(rows: Any, tokenizer: Any) -> set[str]:
 @pytest.fixture
 def two_sources(tmp_path: Path, prepare: Prepare) -> Path:
     """Two sources of text, one of conversations, tokenized."""
-    sources = {"apple": marked_texts("apple", 150), "pear": marked_texts("pear", 100), "talk": chats(400)}
+    sources = {"apple": marked_texts("apple", 150), "pear": marked_texts("pear", 100), "talk": chats(500)}
     prepare(sources, sequence_length=128)
     return tmp_path
 
@@ -324,6 +324,54 @@ def test_a_conversation_that_occurs_twice_is_on_one_side(tmp_path: Path, prepare
     assert len(made["test"]) == 20
 
 
+def shingles(rows: Any, length: int) -> set[tuple[int, ...]]:
+    """All runs of so many tokens in the pieces of rows."""
+    pieces = {ids for ids, _ in pieces_in(rows)}
+    return {ids[begin : begin + length] for ids in pieces for begin in range(len(ids) - length + 1)}
+
+
+@pytest.mark.parametrize("candidates", ["all", "some"])
+def test_concatenated_documents_that_occur_twice_are_on_one_side(
+    tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch, candidates: str
+) -> None:
+    """Two copies are cut at different places; texts shorter and longer than a row, over several batches of rows."""
+    if candidates == "some":
+        monkeypatch.setattr(module, "_CANDIDATE_ROWS", 512)
+        monkeypatch.setattr(module, "_MOST_CANDIDATE_ROWS", 512)
+    draw = random_stream(1, "test")
+    texts = [{"text": " ".join(map(str, draw.randint(100, 999, 10 + 9 * (n % 13))))} for n in range(700)]
+    order = draw.permutation(760) % 700
+    prepare({"a": [texts[n] for n in order]}, sequence_length=64, packing="concat")
+    manifest = merge(tmp_path, tmp_path, test_size=150)["pretrain"]
+    assert manifest.settings["candidates"] == candidates
+    assert manifest.repeated_documents == 60 if candidates == "all" else 0 < manifest.repeated_documents <= 60
+    made = rows_of(tmp_path / "pretrain")
+    assert len(made["test"]) > 40
+    assert shingles(made["train"], 30).isdisjoint(shingles(made["test"], 30))
+
+
+def test_concatenated_conversations_with_rows_left_out_are_on_one_side(tmp_path: Path, prepare: Prepare) -> None:
+    """Prompts longer than two rows: what is left of two copies begins at different places, or has a hole."""
+    draw = random_stream(2, "test")
+
+    def words(count: int) -> str:
+        return " ".join(map(str, draw.randint(100, 999, count)))
+
+    rows = [
+        conversation(("human", words(70 + n)), ("gpt", words(12)), ("human", words(70)), ("gpt", words(12)))
+        for n in range(40)
+    ]
+    fill = [conversation(("human", words(3)), ("gpt", words(5 + n % 7))) for n in range(900)]
+    order = draw.permutation(1000)
+    both = [(rows + rows + fill)[n] for n in order if n < 980]
+    prepare({"a": both}, sequence_length=64, packing="concat")
+    assert Manifest.read(tmp_path / "tokenized" / "a").accounting["a"].dropped  # or nothing would have been shown
+    merge(tmp_path, tmp_path, test_size=150)
+    made = rows_of(tmp_path / "finetune")
+    assert len(made["test"]) > 40
+    assert shingles(made["train"], 12).isdisjoint(shingles(made["test"], 12))
+
+
 def test_repeats_that_leave_no_test_set_are_said(tmp_path: Path, prepare: Prepare) -> None:
     prepare({"a": [{"text": "the same again"}] * 30}, sequence_length=64, padding="max_length")
     with pytest.raises(
@@ -560,3 +608,73 @@ def test_a_source_that_was_taken_in_anew_must_be_tokenized_anew(tmp_path: Path, 
     take_local("apple", tmp_path / "own" / "apple.jsonl", tmp_path / "raw" / "apple")
     with pytest.raises(UserError, match=r"raw.apple names other files .* preprocess_datasets"):
         merge(tmp_path, tmp_path, test_size=3)
+
+
+def test_other_content_of_the_same_size_must_be_tokenized_anew(tmp_path: Path, prepare: Prepare) -> None:
+    prepare({"apple": marked_texts("apple", 40)}, sequence_length=64)
+    own = tmp_path / "own" / "apple.jsonl"
+    own.write_bytes(own.read_bytes().replace(b"lorem", b"other"))
+    take_local("apple", own, tmp_path / "raw" / "apple")
+    with pytest.raises(UserError, match=r"apple.jsonl has other content than when 'apple' .* preprocess_datasets"):
+        merge(tmp_path, tmp_path, test_size=3)
+
+
+def test_a_test_set_of_more_than_half_is_refused(tmp_path: Path, prepare: Prepare) -> None:
+    rows = prepare({"a": marked_texts("a", 40)}, sequence_length=64)["a"].samples["all"]["a"].samples
+    with pytest.raises(UserError, match=f"more than half of the {rows} samples; .* such as {rows // 20},"):
+        merge(tmp_path, tmp_path, test_size=rows // 2 + 1)
+
+
+def test_a_small_set_gives_a_twentieth_to_the_test_set(
+    tmp_path: Path, prepare: Prepare, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare({"talk": chats(200)}, sequence_length=64, padding="max_length")
+    assert main(["merge_datasets", "--datasets_dir", str(tmp_path), "--save_dir", str(tmp_path)]) == 0
+    assert "finetune: --test_size was not given, so it is 10: 5% of the samples" in capsys.readouterr().out
+    assert Manifest.read(tmp_path / "finetune").split_counts("test").samples == 10
+
+
+def test_a_source_beside_what_was_cleared_of_it_is_said(
+    tmp_path: Path, prepare: Prepare, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare({"a": marked_texts("a", 40), "a-dedup": marked_texts("a", 30)}, sequence_length=64)
+    merge(tmp_path, tmp_path)
+    assert "warning: a and a-dedup are merged together" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_a_dealt_file_that_lost_its_end_is_dealt_again(
+    two_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a loss of power."""
+    merge(two_sources, tmp_path / "whole", test_size=30)
+
+    def killed(*arguments: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_shuffle", killed)
+        with pytest.raises(Killed):
+            merge(two_sources, tmp_path / "two", test_size=30)
+    dealt = tmp_path / "two" / ".tmp-pretrain" / "work" / "dealt-00000.arrow"
+    dealt.write_bytes(dealt.read_bytes()[:-1000])
+    merge(two_sources, tmp_path / "two", test_size=30)
+    assert contents(tmp_path / "two" / "pretrain") == contents(tmp_path / "whole" / "pretrain")
+
+
+def test_runs_are_limited_by_the_rows_that_they_deal(two_sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short rows, or many copies; the cut into runs changes no byte, nor does it matter how many files are open."""
+    honest = module._each
+    counts: list[int] = []
+
+    def each(description: str, num_proc: int, function: Any, tasks: Any) -> Any:
+        counts.append(len(tasks))
+        return honest(description, num_proc, function, tasks)
+
+    monkeypatch.setattr(module, "_each", each)
+    merge(two_sources, two_sources / "one", test_size=30)
+    monkeypatch.setattr(module, "_RUN_ROWS", 200)
+    monkeypatch.setattr(shuffle, "_MOST_OPEN", 1)
+    merge(two_sources, two_sources / "many", test_size=30)
+    assert counts == [1, 1, 2, 1]  # pre-training and fine-tuning, twice
+    assert contents(two_sources / "one" / "pretrain") == contents(two_sources / "many" / "pretrain")

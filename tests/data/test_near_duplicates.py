@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 import pytest
 
 from doge_lm.cli import main
+from doge_lm.data import near_duplicates
 from doge_lm.data.download import take_local
 from doge_lm.data.manifest import RawSource
-from doge_lm.data.near_duplicates import _MOST_TASKS, _plan_units
+from doge_lm.data.near_duplicates import _MOST_TASKS, _plan_units, _signatures, _word_tokenizer
 from doge_lm.data.sources import TextRow, read_rows
 from tests.data.conftest import conversation, json_lines
 
@@ -130,6 +132,41 @@ def test_nothing_is_written_where_nothing_is_left(tmp_path: Path, capfd: pytest.
     assert main(command(tmp_path, "--on_error", "skip", "--max_document_bytes", "5")) == 1
     assert "nothing is left" in capfd.readouterr().err
     assert not (tmp_path / "raw" / "code-dedup").exists()
+
+
+@pytest.mark.parametrize("piece_characters", [2**18, 500])
+def test_signatures_are_those_of_datatrove(
+    tmp_path: Path, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, piece_characters: int
+) -> None:
+    """Whether a document is one piece or many: it is cut at spaces, and n-grams go on over the cuts."""
+    from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature  # noqa: PLC0415
+    from datatrove.utils.hashing import HashConfig  # noqa: PLC0415
+
+    monkeypatch.setattr(near_duplicates, "_PIECE_CHARACTERS", piece_characters)
+    monkeypatch.setattr(near_duplicates, "_NGRAMS_AT_ONCE", 100)
+    config = MinhashConfig(5, 14, 8, hash_config=HashConfig(hash_fc="sha1"))
+    own = _signatures(str(tmp_path), config)
+    theirs = MinhashDedupSignature(str(tmp_path), config, language=_word_tokenizer())
+    spaced = " ".join("汉字没有空格" * 300) + "\nMonday 3.14 résumé " * 100
+    for text in [*(row["text"] for row in rows), spaced]:
+        assert own.get_signature(own.get_shingles(text)) == theirs.get_signature(theirs.get_shingles(text))
+    assert own.get_shingles("four words are few").size == 0
+    assert own.get_shingles("").size == 0
+
+
+@pytest.mark.parametrize("unit", ["lorem ipsum 12 ", "汉字"])
+def test_a_large_document_is_signed_in_bounded_memory(tmp_path: Path, unit: str) -> None:
+    from datatrove.pipeline.dedup.minhash import MinhashConfig  # noqa: PLC0415
+    from datatrove.utils.hashing import HashConfig  # noqa: PLC0415
+
+    sign = _signatures(str(tmp_path), MinhashConfig(hash_config=HashConfig(hash_fc="sha1")))
+    text = unit * (2 * 2**20 // len(unit))
+    tracemalloc.start()
+    try:
+        assert sign.get_shingles(text).shape == (14, 8)
+        assert tracemalloc.get_traced_memory()[1] < 120 * 2**20  # all n-grams at once take 20 times as much
+    finally:
+        tracemalloc.stop()
 
 
 def test_there_are_never_too_many_tasks(tmp_path: Path) -> None:

@@ -214,3 +214,12 @@ def test_concatenation_fills_rows() -> None:
     rows = [row for entry in documents for row in packer.add(entry)] + list(packer.finish())
     short = sum(len(row.input_ids) < 31 for row in rows)
     assert short <= len(rows) // 64 + 1
+
+
+def test_a_window_is_bounded_by_documents_too() -> None:
+    packer = BestFitPacker(8, window_documents=4, max_open_rows=0)
+    ids = np.arange(2, dtype=np.uint16)
+    document = [Piece(ids, np.empty(0, np.int32), 1)]
+    rows = [len(list(packer.add(document))) for _ in range(9)]
+    assert rows == [0, 0, 0, 1, 0, 0, 0, 1, 0]  # four documents of two tokens are a row
+    assert len(list(packer.finish())) == 1

@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -21,6 +22,9 @@ from datasets import load_from_disk
 
 from doge_lm.cli import main
 from doge_lm.data import documents, sources, storage
+from doge_lm.data import manifest as manifest_module
+from doge_lm.data import preprocess as preprocess_module
+from doge_lm.data.cleaning import CleaningSettings
 from doge_lm.data.download import take_local
 from doge_lm.data.manifest import Manifest, SourceAccounting
 from doge_lm.data.preprocess import PreprocessSettings, preprocess
@@ -159,6 +163,12 @@ def test_every_unit_is_a_shard_and_groups_do_not_cross_it(tmp_path: Path, prepar
     assert len(set(made["group"])) == 30
 
 
+def test_examples_in_a_part_of_a_file_say_where_lines_are_counted_from(tmp_path: Path, prepare: Prepare) -> None:
+    rows = [{"text": f"number {n} of many"} for n in range(200)] + [{"title": "bad"}]
+    account = prepare({"a": rows}, sequence_length=64, unit_bytes=1_000, on_error="skip")["a"].accounting["a"]
+    assert " (lines counted from byte " in account.dropped[sources.BAD_FIELD].example
+
+
 def test_a_source_of_whole_batches(tmp_path: Path, prepare: Prepare) -> None:
     full = [{"text": f"text {n}"} for n in range(storage.ROWS_PER_BATCH)]
     manifest = prepare({"full": full}, sequence_length=64, padding="max_length")["full"]
@@ -285,6 +295,7 @@ def test_a_row_with_nothing_to_learn_stops_or_is_skipped(
     assert command(path, "--on_error", "skip") == 0
     account = Manifest.read(tmp_path / "tokenized" / "a").accounting["a"]
     assert account.dropped[reason].times == 1
+    assert f"\n  the first: {path}, line 2: {reason}\n" in capsys.readouterr().out
     assert (account.documents_in, account.documents_kept) == (3, 2)
 
 
@@ -464,7 +475,7 @@ def test_settings_are_in_the_manifest(tmp_path: Path, prepare: Prepare) -> None:
         "padding": "packed",
         "packing": "best_fit",
         "train_on_prompts": True,
-        "max_document_bytes": 2**24,
+        "max_document_bytes": 2**23,
         "unit_bytes": 2**24,
     }
     assert written["sequence_length"] == 64
@@ -567,6 +578,7 @@ def test_a_bad_line_is_skipped_and_counted(
     account = preprocess(tmp_path, tmp_path, tokenizer_path, settings)["a"].accounting["a"]
     assert account.dropped[reason].times == 1
     assert account.dropped[reason].bytes == len(line)
+    assert account.dropped[reason].example.startswith(f"{path}, line 3")
     assert (account.documents_in, account.documents_kept, account.documents_dropped) == (4, 3, 1)
 
 
@@ -581,17 +593,100 @@ def test_a_truncated_archive_is_kept_up_to_the_cut(
     settings = PreprocessSettings(64, on_error="skip")
     account = preprocess(tmp_path, tmp_path, tokenizer_path, settings, unit_bytes=unit_bytes)["a"].accounting["a"]
     assert account.dropped[sources.BROKEN_FILE].times == 1
+    assert account.dropped[sources.BROKEN_FILE].example.startswith(f"{path} is truncated")
     assert 10_000 < account.documents_kept < 20_000
 
 
-def test_a_share_is_the_fewest_units_that_reach_it(tmp_path: Path, prepare: Prepare) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_share_ends_with_the_document_that_reaches_it(
+    tmp_path: Path, prepare: Prepare, tokenizer_path: Path, packed: bool
+) -> None:
+    """For any number of processes, and whether the last unit is cut as it is made or made anew for it."""
     rows = [{"text": f"number {n} of many"} for n in range(400)]
     whole = prepare({"a": rows}, sequence_length=64, unit_bytes=5_000, place=tmp_path / "all")["a"]
     wanted = whole.accounting["a"].targets // 2
-    made = prepare({"a": rows}, sequence_length=64, unit_bytes=5_000, tokens=wanted)["a"]
-    assert 0 < len(made.files) < len(whole.files)
-    assert made.files == whole.files[: len(made.files)]
-    assert made.accounting["a"].targets >= wanted > made.accounting["a"].targets - 2_000
+    results = []
+    for num_proc in (1, 2):
+        place = tmp_path / str(num_proc)
+        (place / "own").mkdir(parents=True)
+        file = place / "own" / ("a.jsonl.zst" if packed else "a.jsonl")
+        file.write_bytes(zstandard.compress(json_lines(rows)) if packed else json_lines(rows))
+        take_local("a", file, place / "raw" / "a")
+        settings = PreprocessSettings(64, tokens=wanted)
+        results.append(preprocess(place, place, tokenizer_path, settings, num_proc=num_proc, unit_bytes=5_000)["a"])
+    made = results[0]
+    assert 1 < len(made.files) < len(whole.files)
+    assert made.files[:-1] == whole.files[: len(made.files) - 1] or packed
+    assert wanted <= made.accounting["a"].targets < wanted + 20
+    assert results[1].files == made.files
+    assert results[1].accounting == made.accounting
+
+
+def test_a_share_within_one_unit_and_what_is_said_of_it(
+    tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_bytes(json_lines([{"text": f"number {n} of many"} for n in range(4000)]))
+    assert command(path, "--tokens", "1000") == 0
+    taken = Manifest.read(tmp_path / "tokenized" / "a").accounting["a"].targets
+    assert 1000 <= taken < 1020
+    assert f"\na: stopped at its share of --tokens: {taken:,} of 1,000 tokens" in capsys.readouterr().out
+    assert command(path, "--tokens", "1M", "--overwrite") == 0
+    assert "warning: a: has " in capsys.readouterr().out
+
+
+def test_a_large_file_that_was_rewritten_is_refused(
+    tmp_path: Path, prepare: Prepare, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same size; in mid-run, on going on, and when all is done."""
+    for module in (preprocess_module, manifest_module):
+        monkeypatch.setattr(module, "MAX_IDENTITY_BYTES", 0)
+    path = tmp_path / "own" / "a.jsonl"
+    rows = [{"text": f"number {n} of many"} for n in range(400)]
+    honest, done = preprocess_module._make_unit, 0
+
+    def make(task: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == 3:
+            raise KeyboardInterrupt
+        return honest(task)
+
+    monkeypatch.setattr(preprocess_module, "_make_unit", make)
+    with pytest.raises(KeyboardInterrupt):
+        prepare({"a": rows}, sequence_length=64, unit_bytes=5_000)
+    assert prepare({"b": rows}, sequence_length=64, place=tmp_path / "b")["b"].inputs[0].state
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(UserError, match=r"interrupted run with other settings \(inputs .*a\.jsonl: was"):
+        preprocess(tmp_path, tmp_path, tokenizer_path, PreprocessSettings(64), unit_bytes=5_000)
+
+    def change(task: Any) -> Any:
+        os.utime(path, ns=(2, 2))
+        return honest(task)
+
+    monkeypatch.setattr(preprocess_module, "_make_unit", change)
+    with pytest.raises(UserError, match=r"a\.jsonl of the source 'a' was changed while it was read"):
+        preprocess(tmp_path, tmp_path, tokenizer_path, PreprocessSettings(64), overwrite=True)
+    made = preprocess(tmp_path, tmp_path, tokenizer_path, PreprocessSettings(64), overwrite=True)["a"]
+    assert made.inputs[0].sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    os.utime(path, ns=(3, 3))
+    with pytest.raises(UserError, match=r"inputs .*a\.jsonl: was"):
+        preprocess(tmp_path, tmp_path, tokenizer_path, PreprocessSettings(64))
+
+
+def test_languages_of_a_source_that_is_not_there(tmp_path: Path, prepare: Prepare) -> None:
+    with pytest.raises(UserError, match=r"--languages foo=en names foo, .* \(there: a\)"):
+        prepare({"a": [GOOD]}, cleaning=CleaningSettings(languages=("foo=en",)))
+
+
+def test_what_another_run_left_beside_a_finished_source_is_named(
+    tmp_path: Path, prepare: Prepare, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare({"a": [GOOD]}, sequence_length=64)
+    left = tmp_path / "tokenized" / ".tmp-a"
+    left.mkdir()
+    prepare({"a": [GOOD]}, sequence_length=64)
+    assert f"{left} was left by an interrupted run" in capsys.readouterr().out
 
 
 def test_concatenation_is_accounted_for_and_trains_on_the_same_tokens(

@@ -87,9 +87,30 @@ def test_frames_one_after_another(tmp_path: Path) -> None:
 
 
 def test_empty_files_hold_no_rows(tmp_path: Path) -> None:
-    for name in ("a.jsonl", "a.jsonl.zst", "a.jsonl.gz"):
-        (tmp_path / name).write_bytes(b"")
+    packed = {"a.jsonl": b"", "a.jsonl.zst": zstandard.compress(b""), "a.jsonl.gz": gzip.compress(b"")}
+    for name, content in packed.items():
+        (tmp_path / name).write_bytes(content)
         assert list(read_rows([tmp_path / name])) == []
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl.gz"])
+def test_a_packed_file_without_a_byte_is_broken(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    (error,) = sources.scan_rows(tmp_path / name)
+    assert isinstance(error, sources.BadInputError)
+    assert (error.reason, error.is_row) == (sources.BROKEN_FILE, False)
+    assert str(tmp_path / name) in str(error)
+
+
+def test_a_zst_file_with_a_large_window_is_told_from_a_damaged_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    settings = zstandard.ZstdCompressionParameters(window_log=29, write_content_size=False)
+    with path.open("wb") as file, zstandard.ZstdCompressor(compression_params=settings).stream_writer(file) as stream:
+        stream.write(json_lines(ROWS))
+    (error,) = sources.scan_rows(path)
+    assert isinstance(error, sources.BadInputError)
+    assert error.reason == sources.UNREADABLE_FILE
+    assert "zstd -d --long=31" in str(error)
 
 
 def test_folders_are_read_in_sorted_order(tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ def test_documents_of_the_test_set_are_never_given_again(
 
 
 def test_too_little_text_for_the_test_set_is_an_error(folder: Path, settings: StreamSettings) -> None:
-    with pytest.raises(UserError, match=r"too few to hold 5,000 out.*stream_test_rows"):
+    with pytest.raises(UserError, match=r"too few to hold 5,000 out.*--set stream_test_rows=10,"):
         hold_out(FileSource(folder), settings, 5000)
 
 
@@ -464,13 +464,27 @@ def test_bad_rows_are_left_out_and_counted(tmp_path: Path, tokenizer: Any) -> No
         if state.epoch == 2:
             break
     assert sum(state.skipped.values()) == 2 * (4 + 1)  # in each of two epochs the lines, and the rest of the file
+    assert sum(stream.skipped.values()) >= sum(state.skipped.values())
     assert any("b.jsonl.zst is truncated" in report for report in reports)
     assert len(reports) == len(state.skipped) == 5  # each kind is reported once
 
 
+def test_what_the_first_block_left_out_is_counted_at_once(tmp_path: Path) -> None:
+    """The state stands before the block: of a small corpus, it would say 0 to the end of the first epoch."""
+    (tmp_path / "a.jsonl").write_bytes(json_lines(texts("plain", 5)) + BAD)
+    settings = StreamSettings(Path(), LENGTH, skip_bad_rows=True)
+    stream = RowStream(FileSource(tmp_path), settings, NOTHING_HELD_OUT, length=10)
+    assert stream[0]
+    assert sum(stream.skipped.values()) == 4
+    assert stream.state(1).skipped == {}  # a resumed run meets them again
+
+
 def test_a_source_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file or folder, and it is no data set of the hub"):
-        open_source(str(tmp_path / "none"))
+        open_source("a/path/of/none")
+    for path in (str(tmp_path / "none"), "./none", "../none"):
+        with pytest.raises(UserError, match=r"none: there is no such file or folder$"):
+            open_source(path)
     with pytest.raises(UserError, match="holds no readable file"):
         open_source(str(tmp_path))
 

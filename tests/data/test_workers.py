@@ -1,8 +1,12 @@
 """Processes: results in order, bounded look-ahead, errors as they are."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,6 +58,39 @@ def test_results_come_in_order_and_errors_as_they_are(num_proc: int) -> None:
 def test_a_process_that_dies_is_a_user_error() -> None:
     with Workers(2, start, (1,)) as workers, pytest.raises(UserError, match="a worker process ended abruptly"):
         list(workers.map(multiply, [16, 17]))
+
+
+_INTERRUPTED = """
+import sys, time
+from doge_lm.data.workers import Workers
+if __name__ == "__main__":
+    try:
+        with Workers(3, print, ("begun",)) as workers:
+            for _ in workers.unordered(time.sleep, [60] * 9):
+                pass
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no process groups")
+@pytest.mark.parametrize("begun", [0, 3])
+def test_ctrl_c_ends_the_whole_group_quietly(begun: int) -> None:
+    """While the processes are still importing, and when they are at work."""
+    command = [sys.executable, "-u", "-c", _INTERRUPTED]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, text=True
+    ) as running:
+        assert running.stdout is not None
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+        for _ in range(begun):
+            assert running.stdout.readline() == "begun\n"
+        while not begun and children.exists() and len(children.read_text(encoding="ascii").split()) < 3:
+            time.sleep(0.005)
+        os.killpg(running.pid, signal.SIGINT)
+        _, errors = running.communicate(timeout=30)
+    assert errors == ""
+    assert running.returncode == 130
 
 
 def test_no_processes_are_refused() -> None:

@@ -9,12 +9,14 @@ characters in a row in scripts that put no spaces between words.
 """
 
 import argparse
+import itertools
+import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -263,19 +265,26 @@ def _known_languages() -> set[str]:
     return {str(code) for code in _identifier().labels}
 
 
+# Written Mandarin is often taken for Wu or Cantonese.
+_OTHER_CHINESE = frozenset({"wuu", "yue"})
+
+
 def _is_in(texts: Sequence[str], languages: frozenset[str]) -> bool:
     """Whether a text is in one of some languages, or too short to tell."""
     sample = "\n".join(text[:_LANGUAGE_CHARACTERS] for text in texts)[:_LANGUAGE_CHARACTERS]
     # Short samples are rare: only those are looked at letter by letter.
     if len(sample) < 10 * _LANGUAGE_LETTERS and sum(map(str.isalpha, sample)) < _LANGUAGE_LETTERS:
         return True
-    return str(_identifier().classify(sample)[0]) in languages
+    found = str(_identifier().classify(sample)[0])
+    return found in languages or (found in _OTHER_CHINESE and "zh" in languages)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Exact duplicates
 # ---------------------------------------------------------------------------------------------------------------
 
+# Hashes that are gathered before they are written.
+_HASHED_ROWS = 2**14
 # Rows that are compared at once: 24 bytes each on disk, and about 80 while they are sorted.
 _PARTITION_ROWS = 2**20
 _MOST_PARTITIONS = 4096
@@ -283,16 +292,15 @@ _RECORD = np.dtype([("high", np.uint64), ("low", np.uint64), ("row", np.int64)])
 _DONE_NAME = "duplicates.json"
 
 
-def hash_rows(rows: Iterable[Row]) -> Hashes:
-    """128-bit hashes of rows, in order: an array of shape (rows, 2).
+def hash_rows(rows: Iterable[Row]) -> Iterator[Hashes]:
+    """128-bit hashes of rows, in order: arrays of shape (rows, 2), of some thousand rows each.
 
     Rows count as equal if their words are: the prompt and the text, or the speakers and contents of the turns, white
     space at either end and the kind of line ends aside.
     """
-    digests = [_row_digest(row) for row in rows]
-    if not digests:
-        return np.empty((0, 2), np.uint64)
-    return np.frombuffer(b"".join(digests), ">u8").astype(np.uint64).reshape(-1, 2)
+    digests = map(_row_digest, rows)
+    while block := b"".join(itertools.islice(digests, _HASHED_ROWS)):
+        yield np.frombuffer(block, ">u8").astype(np.uint64).reshape(-1, 2)
 
 
 def _row_digest(row: Row) -> bytes:
@@ -306,9 +314,34 @@ def _row_digest(row: Row) -> bytes:
     return hasher.digest()
 
 
-def write_hashes(path: Path, hashes: Hashes) -> None:
-    """Writes what `hash_rows` gave for a unit, whole or not at all; the name must end in `.npy`."""
-    save_array(path, hashes)
+def write_hashes(path: Path, hashes: Iterable[Hashes]) -> None:
+    """Writes what `hash_rows` gives for a unit, whole or not at all; the name must end in `.npy`.
+
+    A small file that is well compressed may hold any number of rows, so they are written as they come.
+    """
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        with partial.open("wb") as file:
+            rows = 0
+            start = _write_header(file, rows)
+            for block in hashes:
+                block.tofile(file)
+                rows += len(block)
+            file.seek(0)
+            # numpy leaves room in the header for the number of rows to grow.
+            if _write_header(file, rows) != start:
+                raise AssertionError("the header of an .npy file has changed its size")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_header(file: BinaryIO, rows: int) -> int:
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint64)), "fortran_order": False, "shape": (rows, 2)}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.tell()
 
 
 def drops_path(hash_path: Path, out_dir: Path) -> Path:

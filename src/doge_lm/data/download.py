@@ -12,7 +12,8 @@ import json
 import os
 import re
 import shutil
-from collections import deque
+import sys
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ from doge_lm.data.manifest import (
     RAW_FOLDER,
     SOURCE_NAME,
     InputFile,
+    Kind,
     RawSource,
     atomic_directory,
     is_made,
@@ -41,12 +43,15 @@ from doge_lm.data.manifest import (
 from doge_lm.data.sources import (
     ALL_SOURCES_DISK_BYTES,
     CATALOGUE,
+    SUFFIXES,
+    BadInputError,
     CatalogueEntry,
     estimated_disk_bytes,
+    file_suffix,
     find_files,
     read_objects,
-    read_rows,
     row_kind,
+    scan_rows,
 )
 from doge_lm.data.transfer import DEFAULT_RETRIES, Client, DiskGuard, RateLimit
 from doge_lm.data.workers import Workers, check_num_proc
@@ -59,6 +64,11 @@ _IDS_PER_UNIT = 10_000
 _CONTENTS_IN_FLIGHT = 16  # in each process
 _PARQUET_ROWS = 64
 _DISK_CHECK_BYTES = 2**24
+# For telling what files of the user's own hold: whether a document is too large is for preprocessing to say.
+_LOCAL_DOCUMENT_BYTES = 2**28
+# How far each file is looked at, once one of them has told the kind.
+_LOCAL_ROWS = 100
+_PACKED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz", ".zip")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -195,17 +205,17 @@ def _parse_local(values: list[str]) -> dict[str, Path]:
 def take_local(name: str, path: Path, target: Path) -> RawSource:
     """Takes in files of the user's own by reference: writes `target/source.json`.
 
-    The kind is read off the first row: text is for pre-training, a conversation for fine-tuning.
+    The kind is read off the first good row: text is for pre-training, a conversation for fine-tuning. What is faulty
+    before it, left aside or of the other kind is said on stderr; what becomes of it is for preprocessing to decide.
 
     Raises:
-        UserError: if there is nothing readable at the path, the first row is faulty, or the name is one of the
+        UserError: if there is nothing readable at the path, no file holds a good row, or the name is one of the
             catalogue that is for something else.
     """
     files = find_files(path)
-    first = next(read_rows(files), None)
-    if first is None:
-        raise UserError(f"--local {name}: there is not one row in {path}")
-    kind = row_kind(first)
+    if aside := _left_aside(path):
+        _warn(name, f"left aside: {aside} (readable are {', '.join(SUFFIXES)})")
+    kind = _kind_of(name, path, files)
     if name in CATALOGUE and CATALOGUE[name].kind != kind:
         raise UserError(
             f"--local {name}: the rows of {path} are for {kind}, but {name} is a source for {CATALOGUE[name].kind}; "
@@ -221,6 +231,55 @@ def take_local(name: str, path: Path, target: Path) -> RawSource:
     with atomic_directory(target) as folder:
         source.write(folder)
     return source
+
+
+def _kind_of(name: str, path: Path, files: list[Path]) -> Kind:
+    """What the first good row of the files is for, after a look at the beginning of each of them."""
+    first: dict[Kind, Path] = {}  # the first file of each kind
+    fault: BadInputError | None = None
+    faults = 0
+    for file in tqdm(files, f"{name}: looking", unit=" files", disable=None):
+        if "pretrain" in first and file_suffix(file) == ".txt":
+            continue  # it could tell nothing new, and would be read whole
+        items = scan_rows(file, max_document_bytes=_LOCAL_DOCUMENT_BYTES)
+        for item in islice(items, _LOCAL_ROWS) if first else items:
+            if not isinstance(item, BadInputError):
+                first.setdefault(row_kind(item[1]), file)
+                break
+            fault = fault or item
+            faults += 1
+    said = str(fault).removesuffix(", or raise --max_document_bytes")
+    if not first:
+        raise UserError(
+            f"--local {name}: there is not one good row in {path}" + (f"; the first fault: {said}" if fault else "")
+        )
+    if fault:
+        more = f" (and {faults - 1:,} more)" if faults > 1 else ""
+        _warn(name, f"{said}{more}; preprocess_datasets will stop there, or leave it out with --on_error skip")
+    kind, *others = first
+    for other in others:
+        _warn(
+            name,
+            f"{first[kind]} is for {kind}, but {first[other]} for {other}: the source is taken for {kind}, and the "
+            "rows of the other kind are bad input; put them into a folder of their own, and give it another --local "
+            "NAME=PATH",
+        )
+    return kind
+
+
+def _left_aside(path: Path) -> str:
+    """How many files of a folder are of no readable kind, by suffix; empty if there are none."""
+    counts: Counter[str] = Counter()
+    for entry in path.rglob("*") if path.is_dir() else ():
+        hidden = any(part.startswith(".") for part in entry.relative_to(path).parts)
+        if not hidden and file_suffix(entry) is None and entry.is_file():
+            packed = entry.suffix.lower() in _PACKED_SUFFIXES
+            counts["".join(entry.suffixes[-2 if packed else -1 :]).lower() or "without a suffix"] += 1
+    return ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(counts.items()))
+
+
+def _warn(name: str, message: str) -> None:
+    print(f"warning: --local {name}: {message}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -660,7 +719,7 @@ def write_shards(
         path = folder / f"{stem}-{len(files):05d}.jsonl.zst"
         part = path.with_name(path.name + ".part")
         written, unchecked = 0, _DISK_CHECK_BYTES
-        compressor = zstandard.ZstdCompressor(level=3)
+        compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
         with part.open("wb") as file, compressor.stream_writer(file, closefd=False) as stream:
             while line is not None and written < limit:
                 unchecked += len(line)
@@ -673,8 +732,9 @@ def write_shards(
                 line = next(lines, None)
         with part.open("rb+") as again:
             os.fsync(again.fileno())  # the record that comes after it must not outlive it
+            sha256 = hashlib.file_digest(again, "sha256").hexdigest()
         part.replace(path)
-        files.append(InputFile(path.name, path.stat().st_size))
+        files.append(InputFile(path.name, path.stat().st_size, sha256))
     return count, files
 
 

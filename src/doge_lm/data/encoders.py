@@ -7,7 +7,7 @@ datasets, which keeps the processes that prepare data small.
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -187,42 +187,63 @@ class TokenizersEncoder:
 
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
         """See `Encoder`. Memory is taken for about a million characters at a time."""
-        parts: list[npt.NDArray[Any]] = [np.empty(0, self._dtype)]
-        lengths = np.zeros(len(texts), np.int64)
-        numbers: list[int] = []
-        pieces: list[Piece] = []
-        characters = 0
-        for number, text in enumerate(texts):
-            for piece in self._cut(text):
-                if pieces and characters + len(piece.text) > _ENCODED_CHARACTERS:
-                    self._encode_pieces(pieces, numbers, parts, lengths)
-                    numbers, pieces, characters = [], [], 0
-                numbers.append(number)
-                pieces.append(piece)
-                characters += len(piece.text)
-        self._encode_pieces(pieces, numbers, parts, lengths)
-        return np.concatenate(parts), lengths
+        return encode_in_pieces(texts, self.cut, self._encode_strings, self._dtype)
 
-    def _cut(self, text: str) -> Iterable[Piece]:
+    def cut(self, text: str) -> Iterable[Piece]:
+        """The pieces of a text that give its ids one by one."""
         if len(text) <= 2 * PIECE_CHARACTERS:
             return (Piece(text, drop_first=False),)
         if self._cutter is None:
             self._cutter = Cutter(self._backend.get_vocab(with_added_tokens=False))
         return self._cutter.cut(text, PIECE_CHARACTERS)
 
-    def _encode_pieces(
-        self,
-        pieces: Sequence[Piece],
-        numbers: Sequence[int],
-        parts: list[npt.NDArray[Any]],
-        lengths: npt.NDArray[np.int64],
-    ) -> None:
-        """Appends the ids of pieces to `parts`, and adds their numbers to those of their texts."""
-        encodings = encode_with_backend(self._backend, [piece.text for piece in pieces])
-        for piece, number, encoding in zip(pieces, numbers, encodings, strict=True):
-            lengths[number] += len(encoding) - piece.drop_first
-        ids = (encoding.ids[piece.drop_first :] for piece, encoding in zip(pieces, encodings, strict=True))
-        parts.append(np.fromiter(itertools.chain.from_iterable(ids), self._dtype))
+    def _encode_strings(self, texts: list[str]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        encodings = encode_with_backend(self._backend, texts)
+        ids = itertools.chain.from_iterable(encoding.ids for encoding in encodings)
+        return np.fromiter(ids, self._dtype), np.array([len(encoding) for encoding in encodings], np.int64)
+
+
+def encode_in_pieces(
+    texts: Iterable[str],
+    cut: Callable[[str], Iterable[Piece]],
+    encode: Callable[[list[str]], tuple[npt.NDArray[Any], npt.NDArray[np.int64]]],
+    dtype: np.dtype[Any],
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """Encodes texts of any length as `Encoder.encode` does, about a million characters at a time.
+
+    Args:
+        texts: what is encoded.
+        cut: gives the pieces of a text.
+        encode: gives the ids of some strings, and how many each has.
+        dtype: of the ids.
+    """
+    parts: list[npt.NDArray[Any]] = [np.empty(0, dtype)]
+    lengths: list[int] = []
+    numbers: list[int] = []
+    pieces: list[Piece] = []
+    characters = 0
+
+    def flush() -> None:
+        ids, counts = encode([piece.text for piece in pieces])
+        dropped = np.array([piece.drop_first for piece in pieces], bool)
+        if dropped.any():
+            ids = np.delete(ids, (np.cumsum(counts) - counts)[dropped])
+            counts = counts - dropped
+        for number, count in zip(numbers, counts.tolist(), strict=True):
+            lengths[number] += count
+        parts.append(ids.astype(dtype))  # a copy: what `encode` gave may look into something larger
+
+    for number, text in enumerate(texts):
+        lengths.append(0)
+        for piece in cut(text):
+            if pieces and characters + len(piece.text) > _ENCODED_CHARACTERS:
+                flush()
+                numbers, pieces, characters = [], [], 0
+            numbers.append(number)
+            pieces.append(piece)
+            characters += len(piece.text)
+    flush()
+    return np.concatenate(parts), np.array(lengths, np.int64)
 
 
 class GigatokenEncoder:
@@ -253,9 +274,9 @@ class GigatokenEncoder:
         """See `Encoder`."""
         marked = [number for number, text in enumerate(texts) if MARK in text]
         if not marked:
-            return self._encode_plain(list(texts))
+            return self._encode_unmarked(list(texts))
         plain = ["" if MARK in text else text for text in texts]
-        plain_ids, lengths = self._encode_plain(plain)
+        plain_ids, lengths = self._encode_unmarked(plain)
         exact_ids, exact_lengths = self._exact.encode([texts[number] for number in marked])
         is_marked = np.zeros(len(texts), bool)
         is_marked[marked] = True
@@ -265,6 +286,11 @@ class GigatokenEncoder:
         ids[from_exact] = exact_ids
         ids[~from_exact] = plain_ids
         return ids, lengths
+
+    def _encode_unmarked(self, texts: list[str]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        if all(len(text) <= 2 * PIECE_CHARACTERS for text in texts):
+            return self._encode_plain(texts)
+        return encode_in_pieces(texts, self._exact.cut, self._encode_plain, id_dtype(self.vocab_size))
 
     def _encode_plain(self, texts: list[str]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
         if not texts:

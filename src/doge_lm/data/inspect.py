@@ -17,7 +17,17 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from doge_lm.data.manifest import InputFile, Manifest, OutputFile, SampleCounts, accounting_table
+from doge_lm.data.manifest import (
+    MANIFEST_NAME,
+    RAW_FOLDER,
+    SOURCE_NAME,
+    InputFile,
+    Manifest,
+    OutputFile,
+    RawSource,
+    SampleCounts,
+    accounting_table,
+)
 from doge_lm.data.storage import check_files, read_batches
 from doge_lm.data.tokenizer import StreamDecoder, load_tokenizer, tokenizer_sha256
 from doge_lm.errors import UserError
@@ -63,9 +73,15 @@ def run(args: argparse.Namespace) -> int:
     if args.samples < 0 or args.seed < 0:
         flag = "samples" if args.samples < 0 else "seed"
         raise UserError(f"--{flag} {getattr(args, flag)} is not possible; it must not be negative")
+    if (args.dir / SOURCE_NAME).is_file():
+        print(describe_source(args.dir, RawSource.read(args.dir)))
+        return 0
+    _refuse_others(args.dir)
     manifest = Manifest.read(args.dir)
     split = _split(args.dir, manifest, args.split)
     png = args.png or Path(f"{manifest.name}-inspect.png")
+    if png.suffix.lower() != ".png":
+        raise UserError(f"--png {png}: the picture is a PNG; give a name that ends in .png")
     if not png.parent.is_dir():
         raise UserError(f"--png {png}: the folder {png.parent} does not exist; make it, or choose another place")
     tokenizer = None if args.tokenizer_path is None else _tokenizer(args.tokenizer_path, args.dir, manifest)
@@ -85,6 +101,30 @@ def run(args: argparse.Namespace) -> int:
     draw(png, f"{manifest.name} ({split})", lengths, manifest.samples[split])
     print(f"lengths and mix: {png}")
     return 0
+
+
+def _refuse_others(directory: Path) -> None:
+    """Says of a directory that is near to one with a manifest, or of another stage, which to give.
+
+    Raises:
+        UserError: if the directory is such a one.
+    """
+    if (directory / "tokenizer.json").is_file():
+        raise UserError(f"{directory} is a tokenizer; give it as --tokenizer_path, and as DIR what it tokenized")
+    if (directory / MANIFEST_NAME).is_file():
+        return
+    place = directory.absolute()
+    if (place / "dataset_info.json").is_file() and (place.parent / MANIFEST_NAME).is_file():
+        raise UserError(f"{directory} is a split of a merged set; give {directory.parent} --split {place.name}")
+    patterns = [f"{stage}{name}" for stage in ("", "*/") for name in (f"*/{MANIFEST_NAME}", f"*/{SOURCE_NAME}")]
+    found = {path.parent for pattern in patterns for path in directory.glob(pattern)}
+    shown = sorted(str(path) for path in found if not path.name.startswith(".") and _is_inspected(path))
+    if shown:
+        raise UserError(f"{directory} is a folder of several; give one of them: {', '.join(shown)}")
+
+
+def _is_inspected(directory: Path) -> bool:
+    return not (directory / "tokenizer.json").is_file()
 
 
 def _split(directory: Path, manifest: Manifest, wanted: str | None) -> str:
@@ -139,6 +179,21 @@ def describe(directory: Path, manifest: Manifest) -> str:
     return "\n\n".join(parts)
 
 
+def describe_source(directory: Path, source: RawSource) -> str:
+    """A source that is not tokenized yet, as tables of plain text."""
+    rows = [
+        ("name", source.name),
+        ("stage", f"{RAW_FOLDER}: not tokenized yet; preprocess_datasets does that"),
+        ("kind", source.kind),
+        ("origin", source.origin),
+        ("licence", source.licence),
+        *([("revision", source.revision)] if source.revision else []),
+        *((reason, f"{count:,}") for reason, count in source.counts.items()),
+        ("files", f"{len(source.files):,}, {sum(file.bytes for file in source.files):,} bytes"),
+    ]
+    return f"{directory}\n{_table([], rows)}\n\n{_files_table(source.files, {})}"
+
+
 def _heading(directory: Path, manifest: Manifest) -> str:
     tokenizer = manifest.tokenizer
     rows = [
@@ -172,15 +227,19 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
 
 def _inputs(manifest: Manifest) -> str:
     # A merged set keeps the hashes of its sources among the settings, by their names.
-    hashes = manifest.settings.get("inputs", {}) if manifest.stage == "merged" else {}
+    return _files_table(manifest.inputs, manifest.settings.get("inputs", {}) if manifest.stage == "merged" else {})
+
+
+def _files_table(files: Sequence[InputFile], hashes: dict[str, Any]) -> str:
+    """The first files with their sizes and hashes; `hashes` has those that are not among the files, by name."""
 
     def prefix(file: InputFile) -> str:
         found = file.sha256 or hashes.get(Path(file.path).name, (0, ""))[1]
         return found[:_SHA256_PREFIX] or "-"
 
-    rows = [(file.path, f"{file.bytes:,}", prefix(file)) for file in manifest.inputs[:_SHOWN_INPUTS]]
+    rows = [(file.path, f"{file.bytes:,}", prefix(file)) for file in files[:_SHOWN_INPUTS]]
     lines = [_table(["input", "bytes", "sha256"], rows)]
-    left = manifest.inputs[_SHOWN_INPUTS:]
+    left = files[_SHOWN_INPUTS:]
     if left:
         lines.append(f"... and {len(left):,} more, {sum(file.bytes for file in left):,} bytes")
     return "\n".join(lines)
@@ -406,6 +465,7 @@ def draw(png: Path, title: str, lengths: npt.NDArray[np.int64], sources: dict[st
     """
     # Here, for it takes most of a second; a `Figure` of its own needs no display.
     from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
     figure = Figure(figsize=(12, 4 + 0.2 * len(sources)), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -416,6 +476,9 @@ def draw(png: Path, title: str, lengths: npt.NDArray[np.int64], sources: dict[st
     left.set(xlabel="tokens of a piece", ylabel="pieces", title=f"{int(lengths.sum()):,} pieces by length")
     left.set_yscale("symlog", linthresh=1)  # the full pieces outnumber the others by far, and 0 must have a place
     left.set_ylim(bottom=0)
+    for axis in (left.xaxis, left.yaxis, right.xaxis):
+        axis.set_major_formatter("{x:,.0f}")
+    right.xaxis.set_major_locator(MaxNLocator(4))  # the numbers are long
     names = sorted(sources, key=lambda name: sources[name].tokens)
     tokens = [sources[name].tokens for name in names]
     total = sum(tokens)

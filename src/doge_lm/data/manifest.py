@@ -12,6 +12,7 @@ too, but keeps what an interrupted run has finished. A lock keeps a second proce
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -49,11 +50,15 @@ class AccountingError(RuntimeError):
 
 @dataclass
 class Dropped:
-    """What was left out for one reason. `times` counts documents, turns or pieces, whichever the reason is about."""
+    """What was left out for one reason. `times` counts documents, turns or pieces, whichever the reason is about.
+
+    `example` says of bad input that was skipped where the first of it stands; it is empty for everything else.
+    """
 
     times: int = 0
     bytes: int = 0
     tokens: int = 0
+    example: str = ""
 
 
 @dataclass
@@ -102,16 +107,17 @@ class SourceAccounting:
     dropped: dict[str, Dropped] = field(default_factory=dict)
     repaired: dict[str, int] = field(default_factory=dict)
 
-    def drop(self, reason: str, *, times: int = 0, bytes_: int = 0, tokens: int = 0) -> None:
-        """Counts something that was left out."""
+    def drop(self, reason: str, *, times: int = 0, bytes_: int = 0, tokens: int = 0, example: str = "") -> None:
+        """Counts something that was left out; the first example of a reason is kept."""
         entry = self.dropped.setdefault(reason, Dropped())
         entry.times += times
         entry.bytes += bytes_
         entry.tokens += tokens
+        entry.example = entry.example or example
 
-    def leave_out(self, reason: str, bytes_: int, *, is_document: bool = True) -> None:
+    def leave_out(self, reason: str, bytes_: int, *, is_document: bool = True, example: str = "") -> None:
         """Counts input that never came to the tokenizer: a document, or else (the rest of) a file."""
-        self.drop(reason, times=1, bytes_=bytes_)
+        self.drop(reason, times=1, bytes_=bytes_, example=example)
         self.bytes_in += bytes_
         self.documents_in += is_document
         self.documents_dropped += is_document
@@ -127,7 +133,7 @@ class SourceAccounting:
             if entry.name not in ("dropped", "repaired"):
                 setattr(self, entry.name, getattr(self, entry.name) + getattr(other, entry.name))
         for reason, count in other.dropped.items():
-            self.drop(reason, times=count.times, bytes_=count.bytes, tokens=count.tokens)
+            self.drop(reason, times=count.times, bytes_=count.bytes, tokens=count.tokens, example=count.example)
         for reason, times in other.repaired.items():
             self.repair(reason, times)
 
@@ -179,6 +185,7 @@ def accounting_table(accounts: dict[str, SourceAccounting], rows: dict[str, Samp
         ("  kept", lambda name: accounts[name].documents_kept),
         ("  dropped", lambda name: accounts[name].documents_dropped),
         ("  cut (longer than a sample)", lambda name: accounts[name].documents_cut),
+        ("bad input (rows, rests of files; times)", lambda name: bad[name]),
         ("bytes in", lambda name: accounts[name].bytes_in),
         ("tokens in", lambda name: accounts[name].tokens_in),
         ("= targets", lambda name: accounts[name].targets),
@@ -190,6 +197,7 @@ def accounting_table(accounts: dict[str, SourceAccounting], rows: dict[str, Samp
         ("  padding", lambda name: rows[name].padding),
     ]
     names = list(accounts)
+    bad = {name: sum(entry.times for entry in accounts[name].dropped.values() if entry.example) for name in names}
     label_width = max(len(label) for label, _ in lines)
     widths = [max(len(name), *(len(f"{value(name):,}") for _, value in lines)) for name in names]
     table = [" " * label_width + "".join(f"  {name:>{width}}" for name, width in zip(names, widths, strict=True))]
@@ -198,9 +206,11 @@ def accounting_table(accounts: dict[str, SourceAccounting], rows: dict[str, Samp
         table.append(f"{label:<{label_width}}{cells}")
     for name in names:
         for reason, entry in sorted(accounts[name].dropped.items()):
-            table.append(
-                f"{name}: dropped, {reason}: {entry.times:,} times, {entry.bytes:,} bytes, {entry.tokens:,} tokens"
-            )
+            # What was left out before it came to the tokenizer has tokens too, but nobody knows how many.
+            tokens = f"{entry.tokens:,}" if entry.tokens else "–"
+            table.append(f"{name}: dropped, {reason}: {entry.times:,} times, {entry.bytes:,} bytes, {tokens} tokens")
+            if entry.example:
+                table.append(f"  the first: {entry.example}")
         for reason, times in sorted(accounts[name].repaired.items()):
             table.append(f"{name}: kept, {reason}: {times:,} times")
     return "\n".join(table)
@@ -224,11 +234,15 @@ class TokenizerIdentity:
 
 @dataclass
 class InputFile:
-    """A file that was read. `path` is absolute, or relative to the directory that names it; `sha256` may be empty."""
+    """A file that was read. `path` is absolute, or relative to the directory that names it; `sha256` may be empty.
+
+    `state` is what `file_state` says of an input that is too large to be hashed before anything else; else empty.
+    """
 
     path: str
     bytes: int
     sha256: str = ""
+    state: str = ""
 
 
 @dataclass
@@ -444,6 +458,24 @@ Identity = dict[str, Any]
 
 # The content of inputs is part of the identity only up to this size in all: it must be read before anything else.
 MAX_IDENTITY_BYTES = 4 * 2**30
+# Of larger inputs, so much of each end is.
+_HASHED_END_BYTES = 2**16
+
+
+def file_state(path: Path) -> str:
+    """What tells a large file from a changed one without reading all of it: when it was written, and its two ends.
+
+    Empty for a file that cannot be read: whoever reads it will say what is wrong.
+    """
+    try:
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            digest = hashlib.sha256(file.read(_HASHED_END_BYTES))
+            file.seek(max(0, found.st_size - _HASHED_END_BYTES))
+            digest.update(file.read(_HASHED_END_BYTES))
+    except OSError:
+        return ""
+    return f"written {found.st_mtime_ns} ns, ends {digest.hexdigest()[:16]}"
 
 
 def make_identity(
@@ -455,7 +487,7 @@ def make_identity(
 ) -> Identity:
     """What a result depends on, under the names of the flags; inputs as `path: [bytes, sha256]`.
 
-    The sha256 of inputs is left out where they have more than `MAX_IDENTITY_BYTES` in all.
+    Where inputs have more than `MAX_IDENTITY_BYTES` in all, their `state` stands in place of the sha256.
     """
     small = sum(file.bytes for file in inputs) <= MAX_IDENTITY_BYTES
     return {
@@ -463,7 +495,7 @@ def make_identity(
         "tokenizer": tokenizer.sha256,
         "max_len": sequence_length,
         **settings,
-        "inputs": {file.path: [file.bytes, file.sha256 if small else ""] for file in inputs},
+        "inputs": {file.path: [file.bytes, file.sha256 if small else file.state] for file in inputs},
     }
 
 

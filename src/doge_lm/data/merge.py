@@ -10,12 +10,12 @@ with the corpus, but with the test set and the number of shards; the disk must h
 """
 
 import argparse
+import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from doge_lm.data.manifest import (
     KINDS,
     MANIFEST_NAME,
+    MAX_IDENTITY_BYTES,
     RAW_FOLDER,
     SOURCE_NAME,
     TOKENIZED_FOLDER,
@@ -82,8 +83,9 @@ from doge_lm.errors import UserError
 
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
-# A run is dealt by one process at a time, which holds some 50 bytes for each of its rows.
 _RUN_BYTES = 2**30
+# A run is dealt by one process at a time, which holds some 150 bytes for each row that it writes. A unit is not torn.
+_RUN_ROWS = 2**20
 _RUN_UNITS = 1024  # memory maps at once
 # In a large set runs are larger instead of more: shuffling holds all open, and where each bucket begins in each.
 _MOST_RUNS = 256
@@ -94,6 +96,11 @@ _CANDIDATE_TIMES = 8
 _MOST_CANDIDATE_ROWS = 2**20
 # A test set that takes more of a source than this is worth a word.
 _LARGE_TEST_SHARE = 0.2
+# Samples of the test set where the user names no number: so many, but in a small set at most this share.
+_USUAL_TEST_SIZE = 1000
+_USUAL_TEST_SHARE = 0.05
+# What near_duplicates puts behind the name of a source that it has cleared.
+_CLEARED = "-dedup"
 _WORK = "work"
 BEYOND_BUDGET = "beyond the token budget"
 
@@ -106,7 +113,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save_dir", type=Path, required=True, help="DIR/pretrain and DIR/finetune are written")
     parser.add_argument("--num_proc", type=int, default=1, help="processes (default: 1)")
     parser.add_argument("--seed", type=int, default=233, help="fixes the order and the split (default: 233)")
-    parser.add_argument("--test_size", type=int, default=1000, help="samples of the test set (default: 1000)")
+    parser.add_argument(
+        "--test_size",
+        type=int,
+        help=f"samples of each test set (default: {_USUAL_TEST_SIZE:,}, but at most 5%% of the samples of a kind)",
+    )
     parser.add_argument(
         "--mix",
         metavar="NAME=WEIGHT,...",
@@ -140,14 +151,20 @@ def run(args: argparse.Namespace) -> int:
         if kind not in manifests:
             print(f"{kind}: no source of this kind in {args.datasets_dir / TOKENIZED_FOLDER}, so none was written")
             continue
-        _print_result(args.save_dir / kind, manifests[kind], args.test_size)
+        _print_result(args.save_dir / kind, manifests[kind], args.test_size is None)
     return 0
 
 
-def _print_result(target: Path, manifest: Manifest, test_size: int) -> None:
+def _print_result(target: Path, manifest: Manifest, usual_size: bool) -> None:
     kind = manifest.kind
+    test_size = manifest.settings["test_size"]
     print(f"{target}: sequences of {manifest.sequence_length:,} tokens")
     print(_split_table(manifest))
+    if usual_size and test_size < _USUAL_TEST_SIZE:
+        print(
+            f"{kind}: --test_size was not given, so it is {test_size:,}: {_USUAL_TEST_SHARE:.0%} of the samples, since "
+            f"there are too few for {_USUAL_TEST_SIZE:,}"
+        )
     for note in _split_notes(manifest):
         print(f"{kind}: note: {note}")
     if manifest.repeated_documents:
@@ -173,7 +190,7 @@ def merge(
     *,
     num_proc: int = 1,
     seed: int = 233,
-    test_size: int = 1000,
+    test_size: int | None = None,
     mix: Mix | None = None,
     tokens: int | None = None,
     overwrite: bool = False,
@@ -188,7 +205,8 @@ def merge(
         save_dir: where to write.
         num_proc: processes; 1 works in this process.
         seed: fixes the order and the split.
-        test_size: samples of the test set; fewer only where whole groups do not come to it.
+        test_size: samples of the test set, at most half of those of its kind; fewer only where whole groups do not
+            come to it. By default 1,000, or 5% of the samples if that is less.
         mix: shares of the sources of one kind in the tokens of its training set; other sources of that kind are left
             out, and the other kind is merged without it.
         tokens: size of the training set that `mix` is about, or else of the pre-training set (of the fine-tuning set
@@ -204,7 +222,7 @@ def merge(
             disk is full.
     """
     check_num_proc(num_proc)
-    if test_size < 1:
+    if test_size is not None and test_size < 1:
         raise UserError(f"--test_size {test_size} is not possible; it must be at least 1")
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed {seed} is not possible; it must be between 0 and {2**32 - 1:,}")
@@ -237,7 +255,7 @@ class _Source:
     @property
     def fingerprint(self) -> str:
         """The sha256 of the sha256s of its files."""
-        return sha256("".join(file.sha256 for file in self.manifest.files).encode("ascii")).hexdigest()
+        return hashlib.sha256("".join(file.sha256 for file in self.manifest.files).encode("ascii")).hexdigest()
 
     def units(self, number: int) -> list[UnitFile]:
         return [
@@ -271,6 +289,12 @@ class _Job:
         return id_dtype(self.sources[0].manifest.tokenizer.vocab_size)
 
     @property
+    def concatenated(self) -> bool:
+        """Whether its rows were cut wherever one ended."""
+        settings = self.sources[0].manifest.settings
+        return settings.get("padding") == "packed" and settings.get("packing") == "concat"
+
+    @property
     def settings(self) -> dict[str, Any]:
         return {
             "seed": self.seed,
@@ -302,7 +326,11 @@ def _identity_of(target: Path) -> Identity:
     return _identity(manifest, manifest.settings)
 
 
-def _jobs(sources: list[_Source], mix: Mix | None, tokens: int | None, seed: int, test_size: int) -> list[_Job]:
+def _usual_test_size(rows: int) -> int:
+    return min(_USUAL_TEST_SIZE, max(1, int(_USUAL_TEST_SHARE * rows)))
+
+
+def _jobs(sources: list[_Source], mix: Mix | None, tokens: int | None, seed: int, test_size: int | None) -> list[_Job]:
     """What to merge, kind by kind."""
     by_kind = {kind: [source for source in sources if source.manifest.kind == kind] for kind in KINDS}
     mixed = _mixed_kind(by_kind, mix)
@@ -313,7 +341,8 @@ def _jobs(sources: list[_Source], mix: Mix | None, tokens: int | None, seed: int
         own_mix, own_tokens = (mix, tokens) if kind == mixed else (None, None)
         used = [source for source in there if own_mix is None or source.name in own_mix.weights]
         left_out = [source.name for source in there if source not in used]
-        jobs.append(_Job(kind, used, left_out, own_mix, own_tokens, seed, test_size))
+        size = _usual_test_size(sum(source.rows for source in used)) if test_size is None else test_size
+        jobs.append(_Job(kind, used, left_out, own_mix, own_tokens, seed, size))
     return jobs
 
 
@@ -337,6 +366,11 @@ def _check_enough(job: _Job) -> None:
         raise UserError(
             f"{job.kind}: there are only {job.rows:,} samples, so --test_size {job.test_size} leaves none to train "
             "on; choose a smaller --test_size or add data"
+        )
+    if job.test_size > job.rows / 2:
+        raise UserError(
+            f"{job.kind}: --test_size {job.test_size} is more than half of the {job.rows:,} samples; choose a smaller "
+            f"one, such as {_usual_test_size(job.rows)}, or leave it out"
         )
 
 
@@ -364,10 +398,23 @@ def _check_fresh(raw: Path, manifest: Manifest, command: str) -> None:
     """Refuses a source that was taken in anew after it was tokenized: its old text would be trained on."""
     if not (raw / SOURCE_NAME).is_file():
         return
-    now = [(Path(file.path).name, file.bytes) for file in RawSource.read(raw).files]
+    files = RawSource.read(raw).files
+    now = [(Path(file.path).name, file.bytes) for file in files]
     then = [(Path(file.path).name, file.bytes) for file in manifest.inputs]
     if now != then:
         raise UserError(f"{raw} names other files than {manifest.name!r} was tokenized from; run {command} again")
+    small = sum(file.bytes for file in files) <= MAX_IDENTITY_BYTES
+    for file, before in zip(files, manifest.inputs, strict=True):
+        path = raw / file.path
+        sha256 = file.sha256
+        if not sha256 and before.sha256 and small and path.is_file():
+            with path.open("rb") as opened:
+                sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+        if sha256 and before.sha256 and sha256 != before.sha256:
+            raise UserError(
+                f"{path} has other content than when {manifest.name!r} was tokenized (sha256 {sha256[:12]}..., it was "
+                f"{before.sha256[:12]}...); run {command} again"
+            )
 
 
 def _check_alike(manifests: Sequence[Manifest]) -> None:
@@ -413,6 +460,13 @@ class _UnusableError(UserError):
 def _merge_kind(job: _Job, target: Path, num_proc: int, overwrite: bool) -> Manifest:
     for name in job.left_out:
         print(f"{job.kind}: {name} is left out, since --mix does not name it")
+    names = {source.name for source in job.sources}
+    for name in sorted(name for name in names if f"{name}{_CLEARED}" in names):
+        print(
+            f"{job.kind}: warning: {name} and {name}{_CLEARED} are merged together, though the second is made of the "
+            "first and most documents stand in both; move the one that you do not want out of the folder "
+            f"{TOKENIZED_FOLDER}, or name the other one with --mix"
+        )
     if is_made(target, job.identity, _identity_of, overwrite=overwrite):
         print(f"{target} is made already, from the same sources with the same settings; nothing to do")
         return Manifest.read(target)
@@ -451,7 +505,11 @@ def _each(
     description: str, num_proc: int, function: Callable[[_Task], _Result], tasks: Sequence[_Task]
 ) -> list[_Result]:
     """The results of a step in order; its functions need no preparation of the process."""
-    return _map(description, Workers(max(1, min(num_proc, len(tasks))), _nothing, ()), function, tasks)
+    return _map(description, _processes(num_proc, tasks), function, tasks)
+
+
+def _processes(num_proc: int, tasks: Sequence[Any]) -> Workers:
+    return Workers(max(1, min(num_proc, len(tasks))), _nothing, ())
 
 
 def _nothing() -> None:
@@ -461,8 +519,15 @@ def _nothing() -> None:
 def _map(
     description: str, processes: Workers, function: Callable[[_Task], _Result], tasks: Sequence[_Task]
 ) -> list[_Result]:
+    return list(_stream(description, processes, function, tasks))
+
+
+def _stream(
+    description: str, processes: Workers, function: Callable[[_Task], _Result], tasks: Sequence[_Task]
+) -> Iterator[_Result]:
+    """As `_map`, one result at a time: for those that are too large to be held together."""
     with processes as workers, closing(workers.map(function, tasks)) as results:
-        return list(tqdm(results, desc=description, total=len(tasks), disable=None))
+        yield from tqdm(results, desc=description, total=len(tasks), disable=None)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -513,7 +578,10 @@ def _choose_among(job: _Job, work: Path, room: int, num_proc: int) -> _Split:
     limits = None if job.rows <= room else [max(1, rows) for rows in share_out(shares, room)]
     candidates = _candidates(job, units, limits, num_proc)
     manifest = job.sources[0].manifest
-    rows = read_candidates(units, candidates, manifest.tokenizer.bos_token_id, manifest.sequence_length)
+    concatenated = job.concatenated
+    rows = read_candidates(
+        units, candidates, manifest.tokenizer.bos_token_id, manifest.sequence_length, concatenated=concatenated
+    )
     elsewhere = np.empty(0, np.uint64)
     if limits is not None:
         hashes = work / f"hashes-{room}.npy"
@@ -525,11 +593,12 @@ def _choose_among(job: _Job, work: Path, room: int, num_proc: int) -> _Split:
                 hashes,
                 manifest.tokenizer.bos_token_id,
                 manifest.sequence_length,
+                concatenated,
             )
             for number, run in enumerate(_runs(units))
         ]
-        found = _each(f"{job.kind}: repeated documents", num_proc, search, tasks)
-        elsewhere = np.unique(np.concatenate(found))
+        for found in _stream(f"{job.kind}: repeated documents", _processes(num_proc, tasks), search, tasks):
+            elsewhere = np.union1d(elsewhere, found)
     chosen = choose_test_rows(rows, elsewhere, shares, job.test_size, job.seed)
     repeated = len(np.union1d(rows.repeated, elsewhere))
     return _Split(chosen, _count_test(units, chosen), repeated, limits is None)
@@ -578,7 +647,7 @@ def _candidates(job: _Job, units: list[UnitFile], limits: list[int] | None, num_
         for run in _runs(units)
     ]
     best: dict[int, Candidates] = {}
-    for found in _each(f"{job.kind}: groups", num_proc, scan, tasks):
+    for found in _stream(f"{job.kind}: groups", _processes(num_proc, tasks), scan, tasks):
         for source, candidates in found:
             joined = Candidates.join([best[source], candidates]) if source in best else candidates
             best[source] = joined if limits is None else joined.first(limits[source])
@@ -658,7 +727,7 @@ def _deal(
     """Deals all runs: their files, where each bucket begins in them, and what became of each source's rows."""
     tasks = [
         DealTask(work / f"dealt-{number:05d}.arrow", [shares[position] for position in run], buckets, job.dtype)
-        for number, run in enumerate(_runs(job.units))
+        for number, run in enumerate(_deal_runs(job.units, shares))
     ]
     records = _each(f"{job.kind}: dealing", num_proc, deal, tasks)
     dealt = {source.name: Dealt.none() for source in job.sources}
@@ -666,6 +735,22 @@ def _deal(
         for name, values in record["sources"].items():
             dealt[name].add(Dealt.from_json(values))
     return [task.path for task in tasks], [record["bounds"] for record in records], dealt
+
+
+def _deal_runs(units: list[UnitFile], shares: list[Share]) -> list[list[int]]:
+    """As `_runs`, with the rows that are written limited too: those of short rows, or of many copies, are many."""
+    runs: list[list[int]] = []
+    for run in _runs(units):
+        rows = 0
+        for position in run:
+            # A unit's lookup tables have an entry for every row, dealt or not.
+            own = units[position].rows * max(1, shares[position].copies) + shares[position].extra
+            if position == run[0] or rows + own > _RUN_ROWS:
+                runs.append([])
+                rows = 0
+            runs[-1].append(position)
+            rows += own
+    return runs
 
 
 def _shuffle(

@@ -26,9 +26,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import zstandard
 from tqdm import tqdm
 
@@ -42,6 +45,7 @@ from doge_lm.data.manifest import (
     Kind,
     RawSource,
     explain_disk_errors,
+    file_state,
     is_made,
     read_record,
     resumable_directory,
@@ -56,6 +60,10 @@ _WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400
 # Every task of the buckets reads the signatures of all units at once: their number stays below that of the files that
 # a process may have open, and below that of the jobs that Slurm takes in one array.
 _MOST_TASKS = 400
+# A document is compared in pieces of so many characters, and so many of its n-grams are hashed at a time: a piece takes
+# some tens of MB, a hash of all n-grams at once would take gigabytes where a document has 16 MiB.
+_PIECE_CHARACTERS = 2**18
+_NGRAMS_AT_ONCE = 2**12
 # Within the partial directory: what datatrove writes, and records of what was read and written.
 _WORK_FOLDER = "work"
 _JOBS_NAME = "slurm.json"
@@ -343,7 +351,6 @@ class _Job:
             MinhashDedupBuckets,
             MinhashDedupCluster,
             MinhashDedupFilter,
-            MinhashDedupSignature,
         )
         from datatrove.utils.hashing import HashConfig  # noqa: PLC0415
 
@@ -355,7 +362,7 @@ class _Job:
         signatures, pairs, removals = (str(self.work / name) for name in ("signatures", "pairs", "removals"))
         read = ReadDocuments(self.units, self.source.kind, settings, self.work)
         write = WriteDocuments(self.folder, self.work)
-        sign = MinhashDedupSignature(signatures, config, language=_word_tokenizer())
+        sign = _signatures(signatures, config)
         return [
             _Step("signatures", [read, sign], len(self.units)),
             _Step("buckets", [MinhashDedupBuckets(signatures, pairs, config=config)], settings.buckets),
@@ -425,7 +432,7 @@ def _hashed_inputs(source: RawSource, files: list[tuple[Path, int]]) -> dict[str
     small = sum(size for _, size in files) <= MAX_IDENTITY_BYTES
     inputs: dict[str, list[Any]] = {}
     for (path, size), taken in zip(files, source.files, strict=True):
-        sha256 = ""
+        sha256 = "" if small else file_state(path)
         if small:
             with path.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -498,6 +505,53 @@ def _word_tokenizer() -> Any:
     return Words()
 
 
+def _signatures(folder: str, config: Any) -> Any:
+    """datatrove's step that signs documents, with bounded memory whatever the size of a document.
+
+    The signature holds the smallest value of each hash over all n-grams, so it is that of the smallest over pieces.
+    """
+    from datatrove.pipeline.dedup.minhash import MinhashDedupSignature  # noqa: PLC0415
+    from datatrove.utils.text import simplify_text  # noqa: PLC0415
+
+    class Signatures(MinhashDedupSignature):
+        def get_shingles(self, text: str) -> npt.NDArray[np.uint64]:
+            """The smallest values, of shape (buckets, hashes), in place of all n-grams; empty if there are none."""
+            smallest = np.empty(0, np.uint64)
+            hashes = map(self._hash_func, self.all_ngrams(text))
+            while len(some := np.fromiter(islice(hashes, _NGRAMS_AT_ONCE), np.uint64)):
+                values = np.array(MinhashDedupSignature.get_signature(self, some.reshape(-1, 1)), np.uint64)
+                smallest = np.minimum(smallest, values) if smallest.size else values
+            return smallest
+
+        def get_signature(self, shingles: npt.NDArray[np.uint64]) -> list[list[int]]:
+            signature: list[list[int]] = shingles.tolist()
+            return signature
+
+        def all_ngrams(self, text: str) -> Iterator[str]:
+            length = self.config.n_grams
+            words: list[str] = []
+            for piece in _pieces(text):
+                # The last words of the piece before begin n-grams that end in this one.
+                words = words[max(0, len(words) - length + 1) :]
+                words += self.word_tokenizer.word_tokenize(simplify_text(piece, self.config.norm_config))
+                for begin in range(len(words) - length + 1):
+                    yield " ".join(words[begin : begin + length])
+
+    return Signatures(folder, config, language=_word_tokenizer())
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text in pieces, cut before a space or a line feed, so that no word and no number is cut, if it has any."""
+    begin = 0
+    while begin < len(text):
+        end = begin + _PIECE_CHARACTERS
+        if end < len(text):
+            space = max(text.rfind(" ", begin + 1, end), text.rfind("\n", begin + 1, end))
+            end = space if space > 0 else end
+        yield text[begin:end]
+        begin = end
+
+
 @dataclass(frozen=True)
 class ReadDocuments:
     """Reads the rows of one unit, that of the task's number, and records how many there are, and what was skipped.
@@ -555,7 +609,8 @@ class WriteDocuments:
         kept = 0
         with explain_disk_errors(path):
             with temporary.open("wb") as file:
-                with zstandard.ZstdCompressor(level=3).stream_writer(file, closefd=False) as writer:
+                compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
+                with compressor.stream_writer(file, closefd=False) as writer:
                     for document in data:
                         writer.write(json.dumps(_values(document.metadata["row"]), ensure_ascii=False).encode() + b"\n")
                         kept += 1

@@ -147,13 +147,22 @@ class BestFitPacker:
     Args:
         sequence_length: tokens of a row.
         window_rows: rows' worth of tokens that are gathered before they are packed.
+        window_documents: documents that are gathered at most: very short ones cost far more memory than their tokens.
         max_open_rows: rows that may stay open for the next window; the fullest are given up first.
     """
 
-    def __init__(self, sequence_length: int, *, window_rows: int = 1024, max_open_rows: int = 256) -> None:
+    def __init__(
+        self,
+        sequence_length: int,
+        *,
+        window_rows: int = 1024,
+        window_documents: int = 2**15,
+        max_open_rows: int = 256,
+    ) -> None:
         self.changes = SourceAccounting()
         self.sequence_length = sequence_length
         self.window_tokens = window_rows * sequence_length
+        self.window_documents = window_documents
         self.max_open_rows = max_open_rows
         self._window: list[list[Piece]] = []
         self._tokens = 0
@@ -167,7 +176,7 @@ class BestFitPacker:
         """Takes a document; gives rows when a window is full."""
         self._window.append(document)
         self._tokens += sum(len(piece.ids) for piece in document)
-        if self._tokens >= self.window_tokens:
+        if self._tokens >= self.window_tokens or len(self._window) >= self.window_documents:
             yield from self._pack_window()
             while self._open_count > self.max_open_rows:
                 yield self._take(self._rooms[0]).close()

@@ -43,6 +43,7 @@ from doge_lm.data.manifest import (
     accounting_table,
     check_name,
     explain_disk_errors,
+    file_state,
     is_made,
     make_identity,
     package_versions,
@@ -77,6 +78,9 @@ _SAMPLE_ROWS = 200
 _SAMPLE_CHARACTERS = 10**6
 # Within a directory that is not finished: records, spools and hashes.
 _WORK_FOLDER = "work"
+
+# A source that misses its share by more than this is worth a warning.
+_SHARE_TOLERANCE = 0.05
 
 Padding = Literal["packed", "max_length"]
 OnError = Literal["stop", "skip"]
@@ -207,8 +211,25 @@ def run(args: argparse.Namespace) -> int:
     accounts = {name: manifest.accounting[name] for name, manifest in manifests.items()}
     rows = {name: manifest.samples["all"][name] for name, manifest in manifests.items()}
     print(accounting_table(accounts, rows))
+    for name, manifest in manifests.items():
+        if (note := _share_note(name, manifest)) is not None:
+            print(note)
     print(f"next: doge-lm merge_datasets --datasets_dir {args.save_dir} --save_dir {args.save_dir}")
     return 0
+
+
+def _share_note(name: str, manifest: Manifest) -> str | None:
+    """What a source gave of its share of `--tokens`, with a warning if that is not about the same."""
+    share = manifest.settings.get("tokens")
+    if share is None:
+        return None
+    taken = manifest.accounting[name].targets
+    if taken < share:
+        note = f"{name}: has {taken:,} tokens to train on, fewer than its share of {share:,}: all were taken"
+    else:
+        note = f"{name}: stopped at its share of --tokens: {taken:,} of {share:,} tokens to train on"
+    off = abs(taken - share) / share
+    return f"warning: {note} ({off:.0%} off)" if off > _SHARE_TOLERANCE else note
 
 
 def preprocess(
@@ -249,6 +270,7 @@ def preprocess(
     check_num_proc(num_proc)  # before anything is read
     sources = _raw_sources(datasets_dir / RAW_FOLDER, names)
     shares = _shares(settings, [source for _, source in sources])
+    _check_languages(settings, [source.name for _, source in sources])
     files = {source.name: source.paths(directory) for directory, source in sources}
     tokenizer_hash = encoders.tokenizer_sha256(tokenizer_path)
     encoder, note = encoders.choose_encoder(tokenizer_path, backend, _sample(files, settings.max_document_bytes))
@@ -317,6 +339,16 @@ def _shares(settings: PreprocessSettings, sources: Sequence[RawSource]) -> dict[
     return dict.fromkeys(names, settings.tokens)
 
 
+def _check_languages(settings: PreprocessSettings, there: Sequence[str]) -> None:
+    """Refuses `--languages NAME=...` for a source that is not there, which would keep nothing of what it should."""
+    for entry in settings.cleaning.languages:
+        name, separator, _ = entry.partition("=")
+        if separator and name not in there:
+            raise UserError(
+                f"--languages {entry} names {name}, but there is no such source (there: {', '.join(sorted(there))})"
+            )
+
+
 def _sample(files: dict[str, list[Path]], max_document_bytes: int) -> list[str]:
     """Some texts of the beginning of each source; bad input is passed over here, since it will be met again."""
     limit = min(max_document_bytes, _SAMPLE_CHARACTERS)
@@ -347,6 +379,7 @@ class _Task:
         folder: the source's partial directory.
         target: where it will be in the end, for messages.
         drops: the rows that are duplicates, as `cleaning.mark_duplicates` wrote them, or None.
+        limit: how many targets to stop at, or None for the whole unit.
     """
 
     source: str
@@ -355,6 +388,7 @@ class _Task:
     folder: Path
     target: Path
     drops: Path | None = None
+    limit: int | None = None
 
     @property
     def record_path(self) -> Path:
@@ -407,6 +441,9 @@ class _Job:
         }
         if share is not None:
             self.settings["tokens"] = share
+        if not self.is_small:
+            for file in self.inputs:
+                file.state = file_state(Path(file.path))
         self.folder = target  # the partial directory, as soon as there is one
         self.stack = ExitStack()  # closes the partial directory, which puts it in its place
         self.order: list[str] = []  # names of the units so far
@@ -441,6 +478,8 @@ class _Job:
         for index, (file, expected) in enumerate(zip(self.inputs, self._expected, strict=True)):
             record = self.folder / _WORK_FOLDER / f"input-{index:05d}.json"
             known = None if self.is_small else read_record(record)
+            if known is not None and (known.get("bytes"), known.get("state")) != (file.bytes, file.state):
+                known = None
             file.sha256 = known["sha256"] if known is not None else _sha256(Path(file.path))
             if expected and file.sha256 and file.sha256 != expected:
                 raise UserError(
@@ -448,7 +487,20 @@ class _Job:
                     f"{file.sha256[:12]}..., it was {expected[:12]}...; run `doge-lm download_datasets` for it again"
                 )
             if known is None and not self.is_small:
-                write_record(record, {"sha256": file.sha256})
+                write_record(record, {"sha256": file.sha256, "bytes": file.bytes, "state": file.state})
+
+    def check_inputs(self) -> None:
+        """Checks that large inputs are still those of which the units and the sha256 were taken.
+
+        Raises:
+            UserError: naming the file that was written to meanwhile.
+        """
+        for file in self.inputs:
+            if file.state and file_state(Path(file.path)) != file.state:
+                raise UserError(
+                    f"{file.path} of the source {self.name!r} was changed while it was read; take the source in again "
+                    "with `doge-lm download_datasets`, and run this again with --overwrite"
+                )
 
     def stored_record(self, unit: str, on_error: OnError) -> dict[str, Any] | None:
         """The record of a unit that an earlier run finished, if its file is there too.
@@ -563,6 +615,12 @@ class _Run:
 
         if is_made(job.target, job.identity(), before, overwrite=self._overwrite):
             print(f"{job.target} is done already")
+            partial = job.target.with_name(f".tmp-{job.name}")
+            if partial.is_dir():
+                print(
+                    f"{partial} was left by an interrupted run with other settings: give those and --overwrite to go "
+                    f"on with it, or remove the directory"
+                )
             return True
         job.stack = self._stack.enter_context(ExitStack())
         job.folder = job.stack.enter_context(resumable_directory(job.target, job.identity(), overwrite=self._overwrite))
@@ -597,10 +655,8 @@ class _Run:
     def _tasks(self, jobs: Sequence[_Job]) -> Generator[_Task, None, None]:
         """The units that are not done, of one source after another; takes note of those that are."""
         on_error = self._settings.on_error
-        deduplicate = self._settings.cleaning.deduplicate
         for job in jobs:
             is_done = _done_check(job, on_error)
-            drops_dir = job.folder / _WORK_FOLDER
             with closing(self._units(job, is_done, stop_at_faults=on_error == "stop")) as units:
                 for unit in units:
                     job.order.append(unit.name)
@@ -609,13 +665,39 @@ class _Run:
                         job.records[unit.name] = record
                     else:
                         job.pending += 1
-                        hashes = _hash_path(job.folder, unit.name)
-                        drops = cleaning.drops_path(hashes, drops_dir) if deduplicate else None
-                        yield _Task(job.name, job.kind, unit, job.folder, job.target, drops)
+                        yield self._task(job, unit)
                     job.prefix()
                     if job.enough:
                         break
             job.exhausted = True
+
+    def _task(self, job: _Job, unit: Unit) -> _Task:
+        """A unit to do; with a share, no more of it than is missing as far as is known."""
+        drops = None
+        if self._settings.cleaning.deduplicate:
+            drops = cleaning.drops_path(_hash_path(job.folder, unit.name), job.folder / _WORK_FOLDER)
+        limit = None if job.share is None else job.share - job.targets
+        return _Task(job.name, job.kind, unit, job.folder, job.target, drops, limit)
+
+    def _trim(self, job: _Job) -> None:
+        """Makes the last unit of a share anew if it went on beyond it.
+
+        What was missing when the unit was begun was not known if processes were still at units before it. So the
+        result is the same for any number of them.
+        """
+        if job.share is None or not job.enough:
+            return
+        name = job.order[job.prefix() - 1]
+        record = job.records[name]
+        missing = job.share - (job.targets - record["account"]["targets"])
+        if record.get("limit") == missing:
+            return
+        with closing(self._units(job, lambda unit: unit != name, stop_at_faults=False)) as units:
+            unit = next(unit for unit in units if unit.name == name)
+            job.targets = job.share - missing
+            ((_, job.records[name]),) = self._workers.unordered(_make_unit, [self._task(job, unit)])
+            job.targets += job.records[name]["account"]["targets"]
+        _remove_spool(unit)
 
     def _mark_duplicates(self, jobs: Sequence[_Job]) -> None:
         """The first pass of `--deduplicate`: hashes all rows, and finds those that an equal one stands before."""
@@ -640,6 +722,8 @@ class _Run:
         job.finished = True
         if hashes is not None:
             hashes.result()
+        job.check_inputs()
+        self._trim(job)
         records = [job.records[name] for name in job.order[: job.prefix()]]
         account, counts = SourceAccounting(), SampleCounts()
         for record in records:
@@ -650,8 +734,6 @@ class _Run:
             raise _nothing_left(job.name, account)
         account.check(job.name, counts)
         files = [OutputFile(**record["output"]) for record in records if record["output"] is not None]
-        if job.share is not None and not job.enough:
-            print(f"{job.name} has {job.targets:,} tokens to train on, fewer than its share of {job.share:,}")
         skipped = {"on_error": "skip"} if any(record["skipped"] for record in records) else {}
         with explain_disk_errors(job.target):
             for path in job.folder.glob("*.arrow"):  # units beyond the share
@@ -768,12 +850,15 @@ def _make_unit(task: _Task) -> dict[str, Any]:
     with explain_disk_errors(task.target):
         writer = RowWriter(path, task.source, task.unit.number << 32, state.dtype)
         try:
-            for batch in batch_rows(reader.rows()):
-                result = state.tokenizing(batch)
-                reader.count(batch, result)
-                for document in result.documents():
-                    for row in maker.add(document):
-                        writer.write(row)
+            with closing(reader.rows()) as rows:
+                for batch in batch_rows(rows):
+                    for part, result in reader.tokenize(batch):
+                        reader.count(part, result)
+                        for document in result.documents():
+                            for row in maker.add(document):
+                                writer.write(row)
+                    if reader.has_enough:
+                        break
             for row in maker.finish():
                 writer.write(row)
             writer.close()
@@ -786,6 +871,7 @@ def _make_unit(task: _Task) -> dict[str, Any]:
             "account": asdict(reader.account),
             "counts": asdict(writer.counts),
             "skipped": reader.skipped,
+            "limit": task.limit,
         }
         write_record(task.record_path, record)
     return record
@@ -797,11 +883,29 @@ class _UnitReader:
     def __init__(self, task: _Task, state: _WorkerState) -> None:
         self.account = SourceAccounting()
         self.skipped = 0  # what `--on_error stop` would have stopped at
+        self._examples: dict[str, str] = {}  # of rows with nothing to learn, by the reason
         self._task = task
         self._state = state
         self._stop = state.settings.on_error == "stop"
 
-    def rows(self) -> Iterator[Row]:
+    @property
+    def has_enough(self) -> bool:
+        """Whether the limit of the unit is reached."""
+        return self._task.limit is not None and self.account.targets >= self._task.limit
+
+    def tokenize(self, batch: list[Row]) -> Iterator[tuple[list[Row], PieceBatch]]:
+        """Tokenizes rows, all at once, or where the limit lies among them one by one up to it."""
+        result = self._state.tokenizing(batch)
+        limit = self._task.limit
+        if limit is None or self.account.targets + result.account.targets <= limit:
+            yield batch, result
+            return
+        for row in batch:
+            if self.has_enough:
+                return
+            yield [row], self._state.tokenizing([row])
+
+    def rows(self) -> Generator[Row, None, None]:
         """Reads and cleans.
 
         Raises:
@@ -827,18 +931,31 @@ class _UnitReader:
                 if self._stop:
                     raise UserError(f"{location}: {nothing}{_HOW_TO_SKIP}")
                 self.skipped += 1
+                self._examples.setdefault(nothing, f"{location}: {nothing}{self._counted_from}")
             yield row
 
     def count(self, batch: Sequence[Row], result: PieceBatch) -> None:
         """Takes over the account of tokenized rows."""
         result.account.documents_dropped += len(batch) - result.account.documents_kept
+        for reason, example in self._examples.items():
+            if reason in result.account.dropped:
+                result.account.drop(reason, example=example)
         self.account.add(result.account)
 
     def _bad(self, error: BadInputError) -> None:
         if self._stop:
             raise UserError(f"{error}{_HOW_TO_SKIP}") from error
         self.skipped += 1
-        self.account.leave_out(error.reason, error.bytes, is_document=error.is_row)
+        example = f"{error}{self._counted_from}"
+        self.account.leave_out(error.reason, error.bytes, is_document=error.is_row, example=example)
+
+    @property
+    def _counted_from(self) -> str:
+        """Where lines are counted from, for examples: the lines before a part are not counted for them."""
+        part = self._task.unit.segments[0].part
+        if part is None or part.before is not None or part.start == 0:
+            return ""
+        return f" (lines counted from byte {part.start:,} of the file)"
 
 
 _HOW_TO_SKIP = "; mend or remove it, or let `--on_error skip` drop and count what is bad"

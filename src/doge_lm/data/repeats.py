@@ -3,11 +3,17 @@
 A document is known by the first of its pieces, which begins with `<s>`: two documents that share their whole first
 piece count as the same. Where that piece was left out of the rows, because it holds no target, the document is known
 by the pieces that are left. Some 20 bytes are held for each piece, however long it is.
+
+Concatenation cuts a document wherever a row ends, so that the pieces of two copies differ. There the pieces of
+consecutive rows are put together again, and a document is known by its first tokens, as many as a row has: the same
+rule. Where a row of context alone was left out, they are not there, or would not be in a copy that is cut elsewhere.
+So a document that can lose a row is known by the sequence of its targets as well, of which none is ever left out.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +62,22 @@ def pieces_of_batch(batch: pa.RecordBatch, groups: _Ints, bos_token_id: int, seq
     Raises:
         UserError: if the lengths do not fit the rows.
     """
+    ids, begins, lengths, row_of = _layout(batch)
+    view = ids.view(np.uint8).data
+    width = ids.itemsize
+    bounds = zip((begins * width).tolist(), ((begins + lengths) * width).tolist(), strict=True)
+    digests = b"".join([_digest(view[begin:end]) for begin, end in bounds])
+    return Pieces(
+        np.frombuffer(digests, np.uint64), groups[row_of], ids[begins] == bos_token_id, lengths == sequence_length
+    )
+
+
+def _digest(data: Any) -> bytes:
+    return blake2b(data, digest_size=8).digest()
+
+
+def _layout(batch: pa.RecordBatch) -> tuple[npt.NDArray[Any], _Ints, _Ints, _Ints]:
+    """The flat ids of a record batch; and where each piece begins in them, its length and its row."""
     ids, id_offsets = flat_values(batch.column("input_ids"))
     lengths, offsets = flat_values(batch.column("document_lengths"))
     lengths = lengths.astype(np.int64)
@@ -65,13 +87,111 @@ def pieces_of_batch(batch: pa.RecordBatch, groups: _Ints, bos_token_id: int, seq
     begins = ends - lengths + (id_offsets[:-1] - before_row)[row_of]
     if np.any(lengths < 1) or np.any(begins + lengths > id_offsets[1:][row_of]):
         raise UserError("the document_lengths of a row do not fit its input_ids; run preprocess_datasets again")
-    view = ids.view(np.uint8).data
-    width = ids.itemsize
-    bounds = zip((begins * width).tolist(), ((begins + lengths) * width).tolist(), strict=True)
-    digests = b"".join([blake2b(view[begin:end], digest_size=8).digest() for begin, end in bounds])
-    return Pieces(
-        np.frombuffer(digests, np.uint64), groups[row_of], ids[begins] == bos_token_id, lengths == sequence_length
-    )
+    return ids, begins, lengths, row_of
+
+
+def hash_unit(
+    rows: Iterable[tuple[pa.RecordBatch, _Ints]], bos_token_id: int, sequence_length: int, *, concatenated: bool
+) -> Iterator[Pieces]:
+    """Hashes the pieces in the rows of a unit, or of whole groups of it, batch by batch.
+
+    Args:
+        rows: record batches, each with the groups of its rows, in the order in which they were written.
+        bos_token_id: opens a document.
+        sequence_length: tokens of a full row.
+        concatenated: the rows were made by concatenation. Then whole documents are given instead of pieces, an entry
+            for each hash that one is known by, all as pieces that open it.
+    """
+    if not concatenated:
+        for batch, groups in rows:
+            yield pieces_of_batch(batch, groups, bos_token_id, sequence_length)
+        return
+    pending: _Document | None = None
+    for batch, groups in rows:
+        known: list[tuple[bytes, int]] = []
+        for group, ids, learned in _cut_pieces(batch, groups):
+            opens = int(ids[0]) == bos_token_id
+            if pending is not None and (opens or group != pending.group):
+                known += pending.known_by()
+                pending = None
+            if pending is None:
+                pending = _Document(group, sequence_length, has_opening=opens)
+            pending.add(ids, learned)
+        yield _documents(known)
+    if pending is not None:
+        yield _documents(pending.known_by())
+
+
+def _cut_pieces(batch: pa.RecordBatch, groups: _Ints) -> Iterator[tuple[int, npt.NDArray[Any], _Flags]]:
+    """The pieces of a record batch: the group, the ids, and which of them are targets."""
+    ids, begins, lengths, row_of = _layout(batch)
+    spans, span_offsets = flat_values(batch.column("context_spans"))
+    row_begins = flat_values(batch.column("input_ids"))[1][:-1]
+    bounds = spans + np.repeat(row_begins, np.diff(span_offsets))
+    steps = np.zeros(len(ids) + 1, np.int64)
+    np.add.at(steps, bounds[::2], 1)
+    np.add.at(steps, bounds[1::2], -1)
+    learned = np.cumsum(steps[:-1]) == 0
+    learned[begins] = False
+    places = zip(groups[row_of].tolist(), begins.tolist(), (begins + lengths).tolist(), strict=True)
+    for group, begin, end in places:
+        yield group, ids[begin:end], learned[begin:end]
+
+
+def _documents(known: list[tuple[bytes, int]]) -> Pieces:
+    hashes = np.frombuffer(b"".join([digest for digest, _ in known]), np.uint64)
+    opens = np.ones(len(known), np.bool_)
+    return Pieces(hashes, np.array([group for _, group in known], np.int64), opens, ~opens)
+
+
+class _Document:
+    """A document that is put together from its pieces.
+
+    Args:
+        group: of its rows.
+        sequence_length: tokens of a full row.
+        has_opening: whether its first piece is there.
+    """
+
+    def __init__(self, group: int, sequence_length: int, *, has_opening: bool) -> None:
+        self.group = group
+        self._length = sequence_length
+        self._gap = not has_opening  # a row was left out, as far as can be seen
+        self._head = blake2b(digest_size=8)
+        self._head_tokens = 0
+        self._targets = blake2b(digest_size=8, person=b"targets")
+        self._last: int | None = None
+        self._context = 0  # tokens since the last target
+        self._longest = 0  # most tokens without a target between
+
+    def add(self, ids: npt.NDArray[Any], learned: _Flags) -> None:
+        """Takes the next piece; one that continues the document begins with the last token of the piece before."""
+        last, self._last = self._last, int(ids[-1])
+        if last is not None or self._gap:
+            self._gap = self._gap or last != int(ids[0])
+            ids, learned = ids[1:], learned[1:]
+        if not self._gap and self._head_tokens < self._length:
+            head = ids[: self._length - self._head_tokens]
+            self._head.update(np.ascontiguousarray(head).data)
+            self._head_tokens += len(head)
+        targets = np.flatnonzero(learned)
+        if not len(targets):
+            self._context += len(ids)
+        else:
+            self._targets.update(ids[targets].data)
+            between = int(np.diff(targets).max(initial=1)) - 1
+            self._longest = max(self._longest, self._context + int(targets[0]), between)
+            self._context = len(ids) - 1 - int(targets[-1])
+        self._longest = max(self._longest, self._context)
+
+    def known_by(self) -> list[tuple[bytes, int]]:
+        """The hashes that it is known by, each with its group."""
+        known = []
+        if not self._gap or self._head_tokens == self._length:
+            known.append((self._head.digest(), self.group))
+        if self._gap or self._longest >= self._length - 1:
+            known.append((self._targets.digest(), self.group))
+        return known
 
 
 def join_groups(pieces: Pieces, count: int) -> tuple[_Ints, int]:

@@ -10,6 +10,7 @@ to file. Draws depend on the seed and on the unit or the bucket alone, so the by
 processes, and a step that was interrupted goes on where it was.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from doge_lm.errors import UserError
 Indices = npt.NDArray[np.int64]
 # Rows of a record batch of a dealt run at most: 1,024 of 2,048 tokens are 4 MB.
 _DEALT_BATCH_ROWS = 1024
+# Dealt runs that a process keeps open: an operating system allows some 1,000 files. Others are opened for each bucket.
+_MOST_OPEN = 512
 # What draws are for: one stream of random numbers each.
 _STREAMS = {"candidates": 0, "test": 1, "repeats": 2, "deal": 3, "deal test": 4, "permute": 5}
 
@@ -215,12 +218,14 @@ def record_path(path: Path) -> Path:
 
 
 def deal(task: DealTask) -> dict[str, Any]:
-    """Deals a run, unless its record says that this is done.
+    """Deals a run, unless its record says that this is done and the file has the size it was written with.
 
     Returns:
-        The record: `bounds`, the record batches at which each bucket begins, and `sources`, a `Dealt` for each name.
+        The record: `bytes`, the size of the file; `bounds`, the record batches at which each bucket begins; and
+        `sources`, a `Dealt` for each name.
     """
-    if (done := read_record(record_path(task.path))) is not None:
+    done = read_record(record_path(task.path))
+    if done is not None and task.path.is_file() and task.path.stat().st_size == done.get("bytes"):
         return done
     batches = [batch for share in task.shares for batch in unit_batches(share.unit)]
     rows, buckets, sources = _draw(task, batches)
@@ -235,7 +240,10 @@ def deal(task: DealTask) -> dict[str, Any]:
             for part in parts:
                 writer.write_batch(gatherer.gather(rows[order[part : min(part + _DEALT_BATCH_ROWS, end)]]))
             bounds.append(bounds[-1] + len(parts))
-    record = {"bounds": bounds, "sources": {name: asdict(dealt) for name, dealt in sources.items()}}
+    with task.path.open("rb+") as again:
+        os.fsync(again.fileno())  # the record must not outlive it
+        size = again.seek(0, os.SEEK_END)
+    record = {"bounds": bounds, "bytes": size, "sources": {name: asdict(dealt) for name, dealt in sources.items()}}
     write_record(record_path(task.path), record)
     return record
 
@@ -368,7 +376,10 @@ def _bucket_batches(bucket: int) -> Iterator[pa.RecordBatch]:
     for path, bounds in zip(_worker["runs"], _worker["bounds"], strict=True):
         if bounds[bucket] == bounds[bucket + 1]:
             continue
-        if path not in _worker["readers"]:
-            _worker["readers"][path] = pa.ipc.open_file(pa.memory_map(str(path)))
+        reader = _worker["readers"].get(path)
+        if reader is None:
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            if len(_worker["readers"]) < _MOST_OPEN:
+                _worker["readers"][path] = reader
         for number in range(bounds[bucket], bounds[bucket + 1]):
-            yield _worker["readers"][path].get_batch(number)
+            yield reader.get_batch(number)

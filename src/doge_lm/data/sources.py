@@ -31,7 +31,7 @@ from doge_lm.data.manifest import Kind
 from doge_lm.errors import UserError
 
 # A line, or a text file (one document each), above this is refused: it must be held in memory whole.
-MAX_DOCUMENT_BYTES = 16 * 2**20
+MAX_DOCUMENT_BYTES = 8 * 2**20
 # Compressed data is taken in small bites, since a bite may unpack to many thousand times its size.
 _COMPRESSED_CHUNK = 4 * 2**10
 _PLAIN_CHUNK = 2**20
@@ -651,6 +651,8 @@ def unpacked_chunks(path: Path, suffix: str) -> Iterator[bytes]:
     Raises:
         BadInputError: if the file is cut off or damaged.
     """
+    if suffix != ".jsonl" and path.stat().st_size == 0:  # even an empty archive has a header
+        raise BadInputError(f"{path} is empty, which no archive is; get the file again", BROKEN_FILE, is_row=False)
     if suffix.endswith(".zst"):
         return _zst_chunks(path)
     if suffix.endswith(".gz"):
@@ -722,6 +724,14 @@ def _zst_chunks(path: Path) -> Iterator[bytes]:
                 try:
                     chunk = frame.decompress(data)
                 except zstandard.ZstdError as error:
+                    if "too much memory" in str(error):
+                        raise BadInputError(
+                            f"{path} was packed with a larger window than is unpacked here (`zstd --long`); unpack it "
+                            f"with `zstd -d --long=31 {path.name}`, or pack it without --long",
+                            UNREADABLE_FILE,
+                            _size_or_zero(path),
+                            is_row=False,
+                        ) from error
                     raise BadInputError(
                         f"{path} is not a sound zstd file: {error}", BROKEN_FILE, is_row=False
                     ) from error

@@ -7,15 +7,16 @@ proportion to its share. One pass over all other rows then finds which documents
 too, and groups with such a document stay in the training set. In a small set all groups are candidates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from doge_lm.data.manifest import read_record, write_record
-from doge_lm.data.repeats import Pieces, join_groups, pieces_of_batch, telling_pieces
+from doge_lm.data.repeats import Pieces, hash_unit, join_groups, telling_pieces
 from doge_lm.data.shuffle import Indices, UnitFile, random_stream, unit_batches
 
 _Flags = npt.NDArray[np.bool_]
@@ -64,12 +65,14 @@ class ScanTask:
 
 
 def scan(task: ScanTask) -> list[tuple[int, Candidates]]:
-    """Finds the candidates of the units of a run, from their column `group` alone: (source, candidates)."""
-    found = []
+    """Finds the candidates of a run, from the column `group` of its units alone: (source, candidates)."""
+    found: list[tuple[int, Candidates]] = []
     for (position, unit), limit in zip(task.units, task.limits, strict=True):
         groups, sizes = np.unique(_groups(unit), return_counts=True)
         draws = random_stream(task.seed, "candidates", unit.source, unit.number).random_sample(len(groups))
         candidates = Candidates(np.full(len(groups), position), groups, sizes.astype(np.int64), draws)
+        if found and found[-1][0] == unit.source:
+            candidates = Candidates.join([found.pop()[1], candidates])
         found.append((unit.source, candidates if limit is None else candidates.first(limit)))
     return found
 
@@ -103,7 +106,7 @@ class CandidateRows:
 
 
 def read_candidates(
-    units: Sequence[UnitFile], candidates: Candidates, bos_token_id: int, sequence_length: int
+    units: Sequence[UnitFile], candidates: Candidates, bos_token_id: int, sequence_length: int, *, concatenated: bool
 ) -> CandidateRows:
     """Reads the rows of the candidates, and joins groups that hold the same document.
 
@@ -112,24 +115,29 @@ def read_candidates(
         candidates: of all sources, in their order.
         bos_token_id: opens a document.
         sequence_length: tokens of a full row.
+        concatenated: the rows were made by concatenation.
     """
-    pieces, at_unit, at_row, row_groups = [], [], [], []
+    pieces: list[Pieces] = []
+    at_unit, at_row, row_groups = [], [], []
     for position in np.unique(candidates.units).tolist():
         own = np.flatnonzero(candidates.units == position)
         own = own[np.argsort(candidates.groups[own])]
-        begin = 0
-        for batch in unit_batches(units[position]):
-            group = batch.column("group").to_numpy()
-            place = np.minimum(np.searchsorted(candidates.groups[own], group), len(own) - 1)
-            taken = candidates.groups[own[place]] == group
-            if taken.any():
-                part = batch if taken.all() else batch.filter(taken)
-                numbers = own[place[taken]]
-                pieces.append(pieces_of_batch(part, numbers, bos_token_id, sequence_length))
-                at_unit.append(np.full(len(numbers), position))
-                at_row.append(begin + np.flatnonzero(taken))
-                row_groups.append(numbers)
-            begin += batch.num_rows
+
+        def taken_rows(position: int = position, own: Indices = own) -> Iterator[tuple[pa.RecordBatch, Indices]]:
+            begin = 0
+            for batch in unit_batches(units[position]):
+                group = batch.column("group").to_numpy()
+                place = np.minimum(np.searchsorted(candidates.groups[own], group), len(own) - 1)
+                taken = candidates.groups[own[place]] == group
+                if taken.any():
+                    numbers = own[place[taken]]
+                    at_unit.append(np.full(len(numbers), position))
+                    at_row.append(begin + np.flatnonzero(taken))
+                    row_groups.append(numbers)
+                    yield batch if taken.all() else batch.filter(taken), numbers
+                begin += batch.num_rows
+
+        pieces += hash_unit(taken_rows(), bos_token_id, sequence_length, concatenated=concatenated)
     found = Pieces.join(pieces)
     joined, _ = join_groups(found, len(candidates.groups))
     telling = telling_pieces(found, len(candidates.groups))
@@ -155,6 +163,7 @@ class SearchTask:
     hashes: Path
     bos_token_id: int
     sequence_length: int
+    concatenated: bool
 
 
 def search(task: SearchTask) -> _Hashes:
@@ -165,9 +174,9 @@ def search(task: SearchTask) -> _Hashes:
     wanted = np.load(task.hashes, mmap_mode="r")
     hit = np.zeros(len(wanted), np.bool_)
     for unit, candidates in task.units:
-        for batch in unit_batches(unit):
-            groups = batch.column("group").to_numpy().astype(np.int64)
-            hashes = _other_hashes(pieces_of_batch(batch, groups, task.bos_token_id, task.sequence_length), candidates)
+        rows = ((batch, batch.column("group").to_numpy().astype(np.int64)) for batch in unit_batches(unit))
+        for pieces in hash_unit(rows, task.bos_token_id, task.sequence_length, concatenated=task.concatenated):
+            hashes = _other_hashes(pieces, candidates)
             place = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
             hit[place[wanted[place] == hashes]] = True
     found = wanted[hit]

@@ -345,6 +345,8 @@ def open_source(text: str) -> StreamSource:
     path = Path(text)
     if path.exists():
         return FileSource(path)
+    if text.startswith((".", "/", "~")) or "\\" in text:  # no name of the hub looks like that
+        raise UserError(f"stream {text}: there is no such file or folder")
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w./-]+))?", text)
     if match is None:
         raise UserError(
@@ -541,10 +543,11 @@ def hold_out(source: StreamSource, settings: StreamSettings, rows: int) -> HeldO
         if tokens >= rows * settings.sequence_length:
             break
     else:
+        there = tokens // settings.sequence_length
+        less = f"give --set stream_test_rows={there // 10 or 1}, for example, or " if there > 1 else ""
         raise UserError(
-            f"the stream holds about {tokens // settings.sequence_length:,} rows of {settings.sequence_length:,} "
-            f"tokens in all, too few to hold {rows:,} out as the test set; --set stream_test_rows to much less, or "
-            "stream more text"
+            f"the stream holds about {there:,} rows of {settings.sequence_length:,} tokens in all, too few to hold "
+            f"{rows:,} out as the test set; {less}stream more text"
         )
     packer = BestFitPacker(settings.sequence_length)
     packed = [row for document in documents for row in packer.add(document)]
@@ -689,6 +692,11 @@ class RowStream:
             raise ValueError(f"row {row} is not among those that the stream has given last")
         del self._states[: passed - 1]
         return self._states[0]
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Bad rows that were left out so far, by reason, those of the current block among them."""
+        return dict(self._skipped)
 
     def close(self) -> None:
         """Ends the processes."""

@@ -3,11 +3,14 @@
 import itertools
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import connection, resource_tracker
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -32,7 +35,8 @@ def check_num_proc(num_proc: int) -> None:
 class Workers:
     """Some processes, each prepared once; with one, everything happens in this process.
 
-    Processes are spawned, on every platform alike, and only when there is work for them. A context manager.
+    Processes are spawned, on every platform alike, and only when there is work for them. A context manager. Ctrl-C
+    reaches this process alone, which then ends the others.
 
     Args:
         num_proc: how many, at least 1.
@@ -51,11 +55,11 @@ class Workers:
         if num_proc == 1:
             start(*arguments)
         else:
+            context = multiprocessing.get_context("spawn")
+            # Nothing is ever sent: that this end is closed tells the processes to end at once.
+            ending, self._ending = context.Pipe(duplex=False)
             self._pool = ProcessPoolExecutor(
-                num_proc,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=_start,
-                initargs=(start, arguments),
+                num_proc, mp_context=context, initializer=_start, initargs=(start, arguments, ending)
             )
 
     def map(self, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Generator[_Result, None, None]:
@@ -73,7 +77,7 @@ class Workers:
         pending: deque[Future[_Result]] = deque()
         try:
             for item in items:
-                pending.append(self._pool.submit(function, item))
+                pending.append(self._submit(self._pool, function, item))
                 if len(pending) >= _LOOK_AHEAD * self._num_proc:
                     yield pending.popleft().result()
             while pending:
@@ -103,7 +107,7 @@ class Workers:
         try:
             while True:
                 for item in itertools.islice(left, self._num_proc + _WAITING - len(pending)):
-                    pending[self._pool.submit(function, item)] = item
+                    pending[self._submit(self._pool, function, item)] = item
                 if not pending:
                     return
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
@@ -114,6 +118,12 @@ class Workers:
             for future in pending:
                 future.cancel()
 
+    @staticmethod
+    def _submit(pool: ProcessPoolExecutor, function: Callable[[_Item], _Result], item: _Item) -> "Future[_Result]":
+        """Hands an item out; processes that are spawned by it are deaf to Ctrl-C from their first moment."""
+        with _interrupts_held_back():
+            return pool.submit(function, item)
+
     def __enter__(self) -> "Workers":
         return self
 
@@ -121,18 +131,41 @@ class Workers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            # After Ctrl-C nobody waits for what is begun. The pool gives up what is not begun first: a pool that finds
+            # its processes gone would complain of every item that was cancelled.
+            interrupted = kind is not None and not issubclass(kind, Exception)
+            self._pool.shutdown(wait=not interrupted, cancel_futures=True)
+            self._ending.close()
 
 
-def _start(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Blocks SIGINT, which spawned processes inherit; one that comes meanwhile is met at the end of the block.
+
+    Without this, processes that are still importing when Ctrl-C reaches the group print a traceback each. Windows has
+    no such thing.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # spawning starts it, and would let the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start(start: Callable[..., None], arguments: tuple[Any, ...], ending: connection.Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(ending,), daemon=True).start()
     start(*arguments)
 
 
-def _end_with_parent() -> None:
-    """Ends this process when its parent is gone: one that was killed cannot tell it to stop."""
+def _end_with_parent(ending: connection.Connection) -> None:
+    """Ends this process when its parent says so, or is gone: one that was killed cannot tell it to stop."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        parent.join()
+        connection.wait([parent.sentinel, ending])
         os._exit(1)

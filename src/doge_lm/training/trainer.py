@@ -213,11 +213,11 @@ class DogeTrainer(Trainer):
         super().log(logs, start_time)
 
     def _stream_numbers(self) -> dict[str, int]:
-        """Passes over the stream that are done, and bad rows that were left out, both up to the current block."""
-        state = self._stream_state()
-        if state is None:
+        """Passes over the stream that are done, and bad rows that were left out, the current block's included."""
+        state, stream = self._stream_state(), self.data.stream
+        if state is None or stream is None:
             return {}
-        return {"stream_epoch": state.epoch, "stream_skipped": sum(state.skipped.values())}
+        return {"stream_epoch": state.epoch, "stream_skipped": sum(stream.skipped.values())}
 
     def _stream_state(self) -> StreamState | None:
         if self.data.stream is None:
