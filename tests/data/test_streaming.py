@@ -17,7 +17,7 @@ import zstandard
 from datasets import load_dataset
 from torch.utils.data import DataLoader
 
-from doge_lm.data import sources, streaming
+from doge_lm.data import manifest, sources, streaming
 from doge_lm.data.encoders import load_encoder
 from doge_lm.data.sources import TextRow
 from doge_lm.data.streaming import (
@@ -340,7 +340,7 @@ def test_a_file_that_is_cut_off_stops_the_stream(
 def test_a_document_that_is_too_large_is_bad(
     tmp_path: Path, settings: StreamSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "_MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(streaming, "MAX_DOCUMENT_BYTES", 1000)
     rows = [*texts("plain", 2), {"text": "x" * 1000}]
     (tmp_path / "a.jsonl").write_bytes(json_lines(rows))
     with pytest.raises(UserError, match=r"a\.jsonl, line 3 has more than 1,000 bytes; cut the document up; mend"):
@@ -403,7 +403,7 @@ def test_a_run_does_not_go_on_with_other_text(
     """Up to some GB every byte counts; of more, names, sizes and the ends of the files."""
     if not whole:
         monkeypatch.setattr(streaming, "MAX_IDENTITY_BYTES", 100)
-        monkeypatch.setattr(streaming, "_HASHED_END_BYTES", 10)
+        monkeypatch.setattr(manifest, "HASHED_END_BYTES", 10)
 
     def resume() -> RowStream:
         return RowStream(FileSource(folder), settings, NOTHING_HELD_OUT, length=10**9, start=state)

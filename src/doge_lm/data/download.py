@@ -248,14 +248,13 @@ def _kind_of(name: str, path: Path, files: list[Path]) -> Kind:
                 break
             fault = fault or item
             faults += 1
-    said = str(fault).removesuffix(", or raise --max_document_bytes")
     if not first:
         raise UserError(
-            f"--local {name}: there is not one good row in {path}" + (f"; the first fault: {said}" if fault else "")
+            f"--local {name}: there is not one good row in {path}" + (f"; the first fault: {fault}" if fault else "")
         )
     if fault:
         more = f" (and {faults - 1:,} more)" if faults > 1 else ""
-        _warn(name, f"{said}{more}; preprocess_datasets will stop there, or leave it out with --on_error skip")
+        _warn(name, f"{fault}{more}; preprocess_datasets will stop there, or leave it out with --on_error skip")
     kind, *others = first
     for other in others:
         _warn(

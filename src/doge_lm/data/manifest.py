@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -31,6 +31,8 @@ FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 SOURCE_NAME = "source.json"
 RAW_FOLDER = "raw"
+DEDUPLICATED_SUFFIX = "-dedup"
+"""What near_duplicates puts behind the name of a source of which it keeps one of near duplicates."""
 TOKENIZED_FOLDER = "tokenized"
 
 Kind = Literal["pretrain", "finetune"]
@@ -459,7 +461,24 @@ Identity = dict[str, Any]
 # The content of inputs is part of the identity only up to this size in all: it must be read before anything else.
 MAX_IDENTITY_BYTES = 4 * 2**30
 # Of larger inputs, so much of each end is.
-_HASHED_END_BYTES = 2**16
+HASHED_END_BYTES = 2**16
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_ends(file: BinaryIO, size: int, digest: "hashlib._Hash") -> None:
+    """Takes the two ends of an open file of a size into a digest, for what is too large to be read whole."""
+    digest.update(file.read(HASHED_END_BYTES))
+    file.seek(max(0, size - HASHED_END_BYTES))
+    digest.update(file.read(HASHED_END_BYTES))
 
 
 def file_state(path: Path) -> str:
@@ -467,15 +486,27 @@ def file_state(path: Path) -> str:
 
     Empty for a file that cannot be read: whoever reads it will say what is wrong.
     """
+    digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
             found = os.fstat(file.fileno())
-            digest = hashlib.sha256(file.read(_HASHED_END_BYTES))
-            file.seek(max(0, found.st_size - _HASHED_END_BYTES))
-            digest.update(file.read(_HASHED_END_BYTES))
+            hash_ends(file, found.st_size, digest)
     except OSError:
         return ""
     return f"written {found.st_mtime_ns} ns, ends {digest.hexdigest()[:16]}"
+
+
+def check_taken_in(source: str, path: str, found: str, expected: str) -> None:
+    """Checks that an input is what `download_datasets` took in, by its sha256 now and then (empty if not taken).
+
+    Raises:
+        UserError: if it is not.
+    """
+    if expected and found != expected:
+        raise UserError(
+            f"{path} of the source {source!r} is not what was taken in: its sha256 is {found[:12]}..., it was "
+            f"{expected[:12]}...; run `doge-lm download_datasets` for it again"
+        )
 
 
 def make_identity(
@@ -580,6 +611,11 @@ FULL_DISK = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
+def partial_directory(target: Path) -> Path:
+    """Where a directory is made until it is whole: `.tmp-NAME` beside it."""
+    return target.with_name(f".tmp-{target.name}")
+
+
 @contextlib.contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
     """A directory that takes its place only when the block ends without an exception.
@@ -600,7 +636,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             full, or it cannot be written.
     """
     _refuse_foreign(target)
-    temporary = target.with_name(f".tmp-{target.name}")
+    temporary = partial_directory(target)
     with explain_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target):
@@ -635,7 +671,7 @@ def resumable_directory(target: Path, identity: Identity, *, overwrite: bool) ->
         UserError: as `atomic_directory`, and if an interrupted run began with something else, unless `overwrite`.
     """
     _refuse_foreign(target)
-    temporary = target.with_name(f".tmp-{target.name}")
+    temporary = partial_directory(target)
     with explain_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target):

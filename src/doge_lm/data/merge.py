@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from doge_lm.data.manifest import (
+    DEDUPLICATED_SUFFIX,
     KINDS,
     MANIFEST_NAME,
     MAX_IDENTITY_BYTES,
@@ -38,6 +39,7 @@ from doge_lm.data.manifest import (
     SampleCounts,
     check_name,
     check_sums,
+    file_sha256,
     is_made,
     package_versions,
     read_record,
@@ -99,8 +101,6 @@ _LARGE_TEST_SHARE = 0.2
 # Samples of the test set where the user names no number: so many, but in a small set at most this share.
 _USUAL_TEST_SIZE = 1000
 _USUAL_TEST_SHARE = 0.05
-# What near_duplicates puts behind the name of a source that it has cleared.
-_CLEARED = "-dedup"
 _WORK = "work"
 BEYOND_BUDGET = "beyond the token budget"
 
@@ -408,8 +408,7 @@ def _check_fresh(raw: Path, manifest: Manifest, command: str) -> None:
         path = raw / file.path
         sha256 = file.sha256
         if not sha256 and before.sha256 and small and path.is_file():
-            with path.open("rb") as opened:
-                sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+            sha256 = file_sha256(path)
         if sha256 and before.sha256 and sha256 != before.sha256:
             raise UserError(
                 f"{path} has other content than when {manifest.name!r} was tokenized (sha256 {sha256[:12]}..., it was "
@@ -460,13 +459,7 @@ class _UnusableError(UserError):
 def _merge_kind(job: _Job, target: Path, num_proc: int, overwrite: bool) -> Manifest:
     for name in job.left_out:
         print(f"{job.kind}: {name} is left out, since --mix does not name it")
-    names = {source.name for source in job.sources}
-    for name in sorted(name for name in names if f"{name}{_CLEARED}" in names):
-        print(
-            f"{job.kind}: warning: {name} and {name}{_CLEARED} are merged together, though the second is made of the "
-            "first and most documents stand in both; move the one that you do not want out of the folder "
-            f"{TOKENIZED_FOLDER}, or name the other one with --mix"
-        )
+    _warn_of_deduplicated(job)
     if is_made(target, job.identity, _identity_of, overwrite=overwrite):
         print(f"{target} is made already, from the same sources with the same settings; nothing to do")
         return Manifest.read(target)
@@ -480,6 +473,19 @@ def _merge_kind(job: _Job, target: Path, num_proc: int, overwrite: bool) -> Mani
                 raise
         shutil.rmtree(folder / _WORK, ignore_errors=True)
     return Manifest.read(target)
+
+
+def _warn_of_deduplicated(job: _Job) -> None:
+    """Warns where a source is merged together with what near_duplicates made of it."""
+    names = {source.name for source in job.sources}
+    for name in sorted(names):
+        made = f"{name}{DEDUPLICATED_SUFFIX}"
+        if made in names:
+            print(
+                f"{job.kind}: warning: {name} and {made} are merged together, though the second is made of the first "
+                "and most documents stand in both; move the one that you do not want out of the folder "
+                f"{TOKENIZED_FOLDER}, or name the other one with --mix"
+            )
 
 
 def _make(job: _Job, folder: Path, num_proc: int) -> None:

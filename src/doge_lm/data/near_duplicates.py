@@ -14,7 +14,6 @@ result in its place by the command for one machine, which finds all tasks done.
 import argparse
 import contextlib
 import copy
-import hashlib
 import io
 import json
 import os
@@ -36,6 +35,7 @@ import zstandard
 from tqdm import tqdm
 
 from doge_lm.data.manifest import (
+    DEDUPLICATED_SUFFIX,
     MAX_IDENTITY_BYTES,
     PART_SUFFIX,
     RAW_FOLDER,
@@ -44,14 +44,25 @@ from doge_lm.data.manifest import (
     InputFile,
     Kind,
     RawSource,
+    check_taken_in,
     explain_disk_errors,
+    file_sha256,
     file_state,
     is_made,
+    partial_directory,
     read_record,
     resumable_directory,
     write_record,
 )
-from doge_lm.data.sources import MAX_DOCUMENT_BYTES, BadInputError, ConversationRow, Row, TextRow
+from doge_lm.data.sources import (
+    HOW_TO_SKIP,
+    MAX_DOCUMENT_BYTES,
+    BadInputError,
+    ConversationRow,
+    Row,
+    TextRow,
+    add_bad_input_arguments,
+)
 from doge_lm.data.units import Segment, Stream, Unit, plan_units, read_unit, usual_unit_bytes
 from doge_lm.data.workers import Workers, check_num_proc
 from doge_lm.errors import UserError
@@ -67,7 +78,6 @@ _NGRAMS_AT_ONCE = 2**12
 # Within the partial directory: what datatrove writes, and records of what was read and written.
 _WORK_FOLDER = "work"
 _JOBS_NAME = "slurm.json"
-_HOW_TO_SKIP = "; mend or remove it, or let `--on_error skip` drop and count what is bad"
 
 OnError = Literal["stop", "skip"]
 
@@ -123,20 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--buckets", type=int, default=default.buckets, help=f"buckets ({default.buckets})")
     parser.add_argument("--hashes", type=int, default=default.hashes, help=f"hashes of a bucket ({default.hashes})")
-    parser.add_argument(
-        "--on_error",
-        choices=("stop", "skip"),
-        default=default.on_error,
-        help="bad input (invalid JSON or UTF-8, a missing field, a document that is too large, a damaged file): stop "
-        "with an error that names file and line (default), or skip and count it",
-    )
-    parser.add_argument(
-        "--max_document_bytes",
-        type=int,
-        default=MAX_DOCUMENT_BYTES,
-        metavar="N",
-        help=f"larger documents are bad input (default: {MAX_DOCUMENT_BYTES:,})",
-    )
+    add_bad_input_arguments(parser, "")
     parser.add_argument("--overwrite", action="store_true", help="make results anew that are there already")
     group = parser.add_argument_group("clusters of machines", "--num_proc is then the number of jobs at a time")
     group.add_argument(
@@ -169,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
     for name in args.datasets:
         source = remove_near_duplicates(
             args.datasets_dir / RAW_FOLDER / name,
-            args.save_dir / RAW_FOLDER / f"{name}-dedup",
+            args.save_dir / RAW_FOLDER / f"{name}{DEDUPLICATED_SUFFIX}",
             settings,
             num_proc=args.num_proc,
             overwrite=args.overwrite,
@@ -314,7 +311,7 @@ class _Job:
     @property
     def folder(self) -> Path:
         """The partial directory."""
-        return self.target.with_name(f".tmp-{self.target.name}")
+        return partial_directory(self.target)
 
     @property
     def work(self) -> Path:
@@ -424,7 +421,7 @@ def _plan_units(files: list[tuple[Path, int]], unit_bytes: int | None = None) ->
 
 
 def _hashed_inputs(source: RawSource, files: list[tuple[Path, int]]) -> dict[str, list[Any]]:
-    """Path: size and sha256, for the identity; the latter only where all files together are small enough to read.
+    """Path: size and sha256, for the identity; where all files together are too large to be read, what tells changes.
 
     Raises:
         UserError: if a file is not what was taken in.
@@ -432,16 +429,12 @@ def _hashed_inputs(source: RawSource, files: list[tuple[Path, int]]) -> dict[str
     small = sum(size for _, size in files) <= MAX_IDENTITY_BYTES
     inputs: dict[str, list[Any]] = {}
     for (path, size), taken in zip(files, source.files, strict=True):
-        sha256 = "" if small else file_state(path)
         if small:
-            with path.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            if taken.sha256 and sha256 != taken.sha256:
-                raise UserError(
-                    f"{path} of the source {source.name!r} is not what was taken in: its sha256 is {sha256[:12]}..., "
-                    f"it was {taken.sha256[:12]}...; run `doge-lm download_datasets` for it again"
-                )
-        inputs[str(path)] = [size, sha256]
+            content = file_sha256(path)
+            check_taken_in(source.name, str(path), content, taken.sha256)
+        else:
+            content = file_state(path)
+        inputs[str(path)] = [size, content]
     return inputs
 
 
@@ -584,7 +577,7 @@ class ReadDocuments:
                 yield Document(text=_compared(item[1]), id=str(rows), metadata={"row": item[1]})
                 rows += 1
             elif stop:
-                raise UserError(f"{item}{_HOW_TO_SKIP}") from item
+                raise UserError(f"{item.with_flag}{HOW_TO_SKIP}") from item
             else:
                 skipped[item.reason] += 1
         write_record(_read_path(self.work, rank), {"rows": rows, "skipped": dict(skipped)})
@@ -616,9 +609,7 @@ class WriteDocuments:
                         kept += 1
                 file.flush()
                 os.fsync(file.fileno())
-            with temporary.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            entry = {"path": path.name, "bytes": temporary.stat().st_size, "sha256": sha256}
+            entry = {"path": path.name, "bytes": temporary.stat().st_size, "sha256": file_sha256(temporary)}
             temporary.replace(path)
             write_record(_written_path(self.work, rank), {"kept": kept, "file": entry})
         yield from ()

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from doge_lm.data.manifest import read_record, write_record
+from doge_lm.data.manifest import file_sha256, read_record, write_record
 from doge_lm.data.sources import read_objects
 from doge_lm.errors import UserError
 
@@ -451,8 +451,7 @@ def benchmark_sha256(path: Path) -> str:
         UserError: if it cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise UserError(f"--decontaminate {path} cannot be read: {error.strerror}") from error
 

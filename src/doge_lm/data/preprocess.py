@@ -7,7 +7,6 @@ goes on with the units that have no record. Memory is that of a batch and a pack
 """
 
 import argparse
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -42,11 +41,14 @@ from doge_lm.data.manifest import (
     accounting_from_json,
     accounting_table,
     check_name,
+    check_taken_in,
     explain_disk_errors,
+    file_sha256,
     file_state,
     is_made,
     make_identity,
     package_versions,
+    partial_directory,
     read_record,
     resumable_directory,
     write_record,
@@ -54,9 +56,11 @@ from doge_lm.data.manifest import (
 from doge_lm.data.mix import Mix, parse_tokens
 from doge_lm.data.packing import Packing, RowMaker, cutting_length, make_row_maker
 from doge_lm.data.sources import (
+    HOW_TO_SKIP,
     MAX_DOCUMENT_BYTES,
     BadInputError,
     Row,
+    add_bad_input_arguments,
     row_texts,
     scan_rows,
 )
@@ -146,21 +150,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="best_fit: only documents longer than a sample are cut (default); concat: documents one after another, "
         "cut wherever a sample ends; docs/packing.md compares them",
     )
-    parser.add_argument(
-        "--on_error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="bad input (an empty text, a conversation without an answer, invalid JSON or UTF-8, a missing field, a "
-        "document that is too large, a damaged file): stop with an error that names file and line (default), or skip "
-        "it and count it as dropped",
-    )
-    parser.add_argument(
-        "--max_document_bytes",
-        type=int,
-        default=MAX_DOCUMENT_BYTES,
-        metavar="N",
-        help=f"larger documents are bad input (default: {MAX_DOCUMENT_BYTES:,})",
-    )
+    add_bad_input_arguments(parser, "an empty text, a conversation without an answer, ")
     parser.add_argument("--datasets", nargs="+", metavar="NAME", help="the sources to do (default: all there are)")
     parser.add_argument(
         "--tokens",
@@ -481,11 +471,8 @@ class _Job:
             if known is not None and (known.get("bytes"), known.get("state")) != (file.bytes, file.state):
                 known = None
             file.sha256 = known["sha256"] if known is not None else _sha256(Path(file.path))
-            if expected and file.sha256 and file.sha256 != expected:
-                raise UserError(
-                    f"{file.path} of the source {self.name!r} is not what was taken in: its sha256 is "
-                    f"{file.sha256[:12]}..., it was {expected[:12]}...; run `doge-lm download_datasets` for it again"
-                )
+            if file.sha256:
+                check_taken_in(self.name, file.path, file.sha256, expected)
             if known is None and not self.is_small:
                 write_record(record, {"sha256": file.sha256, "bytes": file.bytes, "state": file.state})
 
@@ -538,8 +525,7 @@ class _Job:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError:
         return ""  # whoever reads it will say what is wrong
 
@@ -615,7 +601,7 @@ class _Run:
 
         if is_made(job.target, job.identity(), before, overwrite=self._overwrite):
             print(f"{job.target} is done already")
-            partial = job.target.with_name(f".tmp-{job.name}")
+            partial = partial_directory(job.target)
             if partial.is_dir():
                 print(
                     f"{partial} was left by an interrupted run with other settings: give those and --overwrite to go "
@@ -929,7 +915,7 @@ class _UnitReader:
                 continue
             if nothing := nothing_to_learn(row):
                 if self._stop:
-                    raise UserError(f"{location}: {nothing}{_HOW_TO_SKIP}")
+                    raise UserError(f"{location}: {nothing}{HOW_TO_SKIP}")
                 self.skipped += 1
                 self._examples.setdefault(nothing, f"{location}: {nothing}{self._counted_from}")
             yield row
@@ -944,21 +930,15 @@ class _UnitReader:
 
     def _bad(self, error: BadInputError) -> None:
         if self._stop:
-            raise UserError(f"{error}{_HOW_TO_SKIP}") from error
+            raise UserError(f"{error.with_flag}{HOW_TO_SKIP}") from error
         self.skipped += 1
-        example = f"{error}{self._counted_from}"
+        example = f"{error.with_flag}{self._counted_from}"
         self.account.leave_out(error.reason, error.bytes, is_document=error.is_row, example=example)
 
     @property
     def _counted_from(self) -> str:
-        """Where lines are counted from, for examples: the lines before a part are not counted for them."""
-        part = self._task.unit.segments[0].part
-        if part is None or part.before is not None or part.start == 0:
-            return ""
-        return f" (lines counted from byte {part.start:,} of the file)"
-
-
-_HOW_TO_SKIP = "; mend or remove it, or let `--on_error skip` drop and count what is bad"
+        part = self._task.unit.segments[0].part  # the lines before it are not counted for examples
+        return "" if part is None else part.counted_from
 
 
 def _row_bytes(row: Row) -> int:

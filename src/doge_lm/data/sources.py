@@ -14,6 +14,7 @@ A row carries either
   `{"role": "user" | "assistant" | "system", "content": ...}`: a conversation for fine-tuning.
 """
 
+import argparse
 import contextlib
 import gzip
 import json
@@ -254,6 +255,11 @@ class BadInputError(UserError):
         self.bytes = bytes_
         self.is_row = is_row
 
+    @property
+    def with_flag(self) -> str:
+        """The message, with the flag that lets the row pass; for commands that have `add_bad_input_arguments`."""
+        return f"{self}, or raise --max_document_bytes" if self.reason == TOO_LARGE else str(self)
+
     def __reduce__(self) -> tuple[Any, ...]:
         # The usual way of pickling exceptions knows the message alone.
         return _bad_input, (str(self), self.reason, self.bytes, self.is_row)
@@ -276,6 +282,40 @@ class Part:
     start: int
     stop: int
     before: int | None = None
+
+    @property
+    def counted_from(self) -> str:
+        """Where in the file lines are counted from, for messages, unless they were counted from its beginning."""
+        if self.before is not None or self.start == 0:
+            return ""
+        return f" (lines counted from byte {self.start:,} of the file)"
+
+
+HOW_TO_SKIP = "; mend or remove it, or let `--on_error skip` drop and count what is bad"
+"""The end of an error message of commands that have `add_bad_input_arguments`."""
+
+
+def add_bad_input_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds the flags `--on_error` and `--max_document_bytes`.
+
+    Args:
+        parser: of a command that reads rows.
+        what: what is bad input to it, before what is to all: `a, b, `.
+    """
+    parser.add_argument(
+        "--on_error",
+        choices=("stop", "skip"),
+        default="stop",
+        help=f"bad input ({what}invalid JSON or UTF-8, a missing field, a document that is too large, a damaged "
+        "file): stop with an error that names file and line (default), or skip it and count it as dropped",
+    )
+    parser.add_argument(
+        "--max_document_bytes",
+        type=int,
+        default=MAX_DOCUMENT_BYTES,
+        metavar="N",
+        help=f"larger documents are bad input (default: {MAX_DOCUMENT_BYTES:,})",
+    )
 
 
 def read_rows(files: Iterable[Path], kind: Kind | None = None) -> Iterator[Row]:
@@ -564,7 +604,7 @@ def _scan_json_lines(
         location = Location(shown_as, number, "line", before)
         if isinstance(line, int):
             yield BadInputError(
-                f"{location} has more than {limit:,} bytes; cut the document up, or raise --max_document_bytes",
+                f"{location} has more than {limit:,} bytes; cut the document up",
                 TOO_LARGE,
                 line,
             )
@@ -781,7 +821,7 @@ def _parquet_row(batch: pa.RecordBatch, index: int, location: Location, limit: i
     size = batch.slice(index, 1).nbytes
     if size > limit:
         return BadInputError(
-            f"{location} has more than {limit:,} bytes; cut the document up, or raise --max_document_bytes",
+            f"{location} has more than {limit:,} bytes; cut the document up",
             TOO_LARGE,
             size,
         )

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from doge_lm.data.manifest import OutputFile, SampleCounts
+from doge_lm.data.manifest import OutputFile, SampleCounts, file_sha256
 from doge_lm.data.packing import PackedRow
 from doge_lm.errors import UserError
 
@@ -307,8 +307,7 @@ def check_files(directory: Path, files: Sequence[OutputFile]) -> None:
         return
     for file in files:
         path = directory / file.path
-        with path.open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        found = file_sha256(path)
         if found != file.sha256:
             raise UserError(
                 f"{path} is damaged: its sha256 is {found[:12]}..., it was written as {file.sha256[:12]}...; make "

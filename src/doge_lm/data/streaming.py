@@ -32,9 +32,10 @@ import numpy as np
 
 from doge_lm.data.documents import Tokenizing, batch_rows, nothing_to_learn
 from doge_lm.data.encoders import Backend, load_encoder, take_texts
-from doge_lm.data.manifest import MAX_IDENTITY_BYTES
+from doge_lm.data.manifest import MAX_IDENTITY_BYTES, hash_ends
 from doge_lm.data.packing import BestFitPacker, PackedRow
 from doge_lm.data.sources import (
+    MAX_DOCUMENT_BYTES,
     TOO_LARGE,
     BadInputError,
     Location,
@@ -67,17 +68,12 @@ _PART_BYTES = 4 * 2**20
 _SMALL_FILE_BYTES = 2 * 2**20
 # A row group of a `.parquet` up to this size likewise.
 _SMALL_GROUP_BYTES = 64 * 2**20
-# Larger documents are bad input: a worker holds a document several times over, and one of this size takes it to about
-# 300 MB. Preparing a set has no such limit but the one that the user gives.
-_MAX_DOCUMENT_BYTES = 8 * 2**20
 # How often text is larger than its compressed form, about.
 _UNPACKED = 4
 _TEST_LANES = 16
 # Documents on which the backends are compared.
 _SAMPLE_ROWS = 200
 _SAMPLE_CHARACTERS = 10**6
-# Of files that are too large to be hashed whole at every start, so much of each end is.
-_HASHED_END_BYTES = 2**16
 # Epochs count from 0; the test set is drawn by a number that none of them will have.
 _TEST_EPOCH = 2**32 - 1
 _NOTHING = "the stream gives no row to train on: it is empty, or all of its documents are held out or bad"
@@ -122,16 +118,14 @@ class FilePart(NamedTuple):
             UserError: if the file is not as large as it was.
         """
         check_size(self.path, self.size, _KEEP_STILL)
-        limit = _MAX_DOCUMENT_BYTES
+        limit = MAX_DOCUMENT_BYTES
         yield from scan_rows(self.path, part=self.part, max_document_bytes=limit, count_lines=count_lines)
         check_size(self.path, self.size, _KEEP_STILL)
 
     @property
     def counted_from(self) -> str:
         """Where in the file lines are counted from, for messages, unless they were counted from its beginning."""
-        if self.part is None or self.part.before is not None or self.part.start == 0:
-            return ""
-        return f" (lines counted from byte {self.part.start:,} of the file)"
+        return "" if self.part is None else self.part.counted_from
 
 
 class Stretch(NamedTuple):
@@ -222,9 +216,7 @@ def _content_hash(path: Path, size: int, *, whole: bool) -> str:
                 while data := file.read(2**20):
                     digest.update(data)
             else:
-                digest.update(file.read(_HASHED_END_BYTES))
-                file.seek(max(0, size - _HASHED_END_BYTES))
-                digest.update(file.read(_HASHED_END_BYTES))
+                hash_ends(file, size, digest)
     except OSError:
         return ""  # whoever reads it will say what is wrong
     return digest.hexdigest()[:16]  # one of these for each file goes into every checkpoint
@@ -310,8 +302,8 @@ class HubSource:
             location = Location(Path(self._name), number, "row")
             try:
                 row = parse_row(values, location)
-                if (characters := row_characters(row)) > _MAX_DOCUMENT_BYTES:
-                    message = f"{location} has more than {_MAX_DOCUMENT_BYTES:,} characters; cut the document up"
+                if (characters := row_characters(row)) > MAX_DOCUMENT_BYTES:
+                    message = f"{location} has more than {MAX_DOCUMENT_BYTES:,} characters; cut the document up"
                     raise BadInputError(message, TOO_LARGE, characters)
             except BadInputError as error:
                 yield error
@@ -497,8 +489,7 @@ class _Packing:
         # The lines before a part are counted for an error that ends the run, not for each of many that are skipped.
         for item in chunk.items(count_lines=not self._settings.skip_bad_rows):
             if isinstance(item, BadInputError):
-                # Of the flag that the message may end with `train` knows nothing.
-                self._skip(item.reason, str(item).removesuffix(", or raise --max_document_bytes"), chunk)
+                self._skip(item.reason, str(item), chunk)
                 continue
             location, row = item
             reason = nothing_to_learn(row)
