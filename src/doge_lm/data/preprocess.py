@@ -898,9 +898,8 @@ class _UnitReader:
             UserError: with `--on_error stop`, for bad input.
         """
         cleaner = self._state.cleaner(self._task.source)
-        drops = (
-            frozenset[int]() if self._task.drops is None else frozenset(cleaning.load_drops(self._task.drops).tolist())
-        )
+        drops = np.empty(0, np.int64) if self._task.drops is None else cleaning.load_drops(self._task.drops)
+        passed = 0  # drops that lie behind
         limit = self._state.settings.max_document_bytes
         number = -1
         for item in read_unit(self._task.unit, self._task.kind, limit, count_lines=self._stop):
@@ -909,7 +908,9 @@ class _UnitReader:
                 continue
             location, row = item
             number += 1
-            reason = "duplicate" if number in drops else cleaner.reason(row) if cleaner is not None else None
+            is_duplicate = passed < len(drops) and drops[passed] == number
+            passed += is_duplicate
+            reason = "duplicate" if is_duplicate else cleaner.reason(row) if cleaner is not None else None
             if reason is not None:
                 self.account.leave_out(reason, _row_bytes(row))
                 continue
