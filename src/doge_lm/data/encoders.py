@@ -58,8 +58,9 @@ BACKENDS: tuple[WantedBackend, ...] = ("auto", "tokenizers", "gigatoken")
 _CACHED_CHARACTERS = 2**26
 # The sample is tokenized by the slow backend as well: this is a few seconds.
 _SAMPLED_CHARACTERS = 2**23
-# What `tokenizers` encodes at a time: some 85 MB of memory.
-_ENCODED_CHARACTERS = 2**20
+# What is encoded at a time, where texts are long or the backend is `tokenizers`. That takes some 85 bytes for each byte
+# of text, and characters have up to four.
+_ENCODED_CHARACTERS = 2**17
 
 TRICKY_TEXTS: tuple[str, ...] = (
     "",
@@ -186,7 +187,7 @@ class TokenizersEncoder:
         self._cutter: Cutter | None = None  # made when a long text comes
 
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        """See `Encoder`. Memory is taken for about a million characters at a time."""
+        """See `Encoder`. Memory is taken for some 130,000 characters at a time."""
         return encode_in_pieces(texts, self.cut, self._encode_strings, self._dtype)
 
     def cut(self, text: str) -> Iterable[Piece]:
@@ -209,7 +210,7 @@ def encode_in_pieces(
     encode: Callable[[list[str]], tuple[npt.NDArray[Any], npt.NDArray[np.int64]]],
     dtype: np.dtype[Any],
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-    """Encodes texts of any length as `Encoder.encode` does, about a million characters at a time.
+    """Encodes texts of any length as `Encoder.encode` does, some 130,000 characters at a time.
 
     Args:
         texts: what is encoded.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from doge_lm.data.tokenizer import ESCAPE, MARK, SPACE
 
-PIECE_CHARACTERS = 2**17
+PIECE_CHARACTERS = 2**16
 """Pieces are at least this long, and hardly ever much longer; texts of up to twice this are not cut."""
 
 
