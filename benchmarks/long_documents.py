@@ -2,9 +2,9 @@
 
     python benchmarks/long_documents.py --work_dir DIR --tokenizer_path ./tokenizer --text_dir ../shared/data
 
-For each backend, six documents of 7.5 MiB each of English, of Chinese, and of characters that are in no vocabulary (each
-becomes four tokens) are prepared by two processes. Prints the highest anonymous memory of the command's own process and
-of any worker, as a table; the exit status is 1 if a worker was above 300 MiB.
+For each backend, six documents of 7.5 MiB each of English, of Chinese, and of characters that are in no vocabulary
+(each becomes four tokens) are prepared by two processes. Prints the highest anonymous memory of the command's own
+process and of any worker, as a table; the exit status is 1 if a worker was above 300 MiB.
 """
 
 import argparse
