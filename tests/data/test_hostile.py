@@ -22,6 +22,7 @@ import zstandard
 from datasets import load_from_disk
 
 from doge_lm.cli import main
+from doge_lm.data import parquet
 from doge_lm.data.manifest import Manifest, SourceAccounting
 from tests.data.conftest import Mount, json_lines, left_over, remount
 
@@ -367,6 +368,46 @@ def test_a_parquet_file_that_is_cut_is_named_or_counted(pipeline: Pipeline, own:
     pq.write_table(pa.table({"text": ["one two three"] * 1000}), path)
     path.write_bytes(path.read_bytes()[:-50])
     pipeline.check_both_ways(folder, re.escape(str(path)), "parquet", kept=3)
+
+
+@pytest.fixture(scope="module")
+def large_pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Parquet files with a page of 144 MB among tiny rows, one text in very many rows, and a dictionary of 120 MB."""
+    folder = tmp_path_factory.mktemp("pages")
+    words = random.Random(0).randbytes(6 * 10**6).hex()
+    skewed = ["a few words"] * 20_000 + [f"{number} {words}" for number in range(12)] + ["more words"] * 100
+    pq.write_table(pa.table({"text": skewed}), folder / "a.parquet", row_group_size=10**6, compression="zstd")
+    pq.write_table(pa.table({"text": [words[:900_000]] * 900}), folder / "b.parquet")
+    pq.write_table(pa.table({"text": [f"{number} {words[:120_000]}" for number in range(1000)]}), folder / "c.parquet")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_large_pages_of_parquet_take_bounded_memory(
+    pipeline: Pipeline, large_pages: Path, tokenizer_path: Path
+) -> None:
+    assert pipeline.take(large_pages).status == 0
+    folders = ("--datasets_dir", str(pipeline.folder), "--save_dir", str(pipeline.folder))
+    flags = ("--on_error", "skip", "--max_chars", "1000", "--num_proc", "2")
+    command = [sys.executable, "-m", "doge_lm.cli", "preprocess_datasets", *folders, *flags]
+    measured = memory.measure([*command, "--tokenizer_path", str(tokenizer_path), "--max_len", "64"])
+    assert measured.exit_status == 0
+    assert 0 < measured.peak_of_sum_bytes <= GIB + 2 * 300 * MIB
+    account = pipeline.account()
+    assert account.documents_kept == 20_100
+    assert account.dropped["document above --max_document_bytes"].times == 12
+    assert account.dropped["more than 1000 characters"].times == 1900
+
+
+def test_pages_that_no_memory_is_enough_for_are_named_or_counted(
+    pipeline: Pipeline, own: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = own(SOUND, "a.jsonl").parent
+    path = folder / "b.parquet"
+    pq.write_table(pa.table({"text": ["one two three"] * 1000}), path)
+    monkeypatch.setattr(parquet, "MOST_MEMORY", 100)
+    pipeline.check_both_ways(folder, re.escape(str(path)), "row group 0", "smaller pages", kept=3)
 
 
 class _Opened:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from doge_lm.data.workers import Workers
+from doge_lm.data import workers as module
+from doge_lm.data.workers import MOST_MEMORY, Workers
 from doge_lm.errors import UserError
 
 _state: dict[str, Any] = {}
@@ -62,7 +63,8 @@ def test_a_process_that_dies_is_a_user_error() -> None:
 
 _INTERRUPTED = """
 import sys, time
-from doge_lm.data.workers import Workers
+from doge_lm.data import workers as module
+from doge_lm.data.workers import MOST_MEMORY, Workers
 if __name__ == "__main__":
     try:
         with Workers(3, print, ("begun",)) as workers:
@@ -91,6 +93,49 @@ def test_ctrl_c_ends_the_whole_group_quietly(begun: int) -> None:
         _, errors = running.communicate(timeout=30)
     assert errors == ""
     assert running.returncode == 130
+
+
+def hold(bytes_: int) -> tuple[float, float]:
+    """Holds memory for a moment; says from when to when, by a clock that all processes share."""
+    with module.memory(bytes_):
+        begin = time.monotonic()
+        time.sleep(0.05)
+        return begin, time.monotonic()
+
+
+def test_processes_hold_no_more_memory_together_than_there_is() -> None:
+    amounts = [MOST_MEMORY // 2, MOST_MEMORY // 4, MOST_MEMORY, 0, 3 * MOST_MEMORY // 4] * 4
+    with Workers(4, start, (1,)) as workers:
+        held = list(workers.map(hold, amounts))
+    events = sorted((at, amount) for ends, amount in zip(held, amounts, strict=True) for at, amount in
+                    zip(ends, (amount, -amount), strict=True))  # fmt: skip
+    now = most = 0
+    for _, change in events:
+        now += change
+        most = max(most, now)
+    assert most == MOST_MEMORY
+
+
+def hold_until(item: tuple[int, Path, int]) -> None:
+    """Holds all memory until so many others have held a little."""
+    bytes_, folder, others = item
+    with module.memory(bytes_):
+        if bytes_ < MOST_MEMORY:
+            (folder / str(others)).touch()
+            return
+        deadline = time.monotonic() + 60
+        while len(list(folder.iterdir())) < others:
+            assert time.monotonic() < deadline, "the others wait"
+            time.sleep(0.01)
+
+
+def test_usual_amounts_of_memory_wait_for_nobody(tmp_path: Path) -> None:
+    items = [(MOST_MEMORY, tmp_path, 6), *((2**20, tmp_path, number) for number in range(6))]
+    with Workers(2, start, (1,)) as workers:
+        done = [item[0] for item, _ in workers.unordered(hold_until, items)]
+    assert done[-1] == MOST_MEMORY
+    with module.memory(MOST_MEMORY), module.memory(MOST_MEMORY):  # in this process nothing is counted
+        pass
 
 
 def test_no_processes_are_refused() -> None:

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import zstandard
 
 from doge_lm.data.manifest import Kind
+from doge_lm.data.parquet import BrokenPageError, LargePagesError, open_parquet, parquet_batches
 from doge_lm.errors import UserError
 
 # A line, or a text file (one document each), above this is refused: it must be held in memory whole.
@@ -36,8 +36,6 @@ MAX_DOCUMENT_BYTES = 8 * 2**20
 # Compressed data is taken in small bites, since a bite may unpack to many thousand times its size.
 _COMPRESSED_CHUNK = 4 * 2**10
 _PLAIN_CHUNK = 2**20
-# Parquet is read in batches of about this many bytes, by the average row.
-_PARQUET_BATCH_BYTES = 2 * 2**20
 _BOM = b"\xef\xbb\xbf"
 
 # What can be wrong, as it stands in the accounting.
@@ -357,7 +355,7 @@ def scan_rows(
         kind: what every row must be for; None takes either.
         part: a part of a `.jsonl` or `.parquet` file; the whole file by default.
         max_document_bytes: `MAX_DOCUMENT_BYTES` by default; what is larger is bad input, and is never held in memory
-            (in parquet it is, for a moment).
+            (in parquet it is, for a moment, with the page that it stands in).
         count_lines: let errors in a part of a file say the number of the line in the file, for which the lines before
             the part must be counted.
         shown_as: the file that errors name, where JSON lines were copied out of another one.
@@ -791,14 +789,16 @@ def _scan_parquet(path: Path, part: Part | None, limit: int) -> Iterator[_Object
     number = 0
     before = (part.before or 0) if part else 0
     try:
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
+        with open_parquet(path) as file:
             columns = _parquet_columns(path, file.schema_arrow)
-            groups = list(range(part.start, part.stop) if part else range(file.num_row_groups))
-            for batch in file.iter_batches(_parquet_batch_rows(file.metadata), row_groups=groups, columns=columns):
-                for index in range(batch.num_rows):
-                    number += 1
-                    yield _parquet_row(batch, index, Location(path, number, "row", before), limit)
-    except (pa.ArrowException, OSError) as error:
+            for group in range(part.start, part.stop) if part else range(file.num_row_groups):
+                for batch in parquet_batches(path, file, group, columns):
+                    for index in range(batch.num_rows):
+                        number += 1
+                        yield _parquet_row(batch, index, Location(path, number, "row", before), limit)
+    except LargePagesError as error:
+        raise BadInputError(str(error), UNREADABLE_FILE, _size_or_zero(path), is_row=False) from error
+    except (pa.ArrowException, BrokenPageError, OSError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
         raise BadInputError(
@@ -807,13 +807,6 @@ def _scan_parquet(path: Path, part: Part | None, limit: int) -> Iterator[_Object
             0 if number else _size_or_zero(path),
             is_row=False,
         ) from error
-
-
-def _parquet_batch_rows(metadata: pq.FileMetaData) -> int:
-    """Rows of a batch, so that it has some 2 MiB by the average row."""
-    unpacked = sum(metadata.row_group(index).total_byte_size for index in range(min(metadata.num_row_groups, 16)))
-    rows = sum(metadata.row_group(index).num_rows for index in range(min(metadata.num_row_groups, 16)))
-    return max(1, min(1024, _PARQUET_BATCH_BYTES * rows // max(1, unpacked)))
 
 
 def _parquet_row(batch: pa.RecordBatch, index: int, location: Location, limit: int) -> _Object | BadInputError:

@@ -9,8 +9,9 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from multiprocessing import connection, resource_tracker
+from multiprocessing.context import SpawnContext
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -23,6 +24,10 @@ _Result = TypeVar("_Result")
 _LOOK_AHEAD = 3
 # Where results are taken as they get ready, this many items wait for a process.
 _WAITING = 2
+# What little of the input asks for beyond the usual, large pages of a file say, all processes take from one store.
+_USUAL_MEMORY = 64 * 2**20
+MOST_MEMORY = 768 * 2**20
+_MEMORY_UNIT = 32 * 2**20
 _PROCESS_GONE = "a worker process ended abruptly, most likely for want of memory; run it again with a smaller"
 
 
@@ -59,7 +64,10 @@ class Workers:
             # Nothing is ever sent: that this end is closed tells the processes to end at once.
             ending, self._ending = context.Pipe(duplex=False)
             self._pool = ProcessPoolExecutor(
-                num_proc, mp_context=context, initializer=_start, initargs=(start, arguments, ending)
+                num_proc,
+                mp_context=context,
+                initializer=_start,
+                initargs=(start, arguments, ending, _MemoryStore(context)),
             )
 
     def map(self, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Generator[_Result, None, None]:
@@ -156,9 +164,46 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start(start: Callable[..., None], arguments: tuple[Any, ...], ending: connection.Connection) -> None:
+class _MemoryStore:
+    """Units of memory that processes take and give back."""
+
+    def __init__(self, context: SpawnContext) -> None:
+        self._units = context.Semaphore(MOST_MEMORY // _MEMORY_UNIT)
+        self._turn = context.Lock()  # two that take their units by turns could wait for each other for ever
+
+    @contextmanager
+    def take(self, bytes_: int) -> Iterator[None]:
+        count = min(-(-bytes_ // _MEMORY_UNIT), MOST_MEMORY // _MEMORY_UNIT)
+        with self._turn:
+            for _ in range(count):
+                self._units.acquire()
+        try:
+            yield
+        finally:
+            for _ in range(count):
+                self._units.release()
+
+
+_store: dict[str, _MemoryStore] = {}  # of a process of `Workers`
+
+
+def memory(bytes_: int) -> AbstractContextManager[None]:
+    """Says that the process is to take so much memory at once, for as long as the context is open.
+
+    Above what is usual, it waits until the processes of its `Workers` together take no more than `MOST_MEMORY` of it.
+    Elsewhere it does nothing.
+    """
+    if bytes_ <= _USUAL_MEMORY or "store" not in _store:
+        return nullcontext()
+    return _store["store"].take(bytes_)
+
+
+def _start(
+    start: Callable[..., None], arguments: tuple[Any, ...], ending: connection.Connection, store: _MemoryStore
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _store["store"] = store
     threading.Thread(target=_end_with_parent, args=(ending,), daemon=True).start()
     start(*arguments)
 
