@@ -495,11 +495,17 @@ def test_rows_are_left_for_preprocessing_to_judge(tmp_path: Path, take: Take) ->
     assert [values["text"] for _, values in read_objects(path)] == [None, "\ud800"]
 
 
-def test_other_settings_are_refused(tmp_path: Path, take: Take) -> None:
+def test_other_settings_are_refused(tmp_path: Path, take: Take, capsys: pytest.CaptureFixture[str]) -> None:
     take(cosmopedia(), max_rows=5)
+    assert "made already" not in capsys.readouterr().out
     before, log = bytes_of(tmp_path / "raw" / "cosmopedia-v2"), Log()
+    left = tmp_path / "raw" / ".tmp-cosmopedia-v2"
+    left.mkdir()
     take(cosmopedia(), log=log, max_rows=5, num_proc=2)
     assert log.requests == []
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'raw' / 'cosmopedia-v2'} is made already, with the same settings; --overwrite" in said
+    assert f"{left} was left by an interrupted run" in said
     with pytest.raises(UserError, match=r"other settings \(--max_rows: was 5, is 6\).*--overwrite"):
         take(cosmopedia(), max_rows=6)
     assert bytes_of(tmp_path / "raw" / "cosmopedia-v2") == before

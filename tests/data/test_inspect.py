@@ -12,6 +12,7 @@ from datasets import load_from_disk
 
 from doge_lm.cli import main
 from doge_lm.data import inspect
+from doge_lm.data.cleaning import CleaningSettings
 from doge_lm.data.manifest import Manifest, RawSource, SampleCounts
 from doge_lm.data.merge import merge
 from tests.data.conftest import conversation
@@ -78,6 +79,33 @@ def test_merged_set_shows_split_and_mixture(prepared: Path, capsys: pytest.Captu
     assert "sample " not in text
     assert (prepared / "mix.png").read_bytes().startswith(PNG_SIGNATURE)
     assert not (prepared / "pretrain-inspect.png").exists()
+
+
+def test_what_was_dropped_and_the_settings_are_shown_in_words(
+    tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": f"number {n} of many"} for n in range(400)]
+    benchmark = tmp_path / "benchmark.jsonl"
+    benchmark.write_text('{"query": "some words that stand nowhere else at all"}', encoding="utf-8")
+    cleaning = CleaningSettings(decontaminate=(benchmark,), ngram_words=5)
+    sources = {"a": [*rows, {"title": "b"}], "b": rows}
+    prepare(sources, sequence_length=64, on_error="skip", cleaning=cleaning)
+    merge(tmp_path, tmp_path, test_size=2)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("tokenized/a", "pretrain"):
+        text = shown(capsys, folder, "--samples", "0")
+        assert "a: dropped, field that is missing or of a wrong type: 1 times, 14 bytes, – tokens\n" in text
+        assert f"\n  the first: {tmp_path / 'own' / 'a.jsonl'}, line 401: the field `text` is missing" in text
+        assert re.search(r"\ntext done at a time, bytes +16777216", text)
+        assert re.search(r"\ntrain_on_prompts +no", text)
+        assert re.search(r"\ndecontaminate +benchmark\.jsonl [0-9a-f]{12}", text)
+        assert re.search(r"\nngram_words +5", text)
+        assert "null" not in text
+        assert "ngram_rule" not in text
+    assert re.search(r"\nsettings of the sources +a +b\n", text)
+    assert re.search(r"\non_error +skip +-\n", text)
+    assert re.search(r"\nmix +none\n", text)
+    assert re.search(r"\nsamples the test set was chosen among +all\n", text)
 
 
 def test_rows_show_boundaries_and_loss_mask(

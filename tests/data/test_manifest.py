@@ -17,6 +17,7 @@ from doge_lm.data.manifest import (
     SourceAccounting,
     accounting_table,
     atomic_directory,
+    scratch_directory,
 )
 from doge_lm.errors import UserError
 from tests.data.conftest import left_over
@@ -119,6 +120,35 @@ with atomic_directory(Path(sys.argv[1])):
     assert left_over(tmp_path) != []
     with atomic_directory(tmp_path / "a") as folder:
         source().write(folder)
+    assert left_over(tmp_path) == []
+
+
+def test_runs_at_once_have_a_scratch_directory_each(tmp_path: Path) -> None:
+    """One that was killed leaves its own to be removed; one that is alive is not harmed."""
+    program = """
+import sys
+from pathlib import Path
+from doge_lm.data.manifest import scratch_directory
+with scratch_directory(Path(sys.argv[1])) as folder:
+    (folder / "x").touch()
+    print(folder.name, flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "deep" / "s")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline().split() == [b".tmp-s-0"]
+        with scratch_directory(tmp_path / "deep" / "s") as alive:
+            assert alive.name == ".tmp-s-1"
+            (alive / "y").touch()
+            run.kill()
+            run.wait()
+            assert (tmp_path / "deep" / ".tmp-s-0" / "x").exists()
+            with scratch_directory(tmp_path / "deep" / "s") as third:
+                assert third.name == ".tmp-s-0"
+                assert list(third.iterdir()) == []
+                assert (alive / "y").exists()
+            assert sorted(path.name for path in alive.parent.iterdir()) == [".tmp-s-1", ".tmp-s-1.lock"]
     assert left_over(tmp_path) == []
 
 

@@ -1,6 +1,7 @@
 """Merging: a true shuffle fixed by the seed, a split by whole documents, the same for any number of processes."""
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -13,11 +14,12 @@ import pytest
 from datasets import load_from_disk
 
 from doge_lm.cli import main
+from doge_lm.data import manifest as manifest_module
 from doge_lm.data import merge as module
-from doge_lm.data import shuffle, storage
+from doge_lm.data import preprocess, shuffle, storage
 from doge_lm.data import split as split_module
 from doge_lm.data.download import take_local
-from doge_lm.data.manifest import AccountingError, Manifest
+from doge_lm.data.manifest import AccountingError, Manifest, file_sha256
 from doge_lm.data.merge import merge
 from doge_lm.data.shuffle import random_stream
 from doge_lm.data.split import choose_test_groups, share_test_groups
@@ -256,7 +258,11 @@ def test_what_is_made_already_is_left_alone(two_sources: Path, capsys: pytest.Ca
     first = merge(two_sources, two_sources, test_size=30)
     before = (two_sources / "pretrain" / "manifest.json").stat().st_mtime_ns
     assert merge(two_sources, two_sources, test_size=30) == first
-    assert "pretrain is made already" in capsys.readouterr().out
+    assert "pretrain is made already, with the same settings; --overwrite" in capsys.readouterr().out
+    left = two_sources / ".tmp-pretrain"
+    left.mkdir()
+    assert merge(two_sources, two_sources, test_size=30) == first
+    assert f"{left} was left by an interrupted run" in capsys.readouterr().out
     assert (two_sources / "pretrain" / "manifest.json").stat().st_mtime_ns == before
     with pytest.raises(UserError, match=r"other settings \(seed: was 233, is 5\).*--overwrite"):
         merge(two_sources, two_sources, test_size=30, seed=5)
@@ -617,6 +623,37 @@ def test_other_content_of_the_same_size_must_be_tokenized_anew(tmp_path: Path, p
     take_local("apple", own, tmp_path / "raw" / "apple")
     with pytest.raises(UserError, match=r"apple.jsonl has other content than when 'apple' .* preprocess_datasets"):
         merge(tmp_path, tmp_path, test_size=3)
+
+
+def test_other_content_of_a_large_source_of_the_same_size_must_be_tokenized_anew(
+    tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only files that were written to are read; what was written anew with the same content is the same."""
+    for part in (preprocess, manifest_module, module):
+        monkeypatch.setattr(part, "MAX_IDENTITY_BYTES", 0)
+    read: list[Path] = []
+
+    def sha256(path: Path) -> str:
+        read.append(path)
+        return file_sha256(path)
+
+    monkeypatch.setattr(module, "file_sha256", sha256)
+    prepare({"apple": marked_texts("apple", 40), "pear": marked_texts("pear", 40)}, sequence_length=64)
+    merge(tmp_path, tmp_path, test_size=3)
+    assert read == []
+    own = tmp_path / "own" / "apple.jsonl"
+    content = own.read_bytes()
+    own.write_bytes(content)
+    os.utime(own, ns=(1, 1))
+    merge(tmp_path, tmp_path, test_size=3)
+    assert read == [own]
+    middle = len(content) // 2
+    own.write_bytes(content[:middle] + content[middle:].replace(b"lorem", b"other", 1))
+    os.utime(own, ns=(2, 2))
+    with pytest.raises(UserError, match=r"apple.jsonl has other content than when 'apple' .* preprocess_datasets"):
+        merge(tmp_path, tmp_path, test_size=3)
+    own.unlink()
+    merge(tmp_path, tmp_path, test_size=3)
 
 
 def test_a_test_set_of_more_than_half_is_refused(tmp_path: Path, prepare: Prepare) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ from doge_lm.data import manifest as manifest_module
 from doge_lm.data import preprocess as preprocess_module
 from doge_lm.data.cleaning import CleaningSettings
 from doge_lm.data.download import take_local
-from doge_lm.data.manifest import Manifest, SourceAccounting
+from doge_lm.data.manifest import Manifest, SourceAccounting, resumable_directory
 from doge_lm.data.preprocess import PreprocessSettings, preprocess
 from doge_lm.data.sources import ConversationRow, read_rows
 from doge_lm.data.tokenizer import encode_text, load_tokenizer
@@ -405,6 +406,40 @@ def test_the_program_checks_its_own_accounting(
     assert SourceAccounting().check("a", storage.SampleCounts()) is None
 
 
+def test_files_without_rows_are_named(
+    tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever is done with errors; and they change nothing else."""
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "b.jsonl").write_bytes(json_lines([GOOD] * 3))
+    assert command(own, "--max_len", "64") == 0
+    said = capsys.readouterr()
+    assert "no row" not in said.out + said.err
+    assert Manifest.read(tmp_path / "tokenized" / "a").files_without_rows == []
+    rows = content(tmp_path / "tokenized" / "a")["data-00000.arrow"]
+    (own / "a.jsonl").write_bytes(b"")
+    (own / "c.jsonl").write_bytes(b"\n \n")
+    (own / "d.jsonl.zst").write_bytes(zstandard.compress(b""))
+    (own / "e.jsonl.gz").write_bytes(gzip.compress(b""))
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), own / "f.parquet")
+    assert command(own, "--max_len", "64", "--overwrite") == 0
+    said = capsys.readouterr()
+    first = ", ".join(str(own / name) for name in ("a.jsonl", "c.jsonl", "d.jsonl.zst"))
+    names = f"5 of its files hold no row: {first}"
+    assert f"warning: --local a: {names}, …\n" in said.err
+    assert f"\nwarning: a: {names}, …\n" in said.out
+    made = Manifest.read(tmp_path / "tokenized" / "a")
+    assert [Path(path).name[0] for path in made.files_without_rows] == ["a", "c", "d", "e", "f"]
+    assert content(tmp_path / "tokenized" / "a")["data-00000.arrow"] == rows
+    for name in ("c.jsonl", "d.jsonl.zst", "e.jsonl.gz", "f.parquet"):
+        (own / name).unlink()
+    (own / "g.jsonl").write_bytes(b"[]\n")  # bad, but not empty
+    assert command(own, "--max_len", "64", "--on_error", "skip", "--overwrite") == 0
+    said = capsys.readouterr()
+    assert f"\nwarning: a: 1 of its files holds no row: {own / 'a.jsonl'}\n" in said.out
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # A full disk
 # ---------------------------------------------------------------------------------------------------------------
@@ -531,12 +566,126 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert left_over(tmp_path / "tokenized") == []
 
 
+def shown_bars(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Where all bars will be that are shown from now on, as on a terminal."""
+    bars: list[Any] = []
+
+    class Bar(preprocess_module.tqdm):
+        def __init__(self, **options: Any) -> None:
+            bars.append(self)
+            super().__init__(**{**options, "disable": False})
+
+    monkeypatch.setattr(preprocess_module, "tqdm", Bar)
+    return bars
+
+
+def test_progress_is_counted_in_units_and_goes_on(
+    tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of it where there is no terminal."""
+    rows = [{"text": f"number {n} of many"} for n in range(400)]
+    honest, done = preprocess_module._make_unit, 0
+
+    def make(task: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == 3:
+            raise KeyboardInterrupt
+        return honest(task)
+
+    monkeypatch.setattr(preprocess_module, "_make_unit", make)
+    with pytest.raises(KeyboardInterrupt):
+        prepare({"a": rows}, sequence_length=64, unit_bytes=5_000)
+    first = capsys.readouterr()
+    assert "going on" not in first.out
+    assert first.err == ""
+    bars = shown_bars(monkeypatch)
+    made = prepare({"a": rows}, sequence_length=64, unit_bytes=5_000)["a"]
+    said = capsys.readouterr()
+    assert said.out == "a: going on, 2 units are done\n"
+    units = len(made.files)
+    assert f" {units}/{units} [" in said.err
+    assert [(bar.initial, bar.n, bar.total) for bar in bars] == [(2, units, units)]
+
+
+def test_progress_where_the_number_of_units_is_not_known(
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstandard.compress(json_lines([{"text": f"{n**9} of many"} for n in range(2_000)])))
+    take_local("a", path, tmp_path / "raw" / "a")
+    bars = shown_bars(monkeypatch)
+    settings = PreprocessSettings(64, cleaning=CleaningSettings(deduplicate=True))
+    made = preprocess(tmp_path, tmp_path, tokenizer_path, settings, unit_bytes=5_000)["a"]
+    assert [(bar.desc, bar.n, bar.total) for bar in bars] == [
+        ("looking for duplicates", len(made.files), None),
+        ("preprocess", len(made.files), None),
+    ]
+
+
+_DECONTAMINATED = """
+import os, signal, sys
+from pathlib import Path
+from doge_lm.data import preprocess as module
+from doge_lm.data.cleaning import CleaningSettings
+place, tokenizer, name, killed_at = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+honest, done = module._make_unit, 0
+def make(task):
+    global done
+    done += 1
+    if done == killed_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return honest(task)
+module._make_unit = make
+settings = module.PreprocessSettings(256, cleaning=CleaningSettings(decontaminate=(place / "benchmark.jsonl",)))
+module.preprocess(place, place, tokenizer, settings, names=[name], unit_bytes=20_000)
+"""
+
+
+@pytest.mark.slow
+def test_runs_at_once_do_not_touch_each_others_ngrams(
+    tmp_path: Path, tokenizer_path: Path, library_rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another source is done by another run when this one has begun; then this one is killed and run again."""
+    (tmp_path / "benchmark.jsonl").write_bytes(json_lines([{"query": library_rows[3]["text"][:2000]}]))
+    for name in ("a", "ngrams"):
+        (tmp_path / f"{name}.jsonl").write_bytes(json_lines(library_rows[:20]))
+        take_local(name, tmp_path / f"{name}.jsonl", tmp_path / "raw" / name)
+
+    def other_run(name: str, killed_at: int = 0) -> int:
+        command = [sys.executable, "-c", _DECONTAMINATED, str(tmp_path), str(tokenizer_path), name, str(killed_at)]
+        return subprocess.run(command, check=False).returncode
+
+    honest, begun = preprocess_module._make_unit, False
+
+    def make(task: Any) -> Any:
+        nonlocal begun
+        if not begun:
+            begun = True
+            assert other_run("ngrams") == 0
+        return honest(task)
+
+    monkeypatch.setattr(preprocess_module, "_make_unit", make)
+    settings = PreprocessSettings(256, cleaning=CleaningSettings(decontaminate=(tmp_path / "benchmark.jsonl",)))
+    made = preprocess(tmp_path, tmp_path, tokenizer_path, settings, names=["a"], unit_bytes=20_000)["a"]
+    assert made.accounting["a"].dropped["overlap with a benchmark"].times == 1
+    assert left_over(tmp_path) == []
+    target = tmp_path / "tokenized" / "a"
+    expected = content(target)
+    shutil.rmtree(target)
+    assert other_run("a", killed_at=3) == -signal.SIGKILL
+    assert left_over(tmp_path) != []
+    assert other_run("a") == 0
+    assert content(target) == expected
+    assert left_over(tmp_path) == []
+
+
 def test_other_settings_are_named(
     tmp_path: Path, prepare: Prepare, capsys: pytest.CaptureFixture[str], tokenizer_path: Path
 ) -> None:
     prepare({"a": [GOOD]}, sequence_length=64)
     prepare({"a": [GOOD]}, sequence_length=64)
-    assert "is done already" in capsys.readouterr().out
+    assert f"{tmp_path / 'tokenized' / 'a'} is made already" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"other settings \(max_len: was 64, is 128\); .*--overwrite"):
         prepare({"a": [GOOD]}, sequence_length=128)
     with pytest.raises(UserError, match=r"inputs .*a\.jsonl: was"):
@@ -687,6 +836,12 @@ def test_what_another_run_left_beside_a_finished_source_is_named(
     left.mkdir()
     prepare({"a": [GOOD]}, sequence_length=64)
     assert f"{left} was left by an interrupted run" in capsys.readouterr().out
+    # ... but nobody is told to remove what another run is at.
+    with resumable_directory(tmp_path / "tokenized" / "a", {}, overwrite=True):
+        prepare({"a": [GOOD]}, sequence_length=64)
+        said = capsys.readouterr().out
+    assert "another process is doing that at this moment" in said
+    assert "remove the directory" not in said
 
 
 def test_concatenation_is_accounted_for_and_trains_on_the_same_tokens(

@@ -36,10 +36,13 @@ from doge_lm.data.manifest import (
     RawSource,
     atomic_directory,
     is_made,
+    made_already,
     read_record,
     resumable_directory,
+    without_rows,
     write_record,
 )
+from doge_lm.data.parquet import BrokenPageError, open_parquet, parquet_batches
 from doge_lm.data.sources import (
     ALL_SOURCES_DISK_BYTES,
     CATALOGUE,
@@ -62,7 +65,6 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _PROGRESS = "progress"
 _IDS_PER_UNIT = 10_000
 _CONTENTS_IN_FLIGHT = 16  # in each process
-_PARQUET_ROWS = 64
 _DISK_CHECK_BYTES = 2**24
 # For telling what files of the user's own hold: whether a document is too large is for preprocessing to say.
 _LOCAL_DOCUMENT_BYTES = 2**28
@@ -206,7 +208,8 @@ def take_local(name: str, path: Path, target: Path) -> RawSource:
     """Takes in files of the user's own by reference: writes `target/source.json`.
 
     The kind is read off the first good row: text is for pre-training, a conversation for fine-tuning. What is faulty
-    before it, left aside or of the other kind is said on stderr; what becomes of it is for preprocessing to decide.
+    before it, empty, left aside or of the other kind is said on stderr; what becomes of it is for preprocessing to
+    decide.
 
     Raises:
         UserError: if there is nothing readable at the path, no file holds a good row, or the name is one of the
@@ -238,16 +241,23 @@ def _kind_of(name: str, path: Path, files: list[Path]) -> Kind:
     first: dict[Kind, Path] = {}  # the first file of each kind
     fault: BadInputError | None = None
     faults = 0
+    empty: list[str] = []
     for file in tqdm(files, f"{name}: looking", unit=" files", disable=None):
         if "pretrain" in first and file_suffix(file) == ".txt":
             continue  # it could tell nothing new, and would be read whole
         items = scan_rows(file, max_document_bytes=_LOCAL_DOCUMENT_BYTES)
+        found = False
         for item in islice(items, _LOCAL_ROWS) if first else items:
+            found = True
             if not isinstance(item, BadInputError):
                 first.setdefault(row_kind(item[1]), file)
                 break
             fault = fault or item
             faults += 1
+        if not found:
+            empty.append(str(file))
+    if empty:
+        _warn(name, without_rows(empty))
     if not first:
         raise UserError(
             f"--local {name}: there is not one good row in {path}" + (f"; the first fault: {fault}" if fault else "")
@@ -378,6 +388,7 @@ def download(name: str, target: Path, settings: DownloadSettings) -> RawSource:
     entry = CATALOGUE[name]
     identity = settings.identity(entry)
     if is_made(target, identity, lambda folder: RawSource.read(folder).settings, overwrite=settings.overwrite):
+        print(made_already(target))
         return RawSource.read(target)
     with resumable_directory(target, identity, overwrite=settings.overwrite) as folder:
         # It takes its place in the folder at once, and last: then only the tidying may be left to do.
@@ -674,7 +685,7 @@ def _parquet_rows(unit: _Unit) -> Iterator[dict[str, Any]]:
                 return
             if number + size > unit.begin:
                 seen = number
-                for batch in file.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=list(unit.fields)):
+                for batch in parquet_batches(unit.path, file, group, unit.fields):
                     begin, stop = max(unit.begin - seen, 0), min(end - seen, batch.num_rows)
                     if begin < stop:
                         yield from batch.slice(begin, stop - begin).to_pylist()
@@ -685,9 +696,9 @@ def _parquet_rows(unit: _Unit) -> Iterator[dict[str, Any]]:
 @contextlib.contextmanager
 def _sound_parquet(path: Path) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             yield file
-    except pa.ArrowException as error:
+    except (pa.ArrowException, BrokenPageError) as error:
         raise UserError(f"{path}, as it stands on the hub, is not a sound parquet file: {error}") from error
 
 

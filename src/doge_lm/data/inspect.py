@@ -5,7 +5,6 @@ Everything is read file by file through memory maps, so memory does not grow wit
 
 import argparse
 import io
-import json
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,8 @@ from doge_lm.data.manifest import (
     RawSource,
     SampleCounts,
     accounting_table,
+    irregular_lines,
+    without_rows,
 )
 from doge_lm.data.storage import check_files, read_batches
 from doge_lm.data.tokenizer import StreamDecoder, load_tokenizer, tokenizer_sha256
@@ -45,7 +46,14 @@ _SHOWN_INPUTS = 10
 _SHA256_PREFIX = 12
 _HISTOGRAM_BINS = 64
 # Settings of a merged set that have a table of their own.
-_TABULATED = ("inputs", "mixture")
+_TABULATED = ("inputs", "mixture", "sources")
+# Settings that are no flags, in words; the others are known by their flags.
+_PLAIN_NAMES = {
+    "unit_bytes": "text done at a time, bytes",
+    "candidates": "samples the test set was chosen among",
+    "left_out": "left out by --mix",
+}
+_NGRAM_SETTINGS = ("ngram_rule", "ngram_words", "ngram_chars")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -207,22 +215,37 @@ def _heading(directory: Path, manifest: Manifest) -> str:
     ]
     if manifest.repeated_documents:
         rows.append(("repeated", f"{manifest.repeated_documents:,} documents occur more than once"))
+    if manifest.files_without_rows:
+        rows.append(("empty", without_rows(manifest.files_without_rows)))
     return f"{directory}\n" + _table([], rows)
 
 
 def _settings(manifest: Manifest) -> str:
     hidden = _TABULATED if manifest.stage == "merged" else ()
-    shown = {name: value for name, value in manifest.settings.items() if name not in hidden}
-    return "settings\n" + _table([], list(_flat(shown)))
+    own = _plain({name: value for name, value in manifest.settings.items() if name not in hidden})
+    text = "settings\n" + _table([], list(own.items()))
+    if manifest.stage == "merged":
+        sources = {name: _plain(settings) for name, settings in manifest.settings.get("sources", {}).items()}
+        names = dict.fromkeys(name for settings in sources.values() for name in settings)
+        rows = [[name, *(settings.get(name, "-") for settings in sources.values())] for name in names]
+        text += "\n\n" + _table(["settings of the sources", *sources], rows)
+    return text
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Settings line by line, nested ones under the names that lead to them."""
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name} ")
-        else:
-            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _plain(settings: dict[str, Any]) -> dict[str, str]:
+    """Settings in words for a reader; those of n-grams only where benchmarks are compared."""
+    hidden = ("ngram_rule",) if settings.get("decontaminate") else _NGRAM_SETTINGS
+    return {_PLAIN_NAMES.get(name, name): _in_words(value) for name, value in settings.items() if name not in hidden}
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        value = [f"{name} {str(entry)[:_SHA256_PREFIX]}" for name, entry in value.items()]  # benchmarks, their sha256
+    if isinstance(value, list):
+        value = ", ".join(map(str, value)) or None
+    return "none" if value is None else str(value)
 
 
 def _inputs(manifest: Manifest) -> str:
@@ -247,16 +270,13 @@ def _files_table(files: Sequence[InputFile], hashes: dict[str, Any]) -> str:
 
 def _accounting(manifest: Manifest) -> str:
     """The accounts of a merged set's sources: as they were tokenized, before any were repeated or left out."""
-    rows, reasons = [], []
+    rows = []
     for name, account in manifest.accounting.items():
         dropped = sum(entry.tokens for entry in account.dropped.values())
         numbers = (account.documents_in, account.documents_kept, account.bytes_in, account.tokens_in, dropped)
         rows.append((name, *(f"{number:,}" for number in numbers)))
-        reasons += [
-            f"{name}: dropped, {reason}: {entry.times:,} times, {entry.bytes:,} bytes, {entry.tokens:,} tokens"
-            for reason, entry in sorted(account.dropped.items())
-        ]
     header = ["tokenized source", "documents in", "kept", "bytes in", "tokens in", "tokens dropped"]
+    reasons = [line for name, account in manifest.accounting.items() for line in irregular_lines(name, account)]
     return "\n".join([_table(header, rows), *reasons])
 
 

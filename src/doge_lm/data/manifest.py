@@ -8,6 +8,7 @@ Three kinds of directory are made, and each says what it is in one JSON file:
 
 `atomic_directory` writes a directory beside its place and renames it when it is whole; `resumable_directory` does so
 too, but keeps what an interrupted run has finished. A lock keeps a second process from making the same one meanwhile.
+`scratch_directory` is for what only one run needs, while it lasts.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from doge_lm.errors import UserError
 
@@ -37,6 +38,7 @@ TOKENIZED_FOLDER = "tokenized"
 
 Kind = Literal["pretrain", "finetune"]
 KINDS: tuple[Kind, ...] = ("pretrain", "finetune")
+_SHOWN_WITHOUT_ROWS = 3
 
 _Record = TypeVar("_Record")
 
@@ -206,16 +208,19 @@ def accounting_table(accounts: dict[str, SourceAccounting], rows: dict[str, Samp
     for label, value in lines:
         cells = "".join(f"  {value(name):>{width},}" for name, width in zip(names, widths, strict=True))
         table.append(f"{label:<{label_width}}{cells}")
-    for name in names:
-        for reason, entry in sorted(accounts[name].dropped.items()):
-            # What was left out before it came to the tokenizer has tokens too, but nobody knows how many.
-            tokens = f"{entry.tokens:,}" if entry.tokens else "–"
-            table.append(f"{name}: dropped, {reason}: {entry.times:,} times, {entry.bytes:,} bytes, {tokens} tokens")
-            if entry.example:
-                table.append(f"  the first: {entry.example}")
-        for reason, times in sorted(accounts[name].repaired.items()):
-            table.append(f"{name}: kept, {reason}: {times:,} times")
-    return "\n".join(table)
+    return "\n".join([*table, *(line for name in names for line in irregular_lines(name, accounts[name]))])
+
+
+def irregular_lines(name: str, account: SourceAccounting) -> list[str]:
+    """What was dropped of a source and what was mended, a line for each reason and its first example."""
+    lines = []
+    for reason, entry in sorted(account.dropped.items()):
+        # What was left out before it came to the tokenizer has tokens too, but nobody knows how many.
+        tokens = f"{entry.tokens:,}" if entry.tokens else "–"
+        lines.append(f"{name}: dropped, {reason}: {entry.times:,} times, {entry.bytes:,} bytes, {tokens} tokens")
+        if entry.example:
+            lines.append(f"  the first: {entry.example}")
+    return [*lines, *(f"{name}: kept, {reason}: {times:,} times" for reason, times in sorted(account.repaired.items()))]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -263,7 +268,8 @@ class Manifest:
 
     `samples` maps a split (`all` for a tokenized source; `train`, `test` for a merged set) to sources to counts.
     `repeated_documents` is the number of documents that occur more than once in a merged set. `settings` bear the names
-    of their flags. `versions` are those of the packages, and what else the rows do not depend on.
+    of their flags. `versions` are those of the packages, and what else the rows do not depend on. `files_without_rows`
+    are inputs that could be read and hold nothing.
     """
 
     stage: Literal["tokenized", "merged"]
@@ -278,6 +284,7 @@ class Manifest:
     samples: dict[str, dict[str, SampleCounts]]
     versions: dict[str, str] = field(default_factory=dict)
     repeated_documents: int = 0
+    files_without_rows: list[str] = field(default_factory=list)
 
     def split_counts(self, split: str) -> SampleCounts:
         """The counts of one split, summed over its sources."""
@@ -358,6 +365,12 @@ class RawSource:
                 )
             found.append(path)
         return found
+
+
+def without_rows(paths: Sequence[str]) -> str:
+    """Says that some files of a source hold nothing, and names the first of them."""
+    shown = ", ".join([*paths[:_SHOWN_WITHOUT_ROWS], *("…" for _ in paths[_SHOWN_WITHOUT_ROWS:][:1])])
+    return f"{len(paths):,} of its files {'holds' if len(paths) == 1 else 'hold'} no row: {shown}"
 
 
 def check_name(directory: Path, name: str) -> None:
@@ -573,6 +586,22 @@ def is_made(target: Path, now: Identity, before: Callable[[Path], Identity], *, 
     return True
 
 
+def made_already(target: Path) -> str:
+    """What to say of a finished directory that `is_made`, and of what other runs left or are making beside it."""
+    said = f"{target} is made already, with the same settings; --overwrite makes it anew"
+    partial = partial_directory(target)
+    if not partial.is_dir():
+        return said
+    lock = _try_lock(target)
+    if lock is None:
+        return f"{said}; another process is doing that at this moment"
+    _unlock(lock)
+    return (
+        f"{said}\n{partial} was left by an interrupted run: give its settings and --overwrite to go on with it, or "
+        "remove the directory"
+    )
+
+
 def write_record(path: Path, values: dict[str, Any]) -> None:
     """Writes a small JSON file so that it is there whole or not at all, and survives a loss of power."""
     _write_whole(path, json.dumps(values, ensure_ascii=False) + "\n")
@@ -711,24 +740,71 @@ def _has_records(temporary: Path) -> bool:
 
 
 @contextlib.contextmanager
+def scratch_directory(target: Path) -> Iterator[Path]:
+    """An empty directory for one run alone, `.tmp-NAME-NUMBER`; it is removed when the block ends.
+
+    Runs that work at once have a number each. What killed runs left is removed first; the lock of a run that is alive
+    tells its directory from those.
+
+    Args:
+        target: its folder, and NAME.
+
+    Yields:
+        The directory to write into.
+
+    Raises:
+        UserError: if the disk is full, or it cannot be written.
+    """
+    with explain_disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        there = {path.name.removesuffix(".lock") for path in target.parent.glob(f".tmp-{target.name}-[0-9]*")}
+        for left in (target.with_name(name.removeprefix(".tmp-")) for name in sorted(there)):
+            if (lock := _try_lock(left)) is not None:
+                shutil.rmtree(partial_directory(left), ignore_errors=True)
+                _unlock(lock)
+        number = 0
+        while (held := _try_lock(own := target.with_name(f"{target.name}-{number}"))) is None:
+            number += 1
+    temporary = partial_directory(own)
+    try:
+        with explain_disk_errors(target):
+            temporary.mkdir()
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _unlock(held)
+
+
+@contextlib.contextmanager
 def _locked(target: Path) -> Iterator[None]:
     """Holds the lock of a target; the operating system lets go of it if the process is killed."""
-    path = target.with_name(f".tmp-{target.name}.lock")
-    lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
+    lock = _try_lock(target)
+    if lock is None:
         raise UserError(
             f"another process is writing {target} at this moment; wait until it has ended, or choose another --save_dir"
-        ) from None
+        )
     try:
         yield
     finally:
-        # Removed while it is held: filelock does not give out a lock on a file that is no longer there, so nobody who
-        # has it open already can hold it beside a third one. Windows removes no open file; there the release does.
-        with contextlib.suppress(PermissionError, FileNotFoundError):
-            path.unlink()
-        lock.release()
+        _unlock(lock)
+
+
+def _try_lock(target: Path) -> BaseFileLock | None:
+    """The lock of a target, or None if another process has it."""
+    lock = FileLock(target.with_name(f".tmp-{target.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
+    return lock
+
+
+def _unlock(lock: BaseFileLock) -> None:
+    # Removed while it is held: filelock does not give out a lock on a file that is no longer there, so nobody who has
+    # it open already can hold it beside a third one. Windows removes no open file; there the release does.
+    with contextlib.suppress(PermissionError, FileNotFoundError):
+        os.unlink(lock.lock_file)
+    lock.release()
 
 
 def _refuse_foreign(target: Path) -> None:

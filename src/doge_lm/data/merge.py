@@ -40,7 +40,9 @@ from doge_lm.data.manifest import (
     check_name,
     check_sums,
     file_sha256,
+    file_state,
     is_made,
+    made_already,
     package_versions,
     read_record,
     resumable_directory,
@@ -404,16 +406,23 @@ def _check_fresh(raw: Path, manifest: Manifest, command: str) -> None:
     if now != then:
         raise UserError(f"{raw} names other files than {manifest.name!r} was tokenized from; run {command} again")
     small = sum(file.bytes for file in files) <= MAX_IDENTITY_BYTES
-    for file, before in zip(files, manifest.inputs, strict=True):
+    pairs = zip(files, manifest.inputs, strict=True)
+    for file, before in tqdm(pairs, f"{manifest.name}: inputs", len(files), unit=" files", disable=None, delay=5):
         path = raw / file.path
-        sha256 = file.sha256
-        if not sha256 and before.sha256 and small and path.is_file():
-            sha256 = file_sha256(path)
+        sha256 = file.sha256 or _sha256_now(path, before, small=small)
         if sha256 and before.sha256 and sha256 != before.sha256:
             raise UserError(
                 f"{path} has other content than when {manifest.name!r} was tokenized (sha256 {sha256[:12]}..., it was "
                 f"{before.sha256[:12]}...); run {command} again"
             )
+
+
+def _sha256_now(path: Path, before: InputFile, *, small: bool) -> str:
+    """The sha256 of an input; empty if it cannot be read, or is of a large source and was not written to since."""
+    state = file_state(path) if before.sha256 else ""
+    if not state or (not small and before.state in ("", state)):
+        return ""
+    return file_sha256(path)
 
 
 def _check_alike(manifests: Sequence[Manifest]) -> None:
@@ -461,7 +470,7 @@ def _merge_kind(job: _Job, target: Path, num_proc: int, overwrite: bool) -> Mani
         print(f"{job.kind}: {name} is left out, since --mix does not name it")
     _warn_of_deduplicated(job)
     if is_made(target, job.identity, _identity_of, overwrite=overwrite):
-        print(f"{target} is made already, from the same sources with the same settings; nothing to do")
+        print(made_already(target))
         return Manifest.read(target)
     with resumable_directory(target, job.identity, overwrite=overwrite) as folder:
         # The manifest is put there when all else is, so it says that only the work is left to be removed.

@@ -49,6 +49,7 @@ from doge_lm.data.manifest import (
     file_sha256,
     file_state,
     is_made,
+    made_already,
     partial_directory,
     read_record,
     resumable_directory,
@@ -215,7 +216,7 @@ def remove_near_duplicates(
     _require_datatrove()
     job = _Job.plan(directory, target, settings, num_proc, unit_bytes)
     if is_made(target, job.identity, job.made_from, overwrite=overwrite):
-        print(f"{target} is done already")
+        print(made_already(target))
         return RawSource.read(target)
     _refuse_running_jobs(job)
     try:

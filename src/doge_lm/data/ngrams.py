@@ -379,10 +379,7 @@ class NgramIndex:
         """
         hashes, table, record = _index_paths(paths, words, characters, directory)
         if read_record(record) is None:
-            raise UserError(
-                f"{record} is gone, which another run with the same --save_dir may have removed at its end; run the "
-                "same command again"
-            )
+            raise UserError(f"{record} is gone; something removed it while it was used: run the same command again")
         # As plain arrays over the same pages: `memmap` costs a look at its own attributes with every operation.
         arrays = [np.asarray(np.load(path, mmap_mode="r")) for path in (hashes, table)]
         return cls(arrays[0], arrays[1], words, characters)

@@ -11,8 +11,8 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -46,11 +46,13 @@ from doge_lm.data.manifest import (
     file_sha256,
     file_state,
     is_made,
+    made_already,
     make_identity,
     package_versions,
-    partial_directory,
     read_record,
     resumable_directory,
+    scratch_directory,
+    without_rows,
     write_record,
 )
 from doge_lm.data.mix import Mix, parse_tokens
@@ -59,6 +61,7 @@ from doge_lm.data.sources import (
     HOW_TO_SKIP,
     MAX_DOCUMENT_BYTES,
     BadInputError,
+    Location,
     Row,
     add_bad_input_arguments,
     row_texts,
@@ -202,6 +205,8 @@ def run(args: argparse.Namespace) -> int:
     rows = {name: manifest.samples["all"][name] for name, manifest in manifests.items()}
     print(accounting_table(accounts, rows))
     for name, manifest in manifests.items():
+        if manifest.files_without_rows:
+            print(f"warning: {name}: {without_rows(manifest.files_without_rows)}")
         if (note := _share_note(name, manifest)) is not None:
             print(note)
     print(f"next: doge-lm merge_datasets --datasets_dir {args.save_dir} --save_dir {args.save_dir}")
@@ -269,9 +274,12 @@ def preprocess(
     chosen, special = encoder.name, encoder.special
     tokenizer = TokenizerIdentity(tokenizer_hash, encoder.vocab_size, special.pad, special.bos, special.eos)
     del encoder  # the processes have their own
-    index_dir = save_dir / TOKENIZED_FOLDER / ".tmp-ngrams"
-    start = (tokenizer_path, chosen, settings, index_dir)
-    with Workers(num_proc, _start_worker, start) as workers, ExitStack() as stack:
+    with (
+        # Not among the sources, which may have any name.
+        scratch_directory(save_dir / "ngrams") if settings.cleaning.decontaminate else nullcontext() as index_dir,
+        Workers(num_proc, _start_worker, (tokenizer_path, chosen, settings, index_dir)) as workers,
+        ExitStack() as stack,
+    ):
         jobs = [
             _Job(source, files[source.name], save_dir / TOKENIZED_FOLDER / source.name, tokenizer, settings,
                  shares.get(source.name), unit_bytes)
@@ -439,6 +447,7 @@ class _Job:
         self.order: list[str] = []  # names of the units so far
         self.hashed: list[str] = []  # names of the units whose rows were hashed, to find duplicates
         self.records: dict[str, dict[str, Any]] = {}
+        self.stored = 0  # units that an earlier run had finished
         self.pending = 0  # units that processes are at
         self.exhausted = False  # all units were handed out
         self.finished = False
@@ -449,6 +458,11 @@ class _Job:
     def files(self) -> list[tuple[Path, int]]:
         """The files, each with its size."""
         return [(Path(file.path), file.bytes) for file in self.inputs]
+
+    @cached_property
+    def plan(self) -> list[Unit | Stream]:
+        """How the files are cut into units."""
+        return plan_units(self.files(), self.unit_bytes)
 
     @cached_property
     def is_small(self) -> bool:
@@ -501,6 +515,12 @@ class _Job:
             return record
         path = self.folder / record["output"]["path"]
         return record if path.is_file() and path.stat().st_size == record["output"]["bytes"] else None
+
+    def stored_units(self, on_error: OnError) -> int:
+        """How many units an earlier run finished."""
+        records = (self.folder / _WORK_FOLDER).glob("data-*.json")
+        names = (path.stem.removeprefix("data-") for path in records)
+        return sum(self.stored_record(name, on_error) is not None for name in names)
 
     def prefix(self) -> int:
         """How many units belong to the result, as far as they are done; with a share, the fewest that reach it."""
@@ -559,21 +579,21 @@ class _Run:
         self._stack = stack
         self._overwrite = overwrite
 
-    def run(self, index_dir: Path) -> None:
-        """Makes what is not made yet; the n-grams of benchmarks are in `index_dir` meanwhile."""
+    def run(self, index_dir: Path | None) -> None:
+        """Makes what is not made yet; the n-grams of benchmarks, if there are any, go into `index_dir`."""
         jobs = [job for job in self._jobs if not self._is_made(job)]
-        if self._settings.cleaning.decontaminate and jobs:
-            index_dir.mkdir(parents=True, exist_ok=True)
-            self._stack.callback(shutil.rmtree, index_dir, ignore_errors=True)
-            cleaning.prepare_index(self._settings.cleaning, index_dir)
+        if index_dir is not None and jobs:
+            with explain_disk_errors(index_dir):
+                cleaning.prepare_index(self._settings.cleaning, index_dir)
         if self._settings.cleaning.deduplicate:
             self._mark_duplicates(jobs)
         by_name = {job.name: job for job in jobs}
         background = ThreadPoolExecutor(1)
         self._stack.callback(background.shutdown, cancel_futures=True)
         hashes = {job.name: background.submit(job.hash_inputs) for job in jobs if not job.is_small}
+        documents = 0
         with (
-            tqdm(desc="preprocess", unit=" documents", unit_scale=True, disable=None) as progress,
+            _bar("preprocess", jobs, sum(job.stored for job in jobs)) as progress,
             closing(self._workers.unordered(_make_unit, self._tasks(jobs))) as results,
         ):
             for task, record in results:
@@ -581,7 +601,9 @@ class _Run:
                 job.pending -= 1
                 job.records[task.unit.name] = record
                 _remove_spool(task.unit)
-                progress.update(record["account"]["documents_in"])
+                documents += record["account"]["documents_in"]
+                progress.set_postfix_str(f"{documents:,} documents", refresh=False)
+                progress.update()
                 if job.is_complete():
                     self._finish(job, hashes.get(job.name))
         for job in jobs:
@@ -600,13 +622,7 @@ class _Run:
             return identity
 
         if is_made(job.target, job.identity(), before, overwrite=self._overwrite):
-            print(f"{job.target} is done already")
-            partial = partial_directory(job.target)
-            if partial.is_dir():
-                print(
-                    f"{partial} was left by an interrupted run with other settings: give those and --overwrite to go "
-                    f"on with it, or remove the directory"
-                )
+            print(made_already(job.target))
             return True
         job.stack = self._stack.enter_context(ExitStack())
         job.folder = job.stack.enter_context(resumable_directory(job.target, job.identity(), overwrite=self._overwrite))
@@ -618,6 +634,9 @@ class _Run:
             work.mkdir(exist_ok=True)
             remove_spools(work)  # of a run that was killed
             job.stack.callback(remove_spools, work)  # of one that ends with an error
+            job.stored = job.stored_units(self._settings.on_error)
+        if job.stored:
+            print(f"{job.name}: going on, {job.stored:,} {'unit is' if job.stored == 1 else 'units are'} done")
         return False
 
     def _is_whole(self, job: _Job) -> bool:
@@ -632,7 +651,7 @@ class _Run:
     def _units(self, job: _Job, is_done: Callable[[str], bool], *, stop_at_faults: bool) -> Generator[Unit, None, None]:
         work = job.folder / _WORK_FOLDER
         with explain_disk_errors(job.target):
-            for planned in plan_units(job.files(), job.unit_bytes):
+            for planned in job.plan:
                 if isinstance(planned, Stream):
                     yield from unpack_stream(planned, work, job.unit_bytes, is_done, stop_at_faults=stop_at_faults)
                 else:
@@ -687,8 +706,11 @@ class _Run:
 
     def _mark_duplicates(self, jobs: Sequence[_Job]) -> None:
         """The first pass of `--deduplicate`: hashes all rows, and finds those that an equal one stands before."""
-        for task, _ in self._workers.unordered(_hash_unit, self._hash_tasks(jobs)):
-            _remove_spool(task.unit)
+        done = sum(1 for job in jobs for _ in job.folder.glob(f"{_WORK_FOLDER}/rows-*[0-9].npy"))
+        with _bar("looking for duplicates", jobs, done) as progress:
+            for task, _ in self._workers.unordered(_hash_unit, self._hash_tasks(jobs)):
+                _remove_spool(task.unit)
+                progress.update()
         for job in jobs:
             with explain_disk_errors(job.target):
                 paths = [_hash_path(job.folder, name) for name in job.hashed]
@@ -720,6 +742,7 @@ class _Run:
             raise _nothing_left(job.name, account)
         account.check(job.name, counts)
         files = [OutputFile(**record["output"]) for record in records if record["output"] is not None]
+        empty = [path for record in records for path in record.get("without_rows", ())]
         skipped = {"on_error": "skip"} if any(record["skipped"] for record in records) else {}
         with explain_disk_errors(job.target):
             for path in job.folder.glob("*.arrow"):  # units beyond the share
@@ -738,6 +761,7 @@ class _Run:
                 accounting={job.name: account},
                 samples={"all": {job.name: counts}},
                 versions=self._versions,
+                files_without_rows=empty,
             ).write(job.folder)
             self._put_in_place(job)
 
@@ -745,6 +769,13 @@ class _Run:
     def _put_in_place(job: _Job) -> None:
         shutil.rmtree(job.folder / _WORK_FOLDER, ignore_errors=True)
         job.stack.close()
+
+
+def _bar(description: str, jobs: Sequence[_Job], done: int) -> "tqdm[Any]":
+    """A bar over the units of sources; their number is not known where files are unpacked, or a share ends a source."""
+    known = all(job.share is None and not any(isinstance(planned, Stream) for planned in job.plan) for job in jobs)
+    total = sum(len(job.plan) for job in jobs) if known else None
+    return tqdm(desc=description, total=total, initial=done, unit=" units", disable=None)
 
 
 def _done_check(job: _Job, on_error: OnError) -> Callable[[str], bool]:
@@ -780,7 +811,7 @@ class _WorkerState:
     encoder: encoders.Encoder
     tokenizing: Tokenizing
     settings: PreprocessSettings
-    index_dir: Path
+    index_dir: Path | None
     cleaners: dict[str, Cleaner | None] = field(default_factory=dict)
 
     @property
@@ -809,7 +840,7 @@ _worker: dict[str, _WorkerState] = {}
 
 
 def _start_worker(
-    tokenizer_path: Path, backend: encoders.Backend, settings: PreprocessSettings, index_dir: Path
+    tokenizer_path: Path, backend: encoders.Backend, settings: PreprocessSettings, index_dir: Path | None
 ) -> None:
     encoder = encoders.load_encoder(tokenizer_path, backend)
     length = cutting_length(settings.row_maker, settings.sequence_length)
@@ -857,6 +888,7 @@ def _make_unit(task: _Task) -> dict[str, Any]:
             "account": asdict(reader.account),
             "counts": asdict(writer.counts),
             "skipped": reader.skipped,
+            "without_rows": reader.without_rows,
             "limit": task.limit,
         }
         write_record(task.record_path, record)
@@ -869,6 +901,7 @@ class _UnitReader:
     def __init__(self, task: _Task, state: _WorkerState) -> None:
         self.account = SourceAccounting()
         self.skipped = 0  # what `--on_error stop` would have stopped at
+        self.without_rows: list[str] = []  # whole files that could be read and hold nothing
         self._examples: dict[str, str] = {}  # of rows with nothing to learn, by the reason
         self._task = task
         self._state = state
@@ -900,9 +933,8 @@ class _UnitReader:
         cleaner = self._state.cleaner(self._task.source)
         drops = np.empty(0, np.int64) if self._task.drops is None else cleaning.load_drops(self._task.drops)
         passed = 0  # drops that lie behind
-        limit = self._state.settings.max_document_bytes
         number = -1
-        for item in read_unit(self._task.unit, self._task.kind, limit, count_lines=self._stop):
+        for item in self._items():
             if isinstance(item, BadInputError):
                 self._bad(item)
                 continue
@@ -920,6 +952,19 @@ class _UnitReader:
                 self.skipped += 1
                 self._examples.setdefault(nothing, f"{location}: {nothing}{self._counted_from}")
             yield row
+
+    def _items(self) -> Iterator[tuple[Location, Row] | BadInputError]:
+        """What the unit holds, file by file."""
+        limit = self._state.settings.max_document_bytes
+        for segment in self._task.unit.segments:
+            alone = replace(self._task.unit, segments=(segment,))
+            items = read_unit(alone, self._task.kind, limit, count_lines=self._stop)
+            first = next(items, None)
+            if first is not None:
+                yield first
+                yield from items
+            elif segment.part is None:
+                self.without_rows.append(str(segment.path))
 
     def count(self, batch: Sequence[Row], result: PieceBatch) -> None:
         """Takes over the account of tokenized rows."""
