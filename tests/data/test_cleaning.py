@@ -1,6 +1,7 @@
 """Leaving rows out: lengths, languages, overlap with benchmarks, exact duplicates out of core."""
 
 import argparse
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,22 @@ def test_duplicates_are_those_that_a_set_finds(
     assert [load_drops(drops_path(path, out)).tolist() for path in paths] == expected
     assert total == sum(map(len, expected)) == mark_duplicates(paths, out)
     assert not (out / ".partitions").exists()
+
+
+def test_memory_does_not_grow_with_the_duplicates_of_one_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PARTITION_ROWS", 2**12)
+    rows = 2**18
+    equal = np.ones((2**12, 2), np.uint64)
+    write_hashes(tmp_path / "unit.npy", [equal] * (rows // len(equal)))
+    tracemalloc.start()
+    try:
+        assert mark_duplicates([tmp_path / "unit.npy"], tmp_path) == rows - 1
+        drops = load_drops(drops_path(tmp_path / "unit.npy", tmp_path))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(drops, np.arange(1, rows))
+    assert peak < 2**20  # the duplicates alone are 2 MiB
 
 
 def test_hashes_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

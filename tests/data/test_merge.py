@@ -713,5 +713,27 @@ def test_runs_are_limited_by_the_rows_that_they_deal(two_sources: Path, monkeypa
     monkeypatch.setattr(module, "_RUN_ROWS", 200)
     monkeypatch.setattr(shuffle, "_MOST_OPEN", 1)
     merge(two_sources, two_sources / "many", test_size=30)
-    assert counts == [1, 1, 2, 1]  # pre-training and fine-tuning, twice
+    assert counts == [1, 1, 5, 1]  # pre-training and fine-tuning, twice
     assert contents(two_sources / "one" / "pretrain") == contents(two_sources / "many" / "pretrain")
+
+
+def test_very_short_documents_make_fewer_candidates(
+    tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the documents in their rows: what is held for each does not depend on its length."""
+    prepare({"short": [{"text": f"{number}"} for number in range(3000)]}, sequence_length=128)
+    honest = module.read_candidates
+    rows: list[int] = []
+
+    def read(*args: Any, **options: Any) -> Any:
+        found = honest(*args, **options)
+        rows.append(len(found.rows))
+        return found
+
+    monkeypatch.setattr(module, "read_candidates", read)
+    merge(tmp_path, tmp_path / "all", test_size=3)
+    monkeypatch.setattr(module, "_CANDIDATE_PIECES", 300)
+    manifest = merge(tmp_path, tmp_path / "some", test_size=3)["pretrain"]
+    assert manifest.settings["candidates"] == "some"
+    assert manifest.split_counts("test").samples == 3
+    assert rows[1] < rows[0] / 2

@@ -85,7 +85,7 @@ def test_a_finished_result_is_left_as_it_is_or_refused(
     directory = tmp_path / "raw" / "code-dedup"
     before = digests(directory), directory.stat().st_ino
     assert main(command(tmp_path, "--num_proc", "2")) == 0
-    assert f"{directory} is done already" in capsys.readouterr().out
+    assert f"{directory} is made already" in capsys.readouterr().out
     assert main(command(tmp_path, "--hashes", "9")) == 1
     assert "hashes: was 8, is 9" in capsys.readouterr().err
     assert (digests(directory), directory.stat().st_ino) == before
@@ -313,7 +313,7 @@ def test_jobs_of_slurm_make_the_same_result(
         assert job["kill-on-invalid-dep"] == "yes"
         assert "qos" not in job
     assert main(command(tmp_path, *SLURM_FLAGS, save_dir=tmp_path / "there")) == 0
-    assert "is done already" in capfd.readouterr().out
+    assert "is made already" in capfd.readouterr().out
 
 
 def test_slurm_is_not_asked_twice_and_goes_on_where_it_refused(

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from doge_lm.data import repeats as module
 from doge_lm.data.packing import PackedRow
-from doge_lm.data.repeats import Pieces, join_groups, pieces_of_batch
+from doge_lm.data.repeats import Pieces, hash_unit, join_groups, pieces_of_batch
 from doge_lm.data.storage import row_features, rows_to_batch
 from doge_lm.errors import UserError
 
@@ -45,6 +46,25 @@ def test_pieces_are_found_where_they_lie(dtype: Any) -> None:
     assert part.hashes.tolist() == first[2:]
 
 
+@pytest.mark.parametrize("concatenated", [False, True])
+def test_rows_of_many_short_documents_are_hashed_a_few_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, concatenated: bool
+) -> None:
+    rows = [([[1, 5]] * 4, 0), ([[1, 5, 6]], 5), ([[1, 7], [1, 8], [1, 9]], 2), ([[1, 2]], 6), ([[1, 3, 4, 5]], 4)]
+    groups = np.array([3, 1, 4, 1, 5])
+
+    def hashed() -> list[Pieces]:
+        found = hash_unit([(batch_of(rows), groups)] * 2, 1, LENGTH, concatenated=concatenated)
+        return [pieces for pieces in found if len(pieces.hashes)]
+
+    whole = Pieces.join(hashed())
+    monkeypatch.setattr(module, "_PIECES_AT_ONCE", 4)
+    few = hashed()
+    assert max(len(pieces.hashes) for pieces in few) == 4
+    for name in Pieces.__dataclass_fields__:
+        assert np.array_equal(getattr(Pieces.join(few), name), getattr(whole, name)), name
+
+
 def test_lengths_that_do_not_fit_are_refused() -> None:
     batch = batch_of([([[1, 5, 6]], 0)])
     wrong = batch.set_column(1, "document_lengths", batch_of([([[1, 5, 6, 7]], 0)]).column("document_lengths"))
@@ -53,7 +73,8 @@ def test_lengths_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_groups_are_joined_as_the_slow_way_does(seed: int) -> None:
+def test_groups_are_joined_as_the_slow_way_does(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PIECES_AT_ONCE", 1 + seed)
     generator = np.random.default_rng(seed)
     groups, count = generator.integers(0, 60, 100), 60
     hashes = generator.integers(0, 2**63, 100).astype(np.uint64)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ import pytest
 import zstandard
 
 from doge_lm.data import sources
-from doge_lm.data.sources import CATALOGUE, ConversationRow, TextRow, estimated_disk_bytes, find_files, read_rows
+from doge_lm.data.sources import (
+    CATALOGUE,
+    ConversationRow,
+    TextRow,
+    estimated_disk_bytes,
+    find_files,
+    read_rows,
+    split_lines,
+    unpacked_chunks,
+)
 from doge_lm.errors import UserError
 from tests.data.conftest import conversation, json_lines
 
@@ -254,3 +264,20 @@ def test_rows_of_the_shared_data_are_read(shared_data: Path) -> None:
 def test_json_escapes_are_text(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", json.dumps({"text": ODD_TEXT}).encode() + b"\n")
     assert list(read_rows([path])) == [TextRow(ODD_TEXT)]
+
+
+def test_a_bomb_is_unpacked_and_cut_into_lines_in_little_memory(tmp_path: Path) -> None:
+    """A file of a few kilobytes that unpacks to 128 MiB of empty lines, each of which takes 8 bytes of a list."""
+    path = tmp_path / "bomb.jsonl.zst"
+    packer = zstandard.ZstdCompressor()
+    with path.open("wb") as file, packer.stream_writer(file) as writer:
+        for _ in range(128):
+            writer.write(b"\n" * 2**20)
+    assert path.stat().st_size < 2**15
+    tracemalloc.start()
+    try:
+        assert next(split_lines(unpacked_chunks(path, ".jsonl.zst"), 2**20)) == b""
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**26

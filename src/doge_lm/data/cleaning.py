@@ -23,7 +23,7 @@ import numpy.typing as npt
 import xxhash
 
 from doge_lm.data.manifest import read_record, write_record
-from doge_lm.data.ngrams import NGRAM_RULE, Hashes, NgramIndex, benchmark_sha256, save_array
+from doge_lm.data.ngrams import NGRAM_RULE, Hashes, NgramIndex, benchmark_sha256
 from doge_lm.data.sources import Row, TextRow, row_texts
 from doge_lm.errors import UserError
 
@@ -319,17 +319,24 @@ def write_hashes(path: Path, hashes: Iterable[Hashes]) -> None:
 
     A small file that is well compressed may hold any number of rows, so they are written as they come.
     """
+    _write_blocks(path, hashes, np.dtype(np.uint64), (2,))
+
+
+def _write_blocks(
+    path: Path, blocks: Iterable[npt.NDArray[Any]], dtype: np.dtype[Any], row_shape: tuple[int, ...]
+) -> None:
+    """Writes an `.npy` file block by block, whole or not at all."""
     partial = path.with_name(f".{path.name}.part")
     try:
         with partial.open("wb") as file:
             rows = 0
-            start = _write_header(file, rows)
-            for block in hashes:
+            start = _write_header(file, dtype, (rows, *row_shape))
+            for block in blocks:
                 block.tofile(file)
                 rows += len(block)
             file.seek(0)
             # numpy leaves room in the header for the number of rows to grow.
-            if _write_header(file, rows) != start:
+            if _write_header(file, dtype, (rows, *row_shape)) != start:
                 raise AssertionError("the header of an .npy file has changed its size")
             file.flush()
             os.fsync(file.fileno())
@@ -338,8 +345,8 @@ def write_hashes(path: Path, hashes: Iterable[Hashes]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _write_header(file: BinaryIO, rows: int) -> int:
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint64)), "fortran_order": False, "shape": (rows, 2)}
+def _write_header(file: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
     return file.tell()
 
@@ -350,17 +357,18 @@ def drops_path(hash_path: Path, out_dir: Path) -> Path:
 
 
 def load_drops(path: Path) -> npt.NDArray[np.int64]:
-    """The rows of a unit that are to be left out, by their number within the unit, ascending."""
-    drops: npt.NDArray[np.int64] = np.load(path)
-    return drops
+    """The rows of a unit that are to be left out, by their number within the unit, ascending; mapped, not read."""
+    # As a plain array over the same pages: `memmap` costs a look at its own attributes with every row.
+    return np.asarray(np.load(path, mmap_mode="r"))
 
 
 def mark_duplicates(hash_paths: Sequence[Path], out_dir: Path) -> int:
     """Finds the rows of which an equal one stands before, in the order of units and rows.
 
     Out of core: rows are dealt by their hash into files of about a million rows, and those are sorted one at a time,
-    so that memory (about 150 MiB) does not grow with the number of rows, nor with how often one row is repeated. The
-    disk takes 24 bytes a row meanwhile. Interrupted, it begins anew; finished, it does nothing.
+    so that memory (about 150 MiB) does not grow with the number of rows, be it those of one unit, nor with how often
+    one row is repeated. The disk takes 24 bytes a row meanwhile. Interrupted, it begins anew; finished, it does
+    nothing.
 
     Args:
         hash_paths: the files of `write_hashes`, unit by unit.
@@ -386,13 +394,20 @@ def mark_duplicates(hash_paths: Sequence[Path], out_dir: Path) -> int:
     duplicates = sum(map(len, marked))
     starts = np.concatenate([[0], np.cumsum(counts)])
     for path, begin, end in zip(hash_paths, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-        slices = [rows[np.searchsorted(rows, begin) : np.searchsorted(rows, end)] for rows in marked if len(rows)]
-        drops = np.sort(np.concatenate(slices)) - begin if slices else np.empty(0, np.int64)
-        save_array(drops_path(path, out_dir), drops)
+        _write_blocks(drops_path(path, out_dir), _drops(marked, begin, end), np.dtype(np.int64), ())
     del marked  # the files are mapped, and cannot be removed before on every platform
     shutil.rmtree(partitions)
     write_record(out_dir / _DONE_NAME, {"inputs": inputs, "rows": total, "duplicates": duplicates})
     return duplicates
+
+
+def _drops(marked: Sequence[npt.NDArray[np.int64]], begin: int, end: int) -> Iterator[npt.NDArray[np.int64]]:
+    """The marked rows from `begin` up to `end`, ascending and counted from `begin`, some rows at a time."""
+    for first in range(begin, end, _PARTITION_ROWS):
+        window = first, min(first + _PARTITION_ROWS, end)
+        slices = [rows[slice(*np.searchsorted(rows, window))] for rows in marked if len(rows)]
+        if slices:
+            yield np.sort(np.concatenate(slices)) - begin
 
 
 def _deal(hash_paths: Sequence[Path], partitions: Path, number: int) -> None:

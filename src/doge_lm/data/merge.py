@@ -10,6 +10,7 @@ with the corpus, but with the test set and the number of shards; the disk must h
 """
 
 import argparse
+import bisect
 import hashlib
 import os
 import shutil
@@ -88,7 +89,7 @@ from doge_lm.errors import UserError
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
 _RUN_BYTES = 2**30
-# A run is dealt by one process at a time, which holds some 150 bytes for each row that it writes. A unit is not torn.
+# A run is dealt by one process at a time, which holds some 150 bytes for each row that it writes.
 _RUN_ROWS = 2**20
 _RUN_UNITS = 1024  # memory maps at once
 # In a large set runs are larger instead of more: shuffling holds all open, and where each bucket begins in each.
@@ -98,6 +99,9 @@ _MOST_RUNS = 256
 _CANDIDATE_ROWS = 2**16
 _CANDIDATE_TIMES = 8
 _MOST_CANDIDATE_ROWS = 2**20
+# Pieces of documents in the rows of all candidates, about: some 100 bytes are held for each. They come to more than
+# this where documents are very short.
+_CANDIDATE_PIECES = 2**22
 # A test set that takes more of a source than this is worth a word.
 _LARGE_TEST_SHARE = 0.2
 # Samples of the test set where the user names no number: so many, but in a small set at most this share.
@@ -575,22 +579,23 @@ def _choose(job: _Job, work: Path, num_proc: int) -> _Split:
     """Chooses the test set, among more and more candidates until it is whole or there are no more."""
     room = max(_CANDIDATE_ROWS, _CANDIDATE_TIMES * job.test_size)
     most = max(room, _MOST_CANDIDATE_ROWS)
+    limits = _candidate_limits(job, room)
     while True:
-        split = _choose_among(job, work, room, num_proc)
+        split = _choose_among(job, work, room, limits, num_proc)
         found = sum(map(len, split.rows.values()))
-        if found == job.test_size or split.all_candidates or room == most:
-            break
         room = min(room * _CANDIDATE_TIMES, most)
+        before, limits = limits, _candidate_limits(job, room)
+        if found == job.test_size or limits == before:
+            break
     if not split.rows:
         raise _UnusableError(_no_test_set(job, split))
     return split
 
 
-def _choose_among(job: _Job, work: Path, room: int, num_proc: int) -> _Split:
+def _choose_among(job: _Job, work: Path, room: int, limits: list[int] | None, num_proc: int) -> _Split:
     """Chooses the test set among candidates of so many rows, or among all groups where there are no more."""
     units = job.units
     shares = _test_shares(job)
-    limits = None if job.rows <= room else [max(1, rows) for rows in share_out(shares, room)]
     candidates = _candidates(job, units, limits, num_proc)
     manifest = job.sources[0].manifest
     concatenated = job.concatenated
@@ -617,6 +622,19 @@ def _choose_among(job: _Job, work: Path, room: int, num_proc: int) -> _Split:
     chosen = choose_test_rows(rows, elsewhere, shares, job.test_size, job.seed)
     repeated = len(np.union1d(rows.repeated, elsewhere))
     return _Split(chosen, _count_test(units, chosen), repeated, limits is None)
+
+
+def _candidate_limits(job: _Job, room: int) -> list[int] | None:
+    """How many rows of each source may be candidates, if there is room for so many in all; None for all there are."""
+    counts = [source.manifest.samples["all"][source.name] for source in job.sources]
+    if job.rows <= room and sum(count.pieces for count in counts) <= _CANDIDATE_PIECES:
+        return None
+    shares = _test_shares(job)
+    rooms = (share_out(shares, total) for total in (room, _CANDIDATE_PIECES, job.test_size))
+    return [
+        max(1, least, min(rows, pieces * count.samples // max(1, count.pieces)))
+        for rows, pieces, least, count in zip(*rooms, counts, strict=True)
+    ]
 
 
 def _no_test_set(job: _Job, split: _Split) -> str:
@@ -673,13 +691,13 @@ def _count_test(units: list[UnitFile], chosen: dict[int, list[int]]) -> dict[str
     counts: dict[str, SampleCounts] = {}
     for position, rows in chosen.items():
         unit = units[position]
-        times = np.zeros(unit.rows, np.int64)
-        times[rows] = 1
         begin = 0
         for batch in unit_batches(unit):
-            part = count_rows(batch, times[begin : begin + batch.num_rows])
-            counts.setdefault(unit.name, SampleCounts()).add(part)
-            begin += batch.num_rows
+            end = begin + batch.num_rows
+            own = rows[bisect.bisect_left(rows, begin) : bisect.bisect_left(rows, end)]
+            times = np.bincount(np.array(own, np.int64) - begin, minlength=batch.num_rows)
+            counts.setdefault(unit.name, SampleCounts()).add(count_rows(batch, times))
+            begin = end
     return counts
 
 
@@ -725,11 +743,20 @@ def _shares(job: _Job, split: _Split, plans: dict[str, SourcePlan]) -> tuple[Buc
         copies, extra = plans[source.name].copies(total) if total else (1, 0)
         train += copies * total + extra
         before = 0
-        for position, rows in zip(own, others, strict=True):
-            # What is left over is shared out along the source, so that every unit gives its part, to the row.
-            part = extra * (before + rows) // total - extra * before // total if total else 0
-            shares.append(Share(units[position], tuple(split.rows.get(position, [])), copies, part))
-            before += rows
+        for position in own:
+            in_test = split.rows.get(position, [])
+            dealt = (0, 0)
+            for unit in units[position].parts(_RUN_ROWS // max(1, copies)):
+                first = unit.begin or 0
+                end = first + unit.rows
+                picked = in_test[bisect.bisect_left(in_test, first) : bisect.bisect_left(in_test, end)]
+                rows = unit.rows - len(picked)
+                # What is left over is shared out along the source, so that every unit gives its part, to the row.
+                part = extra * (before + rows) // total - extra * before // total if total else 0
+                share = Share(unit, tuple(row - first for row in picked), copies, part, dealt)
+                shares.append(share)
+                dealt = (dealt[0] + share.dealt[0], dealt[1] + share.dealt[1])
+                before += rows
     if train == 0:
         raise _UnusableError(f"{job.kind}: --tokens {job.tokens} is less than one sample; choose more")
     test = sum(map(len, split.rows.values()))
@@ -742,7 +769,7 @@ def _deal(
     """Deals all runs: their files, where each bucket begins in them, and what became of each source's rows."""
     tasks = [
         DealTask(work / f"dealt-{number:05d}.arrow", [shares[position] for position in run], buckets, job.dtype)
-        for number, run in enumerate(_deal_runs(job.units, shares))
+        for number, run in enumerate(_deal_runs(shares))
     ]
     records = _each(f"{job.kind}: dealing", num_proc, deal, tasks)
     dealt = {source.name: Dealt.none() for source in job.sources}
@@ -752,14 +779,14 @@ def _deal(
     return [task.path for task in tasks], [record["bounds"] for record in records], dealt
 
 
-def _deal_runs(units: list[UnitFile], shares: list[Share]) -> list[list[int]]:
+def _deal_runs(shares: list[Share]) -> list[list[int]]:
     """As `_runs`, with the rows that are written limited too: those of short rows, or of many copies, are many."""
     runs: list[list[int]] = []
-    for run in _runs(units):
+    for run in _runs([share.unit for share in shares]):
         rows = 0
         for position in run:
             # A unit's lookup tables have an entry for every row, dealt or not.
-            own = units[position].rows * max(1, shares[position].copies) + shares[position].extra
+            own = shares[position].unit.rows * max(1, shares[position].copies) + shares[position].extra
             if position == run[0] or rows + own > _RUN_ROWS:
                 runs.append([])
                 rows = 0

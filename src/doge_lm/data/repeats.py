@@ -25,6 +25,8 @@ from doge_lm.errors import UserError
 _Ints = npt.NDArray[np.int64]
 _Hashes = npt.NDArray[np.uint64]
 _Flags = npt.NDArray[np.bool_]
+# Pieces that are looked at together: the rows of a batch may be long, and the documents in them short.
+_PIECES_AT_ONCE = 2**16
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def hash_unit(
         concatenated: the rows were made by concatenation. Then whole documents are given instead of pieces, an entry
             for each hash that one is known by, all as pieces that open it.
     """
+    rows = _thinner(rows)
     if not concatenated:
         for batch, groups in rows:
             yield pieces_of_batch(batch, groups, bos_token_id, sequence_length)
@@ -120,6 +123,17 @@ def hash_unit(
         yield _documents(known)
     if pending is not None:
         yield _documents(pending.known_by())
+
+
+def _thinner(rows: Iterable[tuple[pa.RecordBatch, _Ints]]) -> Iterator[tuple[pa.RecordBatch, _Ints]]:
+    """The same rows in batches of a limited number of pieces, or of one row."""
+    for batch, groups in rows:
+        ends = flat_values(batch.column("document_lengths"))[1][1:]
+        begin = done = 0
+        while begin < batch.num_rows:
+            end = max(begin + 1, int(np.searchsorted(ends, done + _PIECES_AT_ONCE, "right")))
+            yield batch.slice(begin, end - begin), groups[begin:end]
+            begin, done = end, int(ends[end - 1])
 
 
 def _cut_pieces(batch: pa.RecordBatch, groups: _Ints) -> Iterator[tuple[int, npt.NDArray[Any], _Flags]]:
@@ -211,9 +225,21 @@ def join_groups(pieces: Pieces, count: int) -> tuple[_Ints, int]:
     same = np.flatnonzero(hashes[1:] == hashes[:-1])
     repeated = len(np.unique(hashes[same]))
     roots = np.arange(count, dtype=np.int64)
-    for one, other in _union(zip(groups[same].tolist(), groups[same + 1].tolist(), strict=True)).items():
+    pairs = (
+        pair
+        for begin in range(0, len(same), _PIECES_AT_ONCE)
+        for pair in _pairs(groups, same[begin : begin + _PIECES_AT_ONCE])
+    )
+    for one, other in _union(pairs).items():
         roots[one] = other
     return np.unique(roots, return_inverse=True)[1].astype(np.int64), repeated
+
+
+def _pairs(groups: _Ints, places: _Ints) -> Iterator[tuple[int, int]]:
+    """The groups at some places, each with the next one, where that is another."""
+    one, other = groups[places], groups[places + 1]
+    apart = one != other
+    return zip(one[apart].tolist(), other[apart].tolist(), strict=True)
 
 
 def telling_pieces(pieces: Pieces, count: int) -> _Flags:

@@ -12,7 +12,8 @@ processes, and a step that was interrupted goes on where it was.
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from doge_lm.data.manifest import OutputFile, SampleCounts, read_record, write_record
-from doge_lm.data.storage import ROWS_PER_BATCH, ShardWriter, flat_values, read_batches, row_schema
+from doge_lm.data.storage import ROWS_PER_BATCH, ShardWriter, flat_values, row_schema
 from doge_lm.errors import UserError
 
 Indices = npt.NDArray[np.int64]
@@ -29,6 +30,8 @@ Indices = npt.NDArray[np.int64]
 _DEALT_BATCH_ROWS = 1024
 # Dealt runs that a process keeps open: an operating system allows some 1,000 files. Others are opened for each bucket.
 _MOST_OPEN = 512
+# Draws that are passed over at once.
+_PASSED_DRAWS = 2**20
 # What draws are for: one stream of random numbers each.
 _STREAMS = {"candidates": 0, "test": 1, "repeats": 2, "deal": 3, "deal test": 4, "permute": 5}
 
@@ -43,7 +46,17 @@ def random_stream(seed: int, purpose: str, *numbers: int) -> np.random.RandomSta
 
 @dataclass(frozen=True)
 class UnitFile:
-    """An arrow file of a source: `source` and `number` say which, and are what its random draws depend on."""
+    """An arrow file of a source, or a part of one.
+
+    Attributes:
+        path: the file.
+        name: of the source.
+        source: its number; with `number` it is what the random draws of the rows depend on.
+        number: of the file among those of the source.
+        rows: how many there are.
+        bytes: of the rows, about.
+        begin: the first row of a part; None for the whole file.
+    """
 
     path: Path
     name: str
@@ -51,6 +64,18 @@ class UnitFile:
     number: int
     rows: int
     bytes: int
+    begin: int | None = None
+
+    def parts(self, most_rows: int) -> "list[UnitFile]":
+        """Parts of about the same size, of at most so many rows; the file itself if it has no more."""
+        count = -(-self.rows // max(1, most_rows))
+        if count < 2:
+            return [self]
+        cuts = [self.rows * index // count for index in range(count + 1)]
+        return [
+            replace(self, rows=end - begin, bytes=self.bytes * (end - begin) // self.rows, begin=begin)
+            for begin, end in pairwise(cuts)
+        ]
 
 
 def runs_of(units: Sequence[UnitFile], run_bytes: int, run_units: int) -> list[list[UnitFile]]:
@@ -160,12 +185,27 @@ def _row_sums(values: npt.NDArray[Any], offsets: Indices) -> Indices:
 
 @dataclass(frozen=True)
 class Share:
-    """What is dealt of a unit: its test rows once each, all others `copies` times, and `extra` of them once more."""
+    """What is dealt of a unit: its test rows once each, all others `copies` times, and `extra` of them once more.
+
+    Attributes:
+        unit: a file, or a part of one.
+        test: the rows of the test set, numbered within the unit.
+        copies: of all others.
+        extra: how many of them are dealt once more, chosen at random.
+        before: what is dealt of the parts of the file before this one, training and test rows: as many draws are
+            passed over, so that it does not matter where a file is parted (but for `extra`).
+    """
 
     unit: UnitFile
     test: tuple[int, ...]
     copies: int
     extra: int
+    before: tuple[int, int] = (0, 0)
+
+    @property
+    def dealt(self) -> tuple[int, int]:
+        """How many rows are dealt to the training and to the test set."""
+        return (self.unit.rows - len(self.test)) * self.copies + self.extra, len(self.test)
 
 
 @dataclass(frozen=True)
@@ -248,17 +288,29 @@ def deal(task: DealTask) -> dict[str, Any]:
     return record
 
 
-def unit_batches(unit: UnitFile) -> list[pa.RecordBatch]:
-    """The record batches of a unit, as memory maps.
+def unit_batches(unit: UnitFile) -> Iterator[pa.RecordBatch]:
+    """The record batches of a unit, as memory maps, one at a time: a unit of very short rows has very many.
 
     Raises:
-        UserError: if the file does not hold the rows that its manifest says.
+        UserError: if the file is missing or damaged, or does not hold the rows that its manifest says.
     """
-    batches = read_batches(unit.path)
-    rows = sum(batch.num_rows for batch in batches)
-    if rows != unit.rows:
-        raise UserError(f"{unit.path} holds {rows:,} rows, not {unit.rows:,}; run `doge-lm preprocess_datasets` again")
-    return batches
+    begin = unit.begin or 0
+    end = begin + unit.rows
+    rows = 0
+    try:
+        with pa.memory_map(str(unit.path)) as source:
+            for batch in pa.ipc.open_stream(source):
+                before, rows = rows, rows + batch.num_rows
+                if before >= begin and rows <= end:
+                    yield batch
+                elif (first := max(begin, before)) < (last := min(end, rows)):
+                    yield batch.slice(first - before, last - first)
+                if rows >= end and unit.begin is not None:
+                    break
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{unit.path} is not a sound arrow file: {error}; make {unit.path.parent} again") from error
+    if rows < end or (rows > end and unit.begin is None):
+        raise UserError(f"{unit.path} holds {rows:,} rows, not {end:,}; run `doge-lm preprocess_datasets` again")
 
 
 def _draw(task: DealTask, batches: list[pa.RecordBatch]) -> tuple[Indices, Indices, dict[str, Dealt]]:
@@ -272,10 +324,10 @@ def _draw(task: DealTask, batches: list[pa.RecordBatch]) -> tuple[Indices, Indic
         copies = _copies(share, seed)
         train = np.repeat(np.arange(unit.rows), copies)
         test = np.array(share.test, np.int64)
-        draw, draw_test = (random_stream(seed, name, unit.source, unit.number) for name in ("deal", "deal test"))
         rows += [begin + train, begin + test]
-        buckets.append(draw.randint(0, task.buckets.train, len(train), np.int64))
-        buckets.append(task.buckets.train + draw_test.randint(0, task.buckets.test, len(test), np.int64))
+        draws, draws_test = (random_stream(seed, name, unit.source, unit.number) for name in ("deal", "deal test"))
+        buckets.append(_draw_buckets(draws, task.buckets.train, share.before[0], len(train)))
+        buckets.append(task.buckets.train + _draw_buckets(draws_test, task.buckets.test, share.before[1], len(test)))
         in_test = np.isin(np.arange(unit.rows), test)
         done = 0
         dealt = sources.setdefault(unit.name, Dealt.none())
@@ -287,6 +339,13 @@ def _draw(task: DealTask, batches: list[pa.RecordBatch]) -> tuple[Indices, Indic
     return np.concatenate(rows), np.concatenate(buckets), sources
 
 
+def _draw_buckets(stream: np.random.RandomState, buckets: int, before: int, count: int) -> Indices:
+    """`count` draws of a stream, behind those that are passed over."""
+    for begin in range(0, before, _PASSED_DRAWS):
+        stream.randint(0, buckets, min(_PASSED_DRAWS, before - begin), np.int64)
+    return stream.randint(0, buckets, count, np.int64)
+
+
 def _copies(share: Share, seed: int) -> Indices:
     """How often each row of a unit goes into the training set."""
     unit = share.unit
@@ -294,7 +353,9 @@ def _copies(share: Share, seed: int) -> Indices:
     copies[list(share.test)] = 0
     if share.extra:
         others = np.setdiff1d(np.arange(unit.rows), share.test)
-        chosen = random_stream(seed, "repeats", unit.source, unit.number).permutation(len(others))[: share.extra]
+        part = () if unit.begin is None else (unit.begin,)
+        stream = random_stream(seed, "repeats", unit.source, unit.number, *part)
+        chosen = stream.permutation(len(others))[: share.extra]
         copies[others[chosen]] += 1
     return copies
 

@@ -34,7 +34,7 @@ from doge_lm.errors import UserError
 # A line, or a text file (one document each), above this is refused: it must be held in memory whole.
 MAX_DOCUMENT_BYTES = 8 * 2**20
 # Compressed data is taken in small bites, since a bite may unpack to many thousand times its size.
-_COMPRESSED_CHUNK = 4 * 2**10
+_COMPRESSED_CHUNK = 2**10
 _PLAIN_CHUNK = 2**20
 _BOM = b"\xef\xbb\xbf"
 
@@ -663,7 +663,7 @@ def split_lines(chunks: Iterator[bytes], limit: int) -> Iterator[bytes | int]:
         return b"".join(pending) if pending_bytes <= limit else pending_bytes
 
     try:
-        for chunk in chunks:
+        for chunk in _in_pieces(chunks):
             lines = chunk.split(b"\n")
             pending_bytes += len(lines[0])
             if pending_bytes <= limit:
@@ -681,6 +681,13 @@ def split_lines(chunks: Iterator[bytes], limit: int) -> Iterator[bytes | int]:
         raise
     if pending_bytes:
         yield take()
+
+
+def _in_pieces(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes in pieces of limited size: the lines of a piece are split off together, and may be empty each."""
+    for chunk in chunks:
+        for begin in range(0, len(chunk), _PLAIN_CHUNK):
+            yield chunk[begin : begin + _PLAIN_CHUNK]
 
 
 def unpacked_chunks(path: Path, suffix: str) -> Iterator[bytes]:

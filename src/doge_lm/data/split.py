@@ -21,6 +21,8 @@ from doge_lm.data.shuffle import Indices, UnitFile, random_stream, unit_batches
 
 _Flags = npt.NDArray[np.bool_]
 _Hashes = npt.NDArray[np.uint64]
+# Groups whose draws are looked at together. A unit of very short rows may have tens of millions.
+_DRAWN_GROUPS = 2**20
 
 
 @dataclass(frozen=True)
@@ -68,18 +70,56 @@ def scan(task: ScanTask) -> list[tuple[int, Candidates]]:
     """Finds the candidates of a run, from the column `group` of its units alone: (source, candidates)."""
     found: list[tuple[int, Candidates]] = []
     for (position, unit), limit in zip(task.units, task.limits, strict=True):
-        groups, sizes = np.unique(_groups(unit), return_counts=True)
-        draws = random_stream(task.seed, "candidates", unit.source, unit.number).random_sample(len(groups))
-        candidates = Candidates(np.full(len(groups), position), groups, sizes.astype(np.int64), draws)
+        candidates = _scan_unit(position, unit, unit.rows if limit is None else limit, task.seed)
         if found and found[-1][0] == unit.source:
             candidates = Candidates.join([found.pop()[1], candidates])
         found.append((unit.source, candidates if limit is None else candidates.first(limit)))
     return found
 
 
-def _groups(unit: UnitFile) -> Indices:
-    parts = [batch.column("group").to_numpy() for batch in unit_batches(unit)]
-    return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
+def _scan_unit(position: int, unit: UnitFile, limit: int, seed: int) -> Candidates:
+    """The groups of a unit that come first by their draws, and have as many rows as asked for, or all its groups."""
+    bounds = [(int(groups.min()), int(groups.max())) for groups in _groups(unit) if len(groups)]
+    first, last = min(low for low, _ in bounds), max(high for _, high in bounds)
+    wanted = limit
+    while True:
+        numbers, draws = _smallest_draws(
+            last + 1 - first, wanted, random_stream(seed, "candidates", unit.source, unit.number)
+        )
+        sizes = _sizes(unit, first + numbers)
+        # Fewer only if there are numbers without a row, or groups of more rows than are asked for.
+        if len(numbers) == last + 1 - first or int(sizes[sizes <= limit].sum()) >= limit:
+            break
+        wanted *= 2
+    there = sizes > 0
+    return Candidates(np.full(np.count_nonzero(there), position), first + numbers[there], sizes[there], draws[there])
+
+
+def _smallest_draws(count: int, wanted: int, stream: np.random.RandomState) -> tuple[Indices, npt.NDArray[np.float64]]:
+    """The smallest of `count` random draws, as many as wanted: which they are, ascending, and what they are."""
+    numbers, draws = np.empty(0, np.int64), np.empty(0, np.float64)
+    for begin in range(0, count, _DRAWN_GROUPS):
+        more = stream.random_sample(min(_DRAWN_GROUPS, count - begin))
+        numbers = np.concatenate([numbers, np.arange(begin, begin + len(more))])
+        draws = np.concatenate([draws, more])
+        if len(draws) > wanted:
+            kept = np.sort(np.lexsort((numbers, draws))[:wanted])
+            numbers, draws = numbers[kept], draws[kept]
+    return numbers, draws
+
+
+def _sizes(unit: UnitFile, groups: Indices) -> Indices:
+    """How many rows of a unit are in each of some groups, given ascending."""
+    sizes = np.zeros(len(groups), np.int64)
+    for group in _groups(unit):
+        place = np.minimum(np.searchsorted(groups, group), len(groups) - 1)
+        np.add.at(sizes, place[groups[place] == group], 1)
+    return sizes
+
+
+def _groups(unit: UnitFile) -> Iterator[Indices]:
+    """The groups of the rows of a unit, batch by batch."""
+    return (batch.column("group").to_numpy().astype(np.int64) for batch in unit_batches(unit))
 
 
 @dataclass(frozen=True)
@@ -139,6 +179,7 @@ def read_candidates(
 
         pieces += hash_unit(taken_rows(), bos_token_id, sequence_length, concatenated=concatenated)
     found = Pieces.join(pieces)
+    pieces.clear()
     joined, _ = join_groups(found, len(candidates.groups))
     telling = telling_pieces(found, len(candidates.groups))
     hashes, first, counts = np.unique(found.hashes[telling], return_index=True, return_counts=True)
@@ -173,7 +214,8 @@ def search(task: SearchTask) -> _Hashes:
         return np.array(done["hashes"], np.uint64)
     wanted = np.load(task.hashes, mmap_mode="r")
     hit = np.zeros(len(wanted), np.bool_)
-    for unit, candidates in task.units:
+    for unit, groups in task.units:
+        candidates = np.sort(groups)
         rows = ((batch, batch.column("group").to_numpy().astype(np.int64)) for batch in unit_batches(unit))
         for pieces in hash_unit(rows, task.bos_token_id, task.sequence_length, concatenated=task.concatenated):
             hashes = _other_hashes(pieces, candidates)
@@ -186,7 +228,14 @@ def search(task: SearchTask) -> _Hashes:
 
 def _other_hashes(pieces: Pieces, candidates: Indices) -> _Hashes:
     # Every piece, not only those that tell: a candidate that lies in the middle of another document is no loss.
-    return pieces.hashes[~np.isin(pieces.groups, candidates)]
+    return pieces.hashes[~_are_among(pieces.groups, candidates)]
+
+
+def _are_among(groups: Indices, candidates: Indices) -> _Flags:
+    """As `np.isin`, which would sort the candidates, ascending here, with every record batch."""
+    if not len(candidates):
+        return np.zeros(len(groups), np.bool_)
+    return candidates[np.minimum(np.searchsorted(candidates, groups), len(candidates) - 1)] == groups
 
 
 def choose_test_rows(
