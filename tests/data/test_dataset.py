@@ -83,11 +83,25 @@ def test_the_collator_equals_a_slow_one(padded: bool, document_mask: bool, seed:
     rows = [random_row(generator, 40, padded) for _ in range(8)]
     batch = PackedCollator(0, 40, document_mask)(rows)
     expected = slow_batch(rows, 0, 40)
-    assert set(batch) == {"input_ids", "labels"} | ({"position_ids"} if document_mask else set())
+    assert set(batch) == {"input_ids", "labels"} | ({"position_ids", "cu_seq_lens_q"} if document_mask else set())
+    starts = batch.pop("cu_seq_lens_q", None)
+    if starts is not None:
+        assert starts.dtype == torch.int32
+        begins = [at for at, position in enumerate(batch["position_ids"].flatten().tolist()) if position == 0]
+        assert starts.tolist() == begins + [8 * 40] * (len(starts) - len(begins))
+        assert len(starts) > len(begins)
     for name, values in batch.items():
         assert values.dtype == torch.int64
         assert values.shape == (8, 40)
         assert values.tolist() == expected[name]
+
+
+def test_the_size_of_the_lengths_hardly_ever_changes() -> None:
+    """Many pieces double it; it is the same for all batches of fewer."""
+    rows = [{"input_ids": np.ones(1024), "document_lengths": [1024 // n] * n, "context_spans": []}
+            for n in (1, 8, 32, 64, 128, 512, 1024)]  # fmt: skip
+    collator = PackedCollator(0, 1024, True)
+    assert [len(collator([row] * 8)["cu_seq_lens_q"]) - 1 for row in rows] == [128, 128, 512, 1024, 2048, 8192, 16384]
 
 
 def test_spans_that_touch_each_other_and_the_end() -> None:

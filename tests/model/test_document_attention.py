@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from doge_lm.model.document_attention import (
-    BLOCK,
-    block_mask,
+    CumulativeLengths,
     cumulative_lengths,
     document_attention,
     document_groups,
+    document_layout,
     document_starts,
+    padded_lengths,
 )
 
 from .support import random_ids, tiny_model
@@ -109,36 +109,18 @@ def test_cumulative_lengths() -> None:
     assert longest == 16
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        [[3 * BLOCK], [BLOCK, 2 * BLOCK]],
-        [[100, 300, 1, 111], [1] * 512, [BLOCK, BLOCK + 1, 255]],
-        [[300, 1], [150, 151]],
-        [[20, 30]],
-    ],
-    ids=["whole blocks", "across blocks", "a last block cut short", "less than a block"],
-)
-def test_block_mask_equals_that_of_pytorch(rows: list[list[int]]) -> None:
-    """The blocks skipped, in part and in full are those that PyTorch finds by writing out the T×T mask."""
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+def test_padded_lengths_are_the_same_in_as_many_numbers_as_tokens(rows: list[list[int]], compiled: bool) -> None:
     position_ids = positions_of(rows)
-    length = position_ids.shape[1]
-    seen = allowed(position_ids)
-    found = block_mask(position_ids)
-    expected = create_block_mask(
-        lambda b, h, q, k: seen[b, 0, q, k], len(rows), None, length, length, device="cpu", BLOCK_SIZE=BLOCK
-    )
-    assert torch.equal(found.to_dense(), expected.to_dense())
-    assert torch.equal(found.kv_num_blocks + found.full_kv_num_blocks, found.to_dense().sum(-1))
-    every = torch.arange(length)
-    b = torch.arange(len(rows))[:, None, None]
-    assert torch.equal(found.mask_mod(b, torch.tensor(0), every[:, None], every), seen[:, 0])
-    # A block taken in full must be all visible; the mask is not asked there.
-    for row, (counts, indices) in enumerate(zip(found.full_kv_num_blocks, found.full_kv_indices, strict=True)):
-        for block, count in enumerate(counts[0].tolist()):
-            for other in indices[0, block, :count].tolist():
-                rows_seen = seen[row, 0, block * BLOCK : (block + 1) * BLOCK, other * BLOCK : (other + 1) * BLOCK]
-                assert bool(rows_seen.all())
+    find = torch.compile(padded_lengths, fullgraph=True, backend="aot_eager") if compiled else padded_lengths
+    starts, longest = find(position_ids)
+    expected = cumulative_lengths(position_ids)
+    assert starts.dtype == torch.int32
+    assert starts.shape == (position_ids.numel() + 1,)
+    assert torch.equal(starts[: len(expected.starts)], expected.starts)
+    assert set(starts[len(expected.starts) :].tolist()) <= {position_ids.numel()}
+    assert longest == expected.longest
 
 
 def test_a_document_starts_wherever_positions_do_not_go_on() -> None:
@@ -195,15 +177,25 @@ def test_no_tensor_is_as_large_as_a_mask() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["flash", "flex"])
-def test_kernels_on_a_gpu_equal_a_dense_mask(kernel: str) -> None:
-    """FlashAttention and FlexAttention in bfloat16, forward and backward.
+@pytest.mark.parametrize("way", ["as it is", "compiled", "compiled, lengths given"])
+def test_attention_on_a_gpu_equals_a_dense_mask(way: str) -> None:
+    """FlashAttention in bfloat16, forward and backward, from positions to gradients, in every row.
 
     The operator alone: in a whole model, rounding changes the experts of some tokens, and with them what follows.
     """
-    run = torch.compile(document_attention, fullgraph=True) if kernel == "flex" else document_attention
-    for rows in ([[200, 1, 55], [256]], [[3, 125, 128], [100, 156]]):
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, position_ids: Tensor, starts: Tensor | None) -> Tensor:
+        layout = document_layout(position_ids, q.dtype, q.shape[-1], starts)
+        assert isinstance(layout, CumulativeLengths)
+        return document_attention(q, k, v, layout, 0.3)
+
+    run = attention if way == "as it is" else torch.compile(attention, fullgraph=True, dynamic=False)
+    for rows in ([[200, 1, 55], [256], [1] * 256], [[3, 125, 128], [100, 156], [255, 1]]):
         position_ids = positions_of(rows)
+        starts = None
+        if way == "compiled, lengths given":
+            starts = cumulative_lengths(position_ids).starts
+            starts = torch.nn.functional.pad(starts, (0, 400 - len(starts)), value=position_ids.numel()).cuda()
         expected, expected_gradients = attend(position_ids, torch.float64, dense=True, features=64)
         generator = torch.Generator().manual_seed(0)
         shape = (*position_ids.shape, 2, 64)
@@ -211,8 +203,7 @@ def test_kernels_on_a_gpu_equal_a_dense_mask(kernel: str) -> None:
         *leaves, weight = tensors
         for leaf in leaves:
             leaf.requires_grad_()
-        layout = (block_mask if kernel == "flex" else cumulative_lengths)(position_ids.cuda())
-        output = run(*(leaf.transpose(1, 2) for leaf in leaves), layout, 0.3)
+        output = run(*(leaf.transpose(1, 2) for leaf in leaves), position_ids.cuda(), starts)
         gradients = torch.autograd.grad((output * weight).sum(), leaves)
         torch.testing.assert_close(output.double().cpu(), expected, rtol=0.02, atol=0.05)
         for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):

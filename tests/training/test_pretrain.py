@@ -339,3 +339,9 @@ def test_only_the_sources_of_the_test_set_are_scored(world, tmp_path):
     line = log_lines(tmp_path, "eval")[-1]
     assert "eval_english_loss" in line
     assert "eval_python_loss" not in line
+
+
+def test_a_compiled_mask_of_flex_attention_is_refused(world, tmp_path, capsys):
+    flags = world.flags(tmp_path, attn_implementation="flex_attention", document_mask=True, torch_compile=True)
+    assert main(["train", *flags]) == 1
+    assert "set attn_implementation: sdpa" in capsys.readouterr().err

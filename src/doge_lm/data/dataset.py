@@ -15,6 +15,9 @@ from doge_lm.data.storage import check_files, flat_values
 from doge_lm.errors import UserError
 
 IGNORED_LABEL = -100
+# Tokens of a piece, by which `cu_seq_lens_q` gets its usual size; shorter pieces make it longer.
+_USUAL_PIECE = 64
+_FEWEST_PIECES = 64
 _HOW_TO_MAKE = (
     "make it with `doge-lm preprocess_datasets` and then `doge-lm merge_datasets` (`doge-lm download_datasets` comes "
     "before them; see --help of each)"
@@ -113,7 +116,7 @@ class PackedCollator:
         pad_token_id: fills up rows that are shorter than `sequence_length`.
         sequence_length: T, the same for every batch.
         document_mask: also give `position_ids` that restart at 0 at every piece (and once more where the padding
-            begins), by which attention can be kept within documents.
+            begins), by which attention can be kept within documents, and `cu_seq_lens_q`.
         vocab_size: if given, ids that are not below it are refused.
     """
 
@@ -129,7 +132,8 @@ class PackedCollator:
             rows: B rows with `input_ids`, `document_lengths` and `context_spans`.
 
         Returns:
-            `input_ids` and `labels`, and with `document_mask` `position_ids`: int64, (B, T).
+            `input_ids` and `labels`, and with `document_mask` `position_ids`: int64, (B, T). With it also
+            `cu_seq_lens_q`, int32: where pieces begin in the B·T tokens, then B·T up to a size that hardly changes.
 
         Raises:
             ValueError: if a row is longer than `sequence_length`.
@@ -165,6 +169,7 @@ class PackedCollator:
         }
         if self.document_mask:
             batch["position_ids"] = torch.from_numpy(_positions(first_BT1[:, :T]))
+            batch["cu_seq_lens_q"] = torch.from_numpy(_cumulative_lengths(first_BT1[:, :T]))
         return batch
 
 
@@ -172,3 +177,14 @@ def _positions(first_BT: np.ndarray) -> np.ndarray:
     """Counts from 0 anew at every True; the first column is True."""
     index_BT = np.broadcast_to(np.arange(first_BT.shape[1], dtype=np.int64), first_BT.shape)
     return index_BT - np.maximum.accumulate(np.where(first_BT, index_BT, 0), axis=1)
+
+
+def _cumulative_lengths(first_BT: np.ndarray) -> np.ndarray:
+    """Where pieces begin, then B·T. A compiled model is compiled anew for every size: there are few of them."""
+    starts = np.flatnonzero(first_BT)
+    size = max(_FEWEST_PIECES, first_BT.size // _USUAL_PIECE)
+    while size <= len(starts):
+        size *= 2
+    lengths = np.full(size + 1, first_BT.size, np.int32)
+    lengths[: len(starts)] = starts
+    return lengths

@@ -349,7 +349,7 @@ class DogeModel(DogePreTrainedModel):
                 documents of a packed batch, and attention stays within them (with the backend `sdpa` without a
                 T×T mask, but for compiled runs on a CPU).
             cu_seq_lens_q (in `kwargs`): where the documents of such a batch start in its B·T tokens, int32, then B·T
-                up to a fixed size; on CUDA in half precision FlashAttention then takes FlexAttention's place.
+                up to a fixed size: what FlashAttention takes, on CUDA in half precision. Found here if not given.
             past_key_values: keys (rotated) and values of earlier tokens.
             use_cache: whether to return them for this call's tokens; `config.use_cache` if None.
 

@@ -93,7 +93,16 @@ def training_arguments(train: TrainSettings, plan: Plan, output_dir: Path) -> Tr
 
 
 def prepare_model(model: PreTrainedModel, train: TrainSettings, compiled: bool) -> None:
-    """Switch on gradient checkpointing and compilation as the settings ask for them, in place."""
+    """Switch on gradient checkpointing and compilation as the settings ask for them, in place.
+
+    Raises:
+        UserError: for settings that give wrong results together.
+    """
+    if compiled and train.document_mask and train.attn_implementation == "flex_attention":
+        raise UserError(
+            "attn_implementation: flex_attention with document_mask: true gives wrong attention when compiled; set "
+            "attn_implementation: sdpa, which keeps documents apart as well, or torch_compile: false"
+        )
     if train.gradient_checkpointing:
         # transformers 5.23 renamed it.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
