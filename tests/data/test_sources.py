@@ -212,6 +212,13 @@ def test_parquet_columns_of_another_type(tmp_path: Path, table: dict[str, list[A
         list(read_rows([tmp_path / "a.parquet"]))
 
 
+def test_parquet_with_a_column_twice(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: several columns are called `text`"):
+        list(read_rows([tmp_path / "a.parquet"]))
+
+
 def test_parquet_names_the_row(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": pa.array(["a", None])}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet, row 2: the field `text` is null"):

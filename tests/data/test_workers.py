@@ -61,7 +61,7 @@ def test_a_process_that_dies_is_a_user_error() -> None:
         list(workers.map(multiply, [16, 17]))
 
 
-_INTERRUPTED = """
+_INTERRUPTED = r"""
 import sys, time
 from doge_lm.data import workers as module
 from doge_lm.data.workers import MOST_MEMORY, Workers

@@ -15,8 +15,9 @@ from doge_lm.data.storage import check_files, flat_values
 from doge_lm.errors import UserError
 
 IGNORED_LABEL = -100
-# Tokens of a piece, by which `cu_seq_lens_q` gets its usual size; shorter pieces make it longer.
-_USUAL_PIECE = 64
+# Where the pieces of a batch have as many tokens on average, `cu_seq_lens_q` has its usual size. It says nothing of
+# other batches but that there is one number for each token, which costs some time.
+_USUAL_PIECE = 32
 _FEWEST_PIECES = 64
 _HOW_TO_MAKE = (
     "make it with `doge-lm preprocess_datasets` and then `doge-lm merge_datasets` (`doge-lm download_datasets` comes "
@@ -133,7 +134,7 @@ class PackedCollator:
 
         Returns:
             `input_ids` and `labels`, and with `document_mask` `position_ids`: int64, (B, T). With it also
-            `cu_seq_lens_q`, int32: where pieces begin in the B·T tokens, then B·T up to a size that hardly changes.
+            `cu_seq_lens_q`, int32: where pieces begin in the B·T tokens, then B·T up to one of two sizes.
 
         Raises:
             ValueError: if a row is longer than `sequence_length`.
@@ -180,11 +181,10 @@ def _positions(first_BT: np.ndarray) -> np.ndarray:
 
 
 def _cumulative_lengths(first_BT: np.ndarray) -> np.ndarray:
-    """Where pieces begin, then B·T. A compiled model is compiled anew for every size: there are few of them."""
+    """Where pieces begin, then B·T: of one of two sizes, since a compiled model is compiled anew for every size."""
     starts = np.flatnonzero(first_BT)
-    size = max(_FEWEST_PIECES, first_BT.size // _USUAL_PIECE)
-    while size <= len(starts):
-        size *= 2
-    lengths = np.full(size + 1, first_BT.size, np.int32)
+    tokens = first_BT.size
+    usual = min(tokens, max(_FEWEST_PIECES, tokens // _USUAL_PIECE))
+    lengths = np.full((usual if len(starts) <= usual else tokens) + 1, tokens, np.int32)
     lengths[: len(starts)] = starts
     return lengths

@@ -25,6 +25,8 @@ _BATCH_BYTES = 2 * 2**20
 _REPEATED_BYTES = 8 * 2**20
 # What pyarrow takes for each byte of a batch, while it is put together.
 _BUILDING = 4
+# A single row counts as no larger, although one of `MAX_DOCUMENT_BYTES` times ten would be held whole for a moment.
+_LARGEST_ROW = 64 * 2**20
 # Above this, a page is read row by row: neighbours of one batch may be its largest rows.
 _LARGE_PAGE = 16 * 2**20
 _MOST_ROWS = 1024
@@ -41,7 +43,11 @@ class BrokenPageError(Exception):
 
 
 class LargePagesError(UserError):
-    """A row group can only be read in more memory than is taken for one."""
+    """A row group can only be read in more memory than is taken for one; `bytes` is its size in the file."""
+
+    def __init__(self, message: str, bytes_: int) -> None:
+        super().__init__(message)
+        self.bytes = bytes_
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
@@ -69,7 +75,8 @@ def parquet_batches(path: Path, file: pq.ParquetFile, group: int, columns: Colle
         raise LargePagesError(
             f"{path}, row group {group:,}: the pages of the column `{plan.column}` take {plan.bytes / 2**20:,.0f} MiB "
             f"to unpack (at most {MOST_MEMORY / 2**20:,.0f} MiB are taken); write the file again with smaller pages "
-            "(`pyarrow.parquet.write_table(..., use_dictionary=False, write_batch_size=16)`), or as .jsonl.zst"
+            "(`pyarrow.parquet.write_table(..., use_dictionary=False, write_batch_size=16)`), or as .jsonl.zst",
+            plan.packed,
         )
     with memory(plan.bytes):
         try:
@@ -103,20 +110,22 @@ class ReadingPlan:
 
     Attributes:
         batch_rows: rows of a batch.
-        bytes: memory that reading takes, at most but for the many values of a row of a nested column.
+        bytes: memory that reading takes, at most but for rows of very many values, or above 64 MiB.
         column: the column that takes most of it.
+        packed: bytes of the columns in the file.
     """
 
     batch_rows: int
     bytes: int
     column: str
+    packed: int
 
 
 def plan_reading(file: BinaryIO, metadata: pq.FileMetaData, group: int, columns: Collection[str]) -> ReadingPlan:
     """How some columns of a row group are to be read in little memory.
 
-    A row is always held whole. The values of a nested column, such as the turns of conversations, are taken to be
-    spread over its rows.
+    A row is always held whole. Nested columns, such as conversations, are read row by row: headers of pages do not say
+    how many values a row has.
 
     Args:
         file: the parquet file, opened for reading; its position is changed.
@@ -129,6 +138,7 @@ def plan_reading(file: BinaryIO, metadata: pq.FileMetaData, group: int, columns:
     """
     row_group = metadata.row_group(group)
     rows = _MOST_ROWS
+    packed = 0
     costs: dict[str, int] = {}
     for index in range(row_group.num_columns):
         chunk = row_group.column(index)
@@ -136,13 +146,14 @@ def plan_reading(file: BinaryIO, metadata: pq.FileMetaData, group: int, columns:
         if name not in columns:
             continue
         pages = list(chunk_pages(file, chunk))
-        batch = _batch_rows(pages, chunk.num_values, row_group.num_rows)
+        batch = 1 if chunk.path_in_schema != name else _batch_rows(pages)
         rows = min(rows, batch)
+        packed += chunk.total_compressed_size
         costs[name] = costs.get(name, 0) + _reading_bytes(pages, batch)
-    return ReadingPlan(rows, sum(costs.values()), max(costs, key=lambda name: costs[name], default=""))
+    return ReadingPlan(rows, sum(costs.values()), max(costs, key=lambda name: costs[name], default=""), packed)
 
 
-def _batch_rows(pages: list[Page], values: int, rows: int) -> int:
+def _batch_rows(pages: list[Page]) -> int:
     if any(page.unpacked > _LARGE_PAGE for page in pages):
         return 1
     batch = _MOST_ROWS
@@ -151,21 +162,22 @@ def _batch_rows(pages: list[Page], values: int, rows: int) -> int:
             batch = min(batch, _REPEATED_BYTES // max(1, page.unpacked))
         else:
             batch = min(batch, _BATCH_BYTES * page.values // max(1, page.unpacked))
-    return max(1, batch * rows // max(values, rows, 1))
+    return max(1, batch)
 
 
 def _reading_bytes(pages: list[Page], batch_rows: int) -> int:
     """Memory that a column takes: its dictionary, a page as it stands in the file and unpacked, and a batch.
 
-    pyarrow holds the dictionary twice while it takes it in, and once from then on.
+    pyarrow holds the dictionary twice while it takes it in, and once from then on. For a page as it stands in the file,
+    it keeps as much as for one unpacked.
     """
     dictionary = max((page.unpacked for page in pages if page.is_dictionary), default=0)
     taking_in = max((max(page.packed, page.unpacked) for page in pages if page.is_dictionary), default=0)
-    data = max((page.packed + page.unpacked for page in pages if not page.is_dictionary), default=0)
+    data = max((max(page.packed, page.unpacked) + page.unpacked for page in pages if not page.is_dictionary), default=0)
     largest = max((page.unpacked for page in pages), default=0)
     shared = max((page.unpacked for page in pages if page.is_dictionary or page.shares), default=0)
     batch = _BUILDING * batch_rows * shared if batch_rows > 1 else 0
-    return dictionary + max(taking_in, data) + max(largest, batch)
+    return dictionary + max(taking_in, data) + max(min(largest, _LARGEST_ROW), batch)
 
 
 def chunk_pages(file: BinaryIO, chunk: pq.ColumnChunkMetaData) -> Iterator[Page]:

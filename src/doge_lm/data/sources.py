@@ -46,6 +46,7 @@ BAD_FIELD = "field that is missing or of a wrong type"
 TOO_LARGE = "document above --max_document_bytes"
 BROKEN_FILE = "rest of a file that is cut off or damaged"
 UNREADABLE_FILE = "file that cannot be read"
+LARGE_PAGES = "row group of a parquet file with pages that are too large"
 WRONG_COLUMNS = "parquet file with missing columns or columns of another type"
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
@@ -244,7 +245,7 @@ class BadInputError(UserError):
     Attributes:
         reason: what is wrong, in the words of the accounting.
         bytes: how much of the input it is about.
-        is_row: it is about one row; otherwise about (the rest of) a file.
+        is_row: it is about one row; otherwise about (the rest of) a file, or a row group.
     """
 
     def __init__(self, message: str, reason: str, bytes_: int = 0, *, is_row: bool = True) -> None:
@@ -361,7 +362,8 @@ def scan_rows(
         shown_as: the file that errors name, where JSON lines were copied out of another one.
 
     Yields:
-        The rows, each with its place, and between them what is wrong. Bad input that is not about a row is the last.
+        The rows, each with its place, and between them what is wrong. What is wrong with a file is the last; a row
+        group of a `.parquet` that cannot be read is passed over.
 
     Raises:
         UserError: if the suffix is unknown, or the file does not exist.
@@ -799,12 +801,14 @@ def _scan_parquet(path: Path, part: Part | None, limit: int) -> Iterator[_Object
         with open_parquet(path) as file:
             columns = _parquet_columns(path, file.schema_arrow)
             for group in range(part.start, part.stop) if part else range(file.num_row_groups):
-                for batch in parquet_batches(path, file, group, columns):
-                    for index in range(batch.num_rows):
-                        number += 1
-                        yield _parquet_row(batch, index, Location(path, number, "row", before), limit)
-    except LargePagesError as error:
-        raise BadInputError(str(error), UNREADABLE_FILE, _size_or_zero(path), is_row=False) from error
+                try:
+                    for batch in parquet_batches(path, file, group, columns):
+                        for index in range(batch.num_rows):
+                            number += 1
+                            yield _parquet_row(batch, index, Location(path, number, "row", before), limit)
+                except LargePagesError as error:  # before its first row
+                    number += file.metadata.row_group(group).num_rows
+                    yield BadInputError(str(error), LARGE_PAGES, error.bytes, is_row=False)
     except (pa.ArrowException, BrokenPageError, OSError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
@@ -843,6 +847,8 @@ def _parquet_columns(path: Path, schema: pa.Schema) -> list[str]:
             is_row=False,
         )
     for name in columns:
+        if schema.names.count(name) > 1:
+            raise BadInputError(f"{path}: several columns are called `{name}`", WRONG_COLUMNS, size, is_row=False)
         type_ = schema.field(name).type
         of_strings = pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_null(type_)
         of_lists = pa.types.is_list(type_) or pa.types.is_large_list(type_)

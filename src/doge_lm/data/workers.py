@@ -144,6 +144,10 @@ class Workers:
             interrupted = kind is not None and not issubclass(kind, Exception)
             self._pool.shutdown(wait=not interrupted, cancel_futures=True)
             self._ending.close()
+            if interrupted:
+                # Those that are just starting would find no semaphores, which end with this process, and say so.
+                for process in multiprocessing.active_children():
+                    process.kill()
 
 
 @contextmanager
