@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from doge_lm import __version__
-from doge_lm.cli import COMMANDS, main
+from doge_lm import __version__, cli
+from doge_lm.cli import COMMANDS, Command, main
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,3 +131,25 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert done.stdout == "u"
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        *(
+            (name, "interrupted; the same command goes on where it stopped\n")
+            for name in ("download_datasets", "preprocess_datasets", "merge_datasets", "data near_duplicates")
+        ),
+        ("train", "interrupted; with --resume_from_checkpoint it goes on from the last checkpoint\n"),
+        ("generate", "interrupted\n"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on(
+    name: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(command: Command, arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupt)
+    assert main(name.split()) == 130
+    assert capsys.readouterr().err == said

@@ -19,23 +19,39 @@ from .errors import UserError
 _NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
+_GOES_ON = "the same command goes on where it stopped"
+
+
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its name, the module that holds it, and its line in the help."""
+    """A subcommand: its name, the module that holds it, its line in the help, and what to do if it was interrupted."""
 
     name: str
     module: str
     summary: str
+    interrupted: str = ""
 
 
 COMMANDS = (
-    Command("download_datasets", "doge_lm.data.download", "fetch the datasets, or take files of your own"),
+    Command("download_datasets", "doge_lm.data.download", "fetch the datasets, or take files of your own", _GOES_ON),
     Command("tokenizer", "doge_lm.data.tokenizer", "build the published tokenizer, or train a new one"),
-    Command("preprocess_datasets", "doge_lm.data.preprocess", "tokenize the datasets and pack them into samples"),
-    Command("merge_datasets", "doge_lm.data.merge", "merge, shuffle and split the tokenized datasets"),
-    Command("data near_duplicates", "doge_lm.data.near_duplicates", "keep one of documents that are nearly the same"),
+    Command(
+        "preprocess_datasets", "doge_lm.data.preprocess", "tokenize the datasets and pack them into samples", _GOES_ON
+    ),
+    Command("merge_datasets", "doge_lm.data.merge", "merge, shuffle and split the tokenized datasets", _GOES_ON),
+    Command(
+        "data near_duplicates",
+        "doge_lm.data.near_duplicates",
+        "keep one of documents that are nearly the same",
+        _GOES_ON,
+    ),
     Command("data inspect", "doge_lm.data.inspect", "show what lies in a tokenized source or a merged set"),
-    Command("train", "doge_lm.training.pretrain", "pre-train a model"),
+    Command(
+        "train",
+        "doge_lm.training.pretrain",
+        "pre-train a model",
+        "with --resume_from_checkpoint it goes on from the last checkpoint",
+    ),
     Command("generate", "doge_lm.inference.generate", "continue a text with a trained model"),
     Command("demo", "doge_lm.demo", "the whole path on a small embedded corpus, without a network"),
 )
@@ -80,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = f" {error.filename}" if error.filename else ""
         message = f"cannot write{place}: {error.strerror}; make room, or choose another place"
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("; ".join(filter(None, ["interrupted", command.interrupted])), file=sys.stderr)
         return 130
     print(f"error: {message}", file=sys.stderr)
     return 1

@@ -173,7 +173,9 @@ def test_too_little_disk_is_refused_with_both_numbers(
     error = capsys.readouterr().err
     assert "need about 2,000.0 GB" in error
     assert "only 5.0 GB are free" in error
+    assert "--ignore_estimate" in error
     assert not (tmp_path / "D").exists()
+    assert "5.0 GB are free" in announce(["cosmopedia-v2"], tmp_path, None, ignore_estimate=True)
     # The beginnings of the sources fit.
     assert "together about 0.5 GB; 5.0 GB are free" in announce(["cosmopedia-v2"], tmp_path, 20_000)
 

@@ -81,6 +81,32 @@ def test_merged_set_shows_split_and_mixture(prepared: Path, capsys: pytest.Captu
     assert not (prepared / "pretrain-inspect.png").exists()
 
 
+@pytest.mark.parametrize("padding", ["packed", "max_length"])
+def test_the_empty_share_is_shown_whether_padding_is_stored_or_not(
+    tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], padding: str
+) -> None:
+    prepare({"a": [{"text": "x " * n} for n in range(20, 40)]}, sequence_length=64, padding=padding)
+    monkeypatch.chdir(tmp_path)
+    rows = load_from_disk("tokenized/a")
+    empty = 1 - sum(map(sum, rows["document_lengths"])) / (64 * len(rows))
+    assert empty > 0.01
+    stored = sum(map(len, rows["input_ids"])) - sum(map(sum, rows["document_lengths"]))
+    assert (stored > 0) == (padding == "max_length")
+    text = shown(capsys, "tokenized/a", "--samples", "0")
+    assert re.search(rf"\nall +a .* {stored:,} +{empty:.2%} +[\d.]+\n", text)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_the_first_drawing_says_why_it_takes_long(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], known: bool
+) -> None:
+    monkeypatch.setattr("matplotlib.get_cachedir", lambda: str(prepared))
+    if known:
+        (prepared / "fontlist-v390.json").touch()
+    assert main(["data", "inspect", "pretrain", "--samples", "0"]) == 0
+    assert ("matplotlib looks for fonts" in capsys.readouterr().err) != known
+
+
 def test_what_was_dropped_and_the_settings_are_shown_in_words(
     tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -694,6 +694,38 @@ def test_other_settings_are_named(
     assert made["a"].sequence_length == 128
 
 
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_a_large_file_without_rows_is_named_though_it_is_cut(
+    tmp_path: Path, tokenizer_path: Path, num_proc: int
+) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "a.jsonl").write_bytes(b"\n" * 50_000)
+    (own / "b.jsonl").write_bytes(b"\n" * 50_000 + json_lines([GOOD]))  # most of its parts hold nothing
+    (own / "c.jsonl.gz").write_bytes(gzip.compress(b"\n" * 200_000, compresslevel=0))  # the parent unpacks it
+    take_local("a", own, tmp_path / "raw" / "a")
+    made = preprocess(tmp_path, tmp_path, tokenizer_path, PreprocessSettings(64), unit_bytes=10_000, num_proc=num_proc)[
+        "a"
+    ]
+    assert made.files_without_rows == [str(own / name) for name in ("a.jsonl", "c.jsonl.gz")]
+
+
+def test_a_source_beside_what_near_duplicates_made_of_it_is_warned_of(
+    prepare: Prepare, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare({"a-dedup": [GOOD]}, sequence_length=64)
+    assert "warning" not in capsys.readouterr().out
+    prepare({"a": [GOOD]}, sequence_length=64)
+    said = capsys.readouterr().out
+    assert "warning: a and a-dedup are prepared together, though the second is made of the first" in said
+    assert "--datasets" in said
+
+
+def test_packing_without_shared_samples_is_refused(prepare: Prepare) -> None:
+    with pytest.raises(UserError, match=r"--packing concat .* --padding max_length .* leave one of the two out"):
+        prepare({"a": [GOOD]}, padding="max_length", packing="concat")
+
+
 def test_what_was_skipped_is_not_passed_over_by_stop(tmp_path: Path, prepare: Prepare) -> None:
     rows = [GOOD, {"title": "b"}]
     manifest = prepare({"a": rows}, sequence_length=64, on_error="skip")["a"]

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from doge_lm.data import manifest, sources, streaming
 from doge_lm.data.encoders import load_encoder
+from doge_lm.data.parquet import parquet_batches
 from doge_lm.data.sources import TextRow
 from doge_lm.data.streaming import (
     FileSource,
@@ -299,6 +300,61 @@ def test_documents_of_the_test_set_are_never_given_again(
     data = streaming.held_out_dataset(held_out, len(tokenizer))
     assert data[3]["input_ids"].tolist() == held_out.rows[3].input_ids.tolist()
     assert set(data["source"]) == {"stream"}
+
+
+@pytest.mark.parametrize("lane_bytes", [1, 400, 10**6])
+def test_one_row_group_is_open_at_a_time_when_places_are_read_by_turns(
+    tmp_path: Path, settings: StreamSettings, monkeypatch: pytest.MonkeyPatch, lane_bytes: int
+) -> None:
+    """An open one holds a page, which may have hundreds of MB. What is chosen is as if all were read by turns."""
+    for name in ("a", "b"):
+        table = pa.Table.from_pylist(texts(name, 300))
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=25, use_dictionary=False)
+    monkeypatch.setattr(streaming, "_LANE_BYTES", lane_bytes)
+    monkeypatch.setattr(streaming, "_ROW_BYTES", 1)
+    monkeypatch.setattr(streaming, "_SAMPLE_CHARACTERS", 8000)
+    source = FileSource(tmp_path)
+    assert len(source.lanes(settings.seed)) == 16
+    found, opened, most = [], 0, 0
+
+    def batches(*arguments: Any) -> Iterator[pa.RecordBatch]:
+        nonlocal opened, most
+        opened += 1
+        most = max(most, opened)
+        try:
+            yield from parquet_batches(*arguments)
+        finally:
+            opened -= 1
+
+    monkeypatch.setattr(sources, "parquet_batches", batches)
+    for by_turns in (True, False):
+        with monkeypatch.context() as patched:
+            if by_turns:
+                patched.setattr(streaming, "_closed_chunks_of", streaming._chunks_of)
+            held_out = hold_out(source, settings, 20)
+            rows = [streaming.row_values(row) for row in held_out.rows]
+            found.append((held_out.digests, rows, sample_texts(source, settings.seed)))
+        assert opened == 0
+        assert most == (16 if by_turns else 1)
+        most = 0
+    (digests, rows, sample), (digests_again, rows_again, sample_again) = found
+    assert len(digests) > 32  # more than two rounds
+    assert digests_again == digests
+    assert same(rows_again, rows)
+    assert sample_again == sample
+
+
+def test_empty_rows_of_parquet_are_not_held_when_places_are_read_by_turns(tmp_path: Path, tokenizer: Any) -> None:
+    """Millions of them are a few bytes of a file. The first of them is an error all the same."""
+    rows = [*texts("a", 3), *[{"text": " "}] * 5000, *texts("b", 300)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    source = FileSource(tmp_path)
+    [[stretch]] = [list(lane) for lane in source.lanes(7)]
+    assert isinstance(stretch, streaming.Stretch)
+    assert len(stretch.rows) == 3 + 1 + 300
+    assert len(hold_out(source, StreamSettings(Path(), LENGTH, skip_bad_rows=True), 20).rows) == 20
+    with pytest.raises(UserError, match=r"a\.parquet, row 4: empty text; mend"):
+        hold_out(source, StreamSettings(Path(), LENGTH), 20)
 
 
 def test_too_little_text_for_the_test_set_is_an_error(folder: Path, settings: StreamSettings) -> None:

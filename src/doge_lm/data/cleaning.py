@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from doge_lm.data.manifest import read_record, write_record
+from doge_lm.data.manifest import DEDUPLICATED_SUFFIX, read_record, write_record
 from doge_lm.data.ngrams import NGRAM_RULE, Hashes, NgramIndex, benchmark_sha256
 from doge_lm.data.sources import Row, TextRow, row_texts
 from doge_lm.errors import UserError
@@ -174,6 +174,23 @@ def settings_from_args(args: argparse.Namespace) -> CleaningSettings:
         if names.count(path.name) > 1:
             raise UserError(f"--decontaminate: two files are called {path.name}; give one of them another name")
     return settings
+
+
+def warnings_of_deduplicated(names: Iterable[str], done: str, way_out: str) -> list[str]:
+    """Warnings where a source is used together with what near_duplicates made of it.
+
+    Args:
+        names: of all sources that are used.
+        done: what is done with them, as in `merged`.
+        way_out: what the user can do about it.
+    """
+    there = set(names)
+    return [
+        f"{name} and {name}{DEDUPLICATED_SUFFIX} are {done} together, though the second is made of the first and most "
+        f"documents stand in both; {way_out}"
+        for name in sorted(there)
+        if f"{name}{DEDUPLICATED_SUFFIX}" in there
+    ]
 
 
 def _check_languages(languages: Sequence[str]) -> None:

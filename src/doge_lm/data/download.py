@@ -122,6 +122,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min_free_disk", type=float, default=1.0, metavar="GB", help="stop before less is free (default: 1)"
     )
     parser.add_argument(
+        "--ignore_estimate",
+        action="store_true",
+        help="begin even if the sources are estimated to need more disk than is free (the estimate is of the whole "
+        "path, as if all of it went to this disk)",
+    )
+    parser.add_argument(
         "--retries",
         type=int,
         default=DEFAULT_RETRIES,
@@ -148,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
     names = _chosen(args.datasets, local)
     taken = [take_local(name, path, args.save_dir / RAW_FOLDER / name) for name, path in local.items()]
     if names:
-        print(announce(names, args.save_dir, args.max_rows))
+        print(announce(names, args.save_dir, args.max_rows, ignore_estimate=args.ignore_estimate))
     settings = DownloadSettings(
         cache_dir=args.cache_dir or args.save_dir / "cache",
         num_proc=args.num_proc,
@@ -296,21 +302,22 @@ def _warn(name: str, message: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def announce(names: list[str], save_dir: Path, max_rows: int | None) -> str:
+def announce(names: list[str], save_dir: Path, max_rows: int | None, *, ignore_estimate: bool = False) -> str:
     """What the chosen sources will need, after checking that it is there.
 
     Raises:
-        UserError: if the disk has less than that free.
+        UserError: if the disk has less than that free, unless `ignore_estimate`.
     """
     needs = {name: estimated_disk_bytes(CATALOGUE[name], max_rows) for name in names}
     need, free = sum(needs.values()), _free_bytes(save_dir)
     raw = save_dir / RAW_FOLDER
     # What a source that was begun has taken is not free any more; --min_free_disk looks after the rest of it.
     begun = {name for name in names if (raw / name).exists() or (raw / f".tmp-{name}").exists()}
-    if sum(size for name, size in needs.items() if name not in begun) > free:
+    if not ignore_estimate and sum(size for name, size in needs.items() if name not in begun) > free:
         raise UserError(
             f"{', '.join(names)} need about {_gb(need)} from download to merged sets, but only {_gb(free)} are free at "
-            f"{save_dir}; choose fewer sources with --datasets, or their beginnings with --max_rows"
+            f"{save_dir}; choose fewer sources with --datasets, or their beginnings with --max_rows; or, if the later "
+            "stages write to another disk, give --ignore_estimate: --min_free_disk ends the run before the disk is full"
         )
     lines = [f"{name}: about {_gb(size)} of disk from download to merged set" for name, size in needs.items()]
     lines += [f"{name}: {CATALOGUE[name].note}" for name in names if CATALOGUE[name].note]

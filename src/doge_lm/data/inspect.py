@@ -92,14 +92,16 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--png {png}: the picture is a PNG; give a name that ends in .png")
     if not png.parent.is_dir():
         raise UserError(f"--png {png}: the folder {png.parent} does not exist; make it, or choose another place")
-    tokenizer = None if args.tokenizer_path is None else _tokenizer(args.tokenizer_path, args.dir, manifest)
+    if args.tokenizer_path is not None:
+        _check_tokenizer(args.tokenizer_path, args.dir, manifest)
     files = _files(manifest, split)
     check_files(args.dir, files)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that lacks a character shows its number instead.
         sys.stdout.reconfigure(errors="backslashreplace")
-    print(describe(args.dir, manifest))
+    print(describe(args.dir, manifest), flush=True)  # what comes next imports much, slowly where it is the first time
     print()
+    tokenizer = load_tokenizer(args.tokenizer_path) if args.tokenizer_path is not None and args.samples else None
     for row in sample_rows(args.dir, files, args.samples, args.seed):
         print(show_row(row, manifest.tokenizer.bos_token_id, tokenizer))
         print()
@@ -152,8 +154,12 @@ def _files(manifest: Manifest, split: str) -> list[OutputFile]:
     return [file for file in manifest.files if file.path.startswith(f"{split}/")]
 
 
-def _tokenizer(path: Path, directory: Path, manifest: Manifest) -> "PreTrainedTokenizerFast":
-    """Opens the tokenizer, if it is the one that made the ids."""
+def _check_tokenizer(path: Path, directory: Path, manifest: Manifest) -> None:
+    """Checks that a tokenizer is the one that made the ids.
+
+    Raises:
+        UserError: if it is another one.
+    """
     found = tokenizer_sha256(path)
     if found != manifest.tokenizer.sha256:
         raise UserError(
@@ -161,7 +167,6 @@ def _tokenizer(path: Path, directory: Path, manifest: Manifest) -> "PreTrainedTo
             f"{found[:_SHA256_PREFIX]}..., the manifest names {manifest.tokenizer.sha256[:_SHA256_PREFIX]}...; give "
             "that one"
         )
-    return load_tokenizer(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -300,13 +305,19 @@ def _mixture(mixture: dict[str, dict[str, Any]]) -> str:
 
 
 def _samples(manifest: Manifest) -> str:
-    header = ["split", "source", "samples", "pieces", "tokens", "targets", "context", "padding", "bytes a token"]
+    columns = ["samples", "pieces", "tokens", "targets", "context", "padding", "empty", "bytes a token"]
     rows = []
     for split, sources in manifest.samples.items():
         for name, counts in sorted(sources.items()):
             numbers = (counts.samples, counts.pieces, counts.tokens, counts.targets, counts.context, counts.padding)
-            rows.append((split, name, *(f"{number:,}" for number in numbers), _bytes_a_token(counts)))
-    return _table(header, rows, left=2)
+            empty = _empty_share(counts, manifest.sequence_length)
+            rows.append((split, name, *(f"{number:,}" for number in numbers), empty, _bytes_a_token(counts)))
+    return _table(["split", "source", *columns], rows, left=2)
+
+
+def _empty_share(counts: SampleCounts, sequence_length: int) -> str:
+    """What of full-length samples is not filled, whether padding is stored there or left to training."""
+    return f"{1 - counts.tokens / (counts.samples * sequence_length):.2%}" if counts.samples else "-"
 
 
 def _bytes_a_token(counts: SampleCounts) -> str:
@@ -484,6 +495,10 @@ def draw(png: Path, title: str, lengths: npt.NDArray[np.int64], sources: dict[st
         sources: source name -> what lies in its rows.
     """
     # Here, for it takes most of a second; a `Figure` of its own needs no display.
+    import matplotlib  # noqa: PLC0415
+
+    if not list(Path(matplotlib.get_cachedir()).glob("fontlist*")):
+        print("drawing: matplotlib looks for fonts first, which may take a minute, once", file=sys.stderr)
     from matplotlib.figure import Figure  # noqa: PLC0415
     from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 

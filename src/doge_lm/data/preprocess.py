@@ -9,6 +9,7 @@ goes on with the units that have no record. Memory is that of a batch and a pack
 import argparse
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, nullcontext
@@ -100,7 +101,7 @@ class PreprocessSettings:
     Attributes:
         sequence_length: tokens of a row.
         padding: whether documents share rows.
-        packing: how they share them, `best_fit` or `concat`; of no effect with `max_length`.
+        packing: how they share them, `best_fit` or `concat`; the latter is refused with `max_length`.
         train_on_prompts: whether the loss covers the prompt of a text.
         on_error: whether bad input (a row with nothing to learn, one that cannot be read, a damaged file) ends the
             run, or is left out and counted.
@@ -151,7 +152,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("best_fit", "concat"),
         default="best_fit",
         help="best_fit: only documents longer than a sample are cut (default); concat: documents one after another, "
-        "cut wherever a sample ends; docs/packing.md compares them",
+        "cut wherever a sample ends; docs/packing.md compares them. Not with --padding max_length",
     )
     add_bad_input_arguments(parser, "an empty text, a conversation without an answer, ")
     parser.add_argument("--datasets", nargs="+", metavar="NAME", help="the sources to do (default: all there are)")
@@ -286,6 +287,10 @@ def preprocess(
             for _, source in sources
             if source.kind != "pretrain" or settings.mix is None or source.name in settings.mix.weights
         ]  # fmt: skip
+        for warning in cleaning.warnings_of_deduplicated(
+            [job.name for job in jobs], "prepared", "name the one that you want with --datasets"
+        ):
+            print(f"warning: {warning}")
         versions = {**package_versions(), "backend": chosen}
         _Run(jobs, settings, workers, versions, stack, overwrite=overwrite).run(index_dir)
     return {job.name: Manifest.read(job.target) for job in jobs}
@@ -296,6 +301,11 @@ def _check_settings(settings: PreprocessSettings) -> None:
         raise UserError(f"--max_len {settings.sequence_length} is too short; it must be at least 8")
     if settings.max_document_bytes < 1:
         raise UserError(f"--max_document_bytes {settings.max_document_bytes} is not possible; it must be at least 1")
+    if settings.padding == "max_length" and settings.packing != "best_fit":
+        raise UserError(
+            f"--packing {settings.packing} says how documents share samples, but with --padding max_length they share "
+            "none; leave one of the two out"
+        )
     if settings.mix is not None and settings.tokens is None:
         raise UserError("--mix says how to share out --tokens; give a number of --tokens too, or give --mix to "
                         "merge_datasets")  # fmt: skip
@@ -445,6 +455,7 @@ class _Job:
         self.folder = target  # the partial directory, as soon as there is one
         self.stack = ExitStack()  # closes the partial directory, which puts it in its place
         self.order: list[str] = []  # names of the units so far
+        self.segments: Counter[str] = Counter()  # of each file, in the units so far
         self.hashed: list[str] = []  # names of the units whose rows were hashed, to find duplicates
         self.records: dict[str, dict[str, Any]] = {}
         self.stored = 0  # units that an earlier run had finished
@@ -665,6 +676,7 @@ class _Run:
             with closing(self._units(job, is_done, stop_at_faults=on_error == "stop")) as units:
                 for unit in units:
                     job.order.append(unit.name)
+                    job.segments.update(str(segment.path) for segment in unit.segments)
                     record = job.stored_record(unit.name, on_error)
                     if record is not None:
                         job.records[unit.name] = record
@@ -742,7 +754,9 @@ class _Run:
             raise _nothing_left(job.name, account)
         account.check(job.name, counts)
         files = [OutputFile(**record["output"]) for record in records if record["output"] is not None]
-        empty = [path for record in records for path in record.get("without_rows", ())]
+        # A file is empty if all of its parts are.
+        parts = Counter(path for record in records for path in record.get("without_rows", ()))
+        empty = [path for path, count in parts.items() if count == job.segments[path]]
         skipped = {"on_error": "skip"} if any(record["skipped"] for record in records) else {}
         with explain_disk_errors(job.target):
             for path in job.folder.glob("*.arrow"):  # units beyond the share
@@ -901,7 +915,7 @@ class _UnitReader:
     def __init__(self, task: _Task, state: _WorkerState) -> None:
         self.account = SourceAccounting()
         self.skipped = 0  # what `--on_error stop` would have stopped at
-        self.without_rows: list[str] = []  # whole files that could be read and hold nothing
+        self.without_rows: list[str] = []  # files, or files of parts, that could be read and hold nothing
         self._examples: dict[str, str] = {}  # of rows with nothing to learn, by the reason
         self._task = task
         self._state = state
@@ -963,7 +977,7 @@ class _UnitReader:
             if first is not None:
                 yield first
                 yield from items
-            elif segment.part is None:
+            else:
                 self.without_rows.append(str(segment.path))
 
     def count(self, batch: Sequence[Row], result: PieceBatch) -> None:

@@ -12,7 +12,8 @@ before it. A resumed run begins there, and does that one block again; text that 
 held at any time are the few blocks in the workers' hands.
 
 The test set is taken first: documents of up to 16 places by turns, until they fill the rows that are asked for. A
-document that equals one of them, wherever it stands, is never given for training.
+document that equals one of them, wherever it stands, is never given for training. Of `.parquet`, one place at a time
+is open, since an open one may hold hundreds of MiB: a place is read some way, closed, and later opened again.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
@@ -71,6 +72,10 @@ _SMALL_GROUP_BYTES = 64 * 2**20
 # How often text is larger than its compressed form, about.
 _UNPACKED = 4
 _TEST_LANES = 16
+# What is held of each of these places while others are read: more than a test set of the usual size takes of one.
+_LANE_BYTES = 2**20
+# What a row takes beside its text.
+_ROW_BYTES = 2**8
 # Documents on which the backends are compared.
 _SAMPLE_ROWS = 200
 _SAMPLE_CHARACTERS = 10**6
@@ -111,8 +116,8 @@ class FilePart(NamedTuple):
     part: Part | None
     bytes: int
 
-    def items(self, *, count_lines: bool) -> Iterator[_Item]:
-        """The rows, and what is wrong between them; see `scan_rows`.
+    def items(self, *, count_lines: bool) -> Generator[_Item, None, None]:
+        """The rows, and what is wrong between them; see `scan_rows`. Closing it closes the file.
 
         Raises:
             UserError: if the file is not as large as it was.
@@ -200,7 +205,7 @@ class FileSource:
         """See `StreamSource`."""
         order = self._order(seed, _TEST_EPOCH)
         lanes = [order[lane::_TEST_LANES] for lane in range(min(_TEST_LANES, len(order)))]
-        return [chain.from_iterable(map(_chunks_of, units)) for units in lanes]
+        return [chain.from_iterable(map(_closed_chunks_of, units)) for units in lanes]
 
     def _order(self, seed: int, epoch: int) -> list[FilePart]:
         permutation = np.random.RandomState([seed, epoch]).permutation(len(self._units))
@@ -240,6 +245,40 @@ def _chunks_of(unit: FilePart) -> Iterator[Chunk]:
         yield from _stretches(unit.items(count_lines=True))
     else:
         yield unit
+
+
+def _closed_chunks_of(unit: FilePart) -> Iterator[Chunk]:
+    """As `_chunks_of`, but a row group is not left open when a chunk is taken: for many units by turns."""
+    if file_suffix(unit.path) != ".parquet":
+        yield from _chunks_of(unit)
+        return
+    passed: int | None = 0
+    while passed is not None:
+        stretch, passed = _stretch_behind(unit, passed)
+        yield stretch
+
+
+def _stretch_behind(unit: FilePart, passed: int) -> tuple[Stretch, int | None]:
+    """The rows of a unit behind so many, up to `_LANE_BYTES`, and how many are passed then; None at the end.
+
+    Of what is not to be learned from only the first is there, which is enough for an error: of empty rows there may be
+    millions in a few bytes.
+    """
+    rows: list[_Item] = []
+    size = 0
+    whole = True
+    with closing(unit.items(count_lines=True)) as items:
+        for number, item in enumerate(islice(items, passed, None), start=passed + 1):
+            if isinstance(item, BadInputError) or nothing_to_learn(item[1]) is not None:
+                if whole:
+                    rows.append(item)
+                whole = False
+                continue
+            rows.append(item)
+            size += row_characters(item[1]) + _ROW_BYTES
+            if size >= _LANE_BYTES:
+                return Stretch(rows, size), number
+    return Stretch(rows, size), None
 
 
 def _stretches(items: Iterable[_Item]) -> Iterator[Stretch]:

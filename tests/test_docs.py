@@ -1,0 +1,48 @@
+"""The pages of docs/ hold: what they say of the columns, flags and settings is what there is."""
+
+import argparse
+import re
+from importlib import import_module
+
+import numpy as np
+import pytest
+
+from doge_lm.cli import COMMANDS
+from doge_lm.data.storage import row_schema
+from doge_lm.training.settings import TrainSettings
+from tests.conftest import REPOSITORY
+
+PAGES = ("docs/data.md", "docs/packing.md")
+
+
+def read(page: str) -> str:
+    return (REPOSITORY / page).read_text(encoding="utf-8")
+
+
+def test_the_columns_of_a_prepared_set_are_listed() -> None:
+    section = read("docs/data.md").partition("\n## What is written\n")[2].partition("\n## ")[0]
+    listed = re.findall(r"^\| `(\w+)` \| ((?:list of )?\w+)", section, flags=re.MULTILINE)
+    assert listed == [
+        (field.name, str(field.type).replace("list<item: ", "list of ").removesuffix(">"))
+        for field in row_schema(np.dtype(np.uint16))
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_and_settings_that_are_named_are_there(page: str) -> None:
+    known = {"help", "set"}
+    for command in COMMANDS:
+        parser = argparse.ArgumentParser()
+        import_module(command.module).add_arguments(parser)
+        known |= set(re.findall(r"--(\w+)", parser.format_help()))
+    text = read(page)
+    assert set(re.findall(r"(?<![\w-])--([a-z]\w+)", text)) <= known | {"data"}  # `--data` is of a benchmark
+    assert set(re.findall(r"--set (\w+)=", text)) <= set(vars(TrainSettings()))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page: str) -> None:
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", read(page)) if "://" not in target]
+    assert not [
+        target for target in targets if not (REPOSITORY / page).parent.joinpath(target.partition("#")[0]).exists()
+    ]
