@@ -16,7 +16,8 @@ from . import __version__
 from .errors import UserError
 
 # The system refuses to write: the user's to mend, wherever it happens.
-_NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_WRITING = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 _GOES_ON = "the same command goes on where it stopped"
@@ -94,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in _NO_WRITING:
             raise
         place = f" {error.filename}" if error.filename else ""
-        message = f"cannot write{place}: {error.strerror}; make room, or choose another place"
+        way_out = "make room, or choose" if error.errno in _FULL else "choose"
+        message = f"cannot write{place}: {error.strerror}; {way_out} another place"
     except KeyboardInterrupt:
         print("; ".join(filter(None, ["interrupted", command.interrupted])), file=sys.stderr)
         return 130

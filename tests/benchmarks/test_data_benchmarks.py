@@ -129,3 +129,11 @@ def test_a_kill_takes_the_whole_group(tmp_path: Path) -> None:
 def test_the_estimate_goes_by_bytes_and_cores() -> None:
     # 20 GB in 1,000 s on two cores: a hundred times as much, eight times as many cores.
     assert prepare_large.estimated_hours(1000, 20 * 10**9, 2) == pytest.approx(1000 * 100 / 8 / 3600)
+
+
+def test_the_last_shard_of_a_share_is_named(tmp_path: Path) -> None:
+    for name, shards in {"b": ["data-00000.arrow", "data-00000-00001.arrow"], "a": ["data-00000.arrow"]}.items():
+        manifest = tmp_path / name / "manifest.json"
+        manifest.parent.mkdir()
+        manifest.write_text(json.dumps({"files": [{"path": shard} for shard in shards]}), encoding="utf-8")
+    assert kill_stages.last_shards(tmp_path) == ["a/data-00000.arrow", "b/data-00000-00001.arrow"]

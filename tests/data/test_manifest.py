@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,22 @@ from doge_lm.data.manifest import (
     SourceAccounting,
     accounting_table,
     atomic_directory,
+    is_made,
+    resumable_directory,
     scratch_directory,
 )
 from doge_lm.errors import UserError
 from tests.data.conftest import left_over
+
+Make = Callable[[Path], AbstractContextManager[object]]
+
+
+def resumable(target: Path) -> AbstractContextManager[Path]:
+    return resumable_directory(target, {}, overwrite=False)
+
+
+def made(target: Path) -> AbstractContextManager[bool]:
+    return nullcontext(is_made(target, {}, lambda folder: {}, overwrite=False))
 
 
 def source(name: str = "a") -> RawSource:
@@ -75,6 +89,21 @@ def test_what_is_not_ours_is_not_replaced(tmp_path: Path) -> None:
     with atomic_directory(tmp_path / "empty") as folder:
         source().write(folder)
     assert (tmp_path / "a" / "thesis.txt").read_bytes() == b"years of work"
+
+
+@pytest.mark.parametrize("make", [atomic_directory, scratch_directory, resumable, made], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("kind", ["file", "dangling link"])
+def test_nothing_is_made_in_a_file(tmp_path: Path, make: Make, kind: str) -> None:
+    place = tmp_path / "notes.txt"
+    if kind == "file":
+        place.write_bytes(b"mine")
+    else:
+        place.symlink_to(tmp_path / "nowhere")
+    for target in (place / "a", place / "raw" / "deep" / "a"):
+        message = f"{target} cannot be made: {place} is not a directory; choose another --save_dir"
+        with pytest.raises(UserError, match=re.escape(message)), make(target):
+            pytest.fail("the block must not run")
+    assert list(tmp_path.iterdir()) == [place]
 
 
 def test_two_runs_do_not_make_the_same_directory_at_once(tmp_path: Path) -> None:
@@ -160,6 +189,25 @@ def test_a_full_disk_is_a_user_error(tmp_path: Path, code: int) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [(errno.EACCES, "choose another --save_dir, or change the permissions"), (errno.EROFS, "another --save_dir")],
+)
+def test_the_advice_fits_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, advice: str) -> None:
+    """Also of what is asked before anything is made; but where nothing is to be removed, nothing is wrong."""
+    (tmp_path / "a").mkdir()
+
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        raise OSError(code, os.strerror(code), str(self))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert not is_made(tmp_path / "a", {}, lambda folder: {}, overwrite=False)
+    (tmp_path / "a" / "source.json").touch()
+    (tmp_path / "a" / "identity.json").touch()
+    with pytest.raises(UserError, match=rf"a cannot be written \({os.strerror(code)}: .*{advice}$"):
+        is_made(tmp_path / "a", {}, lambda folder: {}, overwrite=True)
+
+
 def test_a_locked_place_is_a_user_error(tmp_path: Path) -> None:
     target = tmp_path / "a"
     with pytest.raises(UserError, match="cannot be written"), atomic_directory(target) as folder:
@@ -172,6 +220,11 @@ def test_a_locked_place_is_a_user_error(tmp_path: Path) -> None:
 def test_descriptions_of_another_version_or_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         RawSource.read(tmp_path)
+    with pytest.raises(UserError, match=r"source\.json does not exist: no such directory as .*nothing; check the path"):
+        RawSource.read(tmp_path / "nothing")
+    (tmp_path / ".tmp-a").mkdir()
+    with pytest.raises(UserError, match=r"\.tmp-a is of a run that has not finished"):
+        RawSource.read(tmp_path / ".tmp-a")
     source().write(tmp_path)
     text = (tmp_path / "source.json").read_text(encoding="utf-8")
     for bad, message in (

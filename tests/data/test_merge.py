@@ -2,7 +2,9 @@
 
 import json
 import os
+import pickle
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from itertools import combinations
@@ -21,6 +23,7 @@ from doge_lm.data import split as split_module
 from doge_lm.data.download import take_local
 from doge_lm.data.manifest import AccountingError, Manifest, file_sha256
 from doge_lm.data.merge import merge
+from doge_lm.data.mix import Mix
 from doge_lm.data.shuffle import random_stream
 from doge_lm.data.split import choose_test_groups, share_test_groups
 from doge_lm.errors import UserError
@@ -386,6 +389,26 @@ def test_repeats_that_leave_no_test_set_are_said(tmp_path: Path, prepare: Prepar
         merge(tmp_path, tmp_path, test_size=5)
 
 
+@pytest.mark.usefixtures("small_steps")
+@pytest.mark.parametrize(("most", "cause"), [(16, "has more samples than can be looked at"), (10**6, "the smallest")])
+def test_documents_longer_than_there_is_room_for(
+    tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch, most: int, cause: str
+) -> None:
+    """Of no document are there candidates at first; those of a larger test set are found with more room."""
+    monkeypatch.setattr(module, "_CANDIDATE_ROWS", 8)
+    monkeypatch.setattr(module, "_MOST_CANDIDATE_ROWS", most)
+    monkeypatch.setattr(module, "_CANDIDATE_TIMES", 2)
+    words = " ".join(str(number) for number in range(100, 400))
+    prepare({"a": [{"text": f"{n} {words}"} for n in range(4)]}, sequence_length=16, padding="max_length")
+    smallest = min(Counter(int(row["group"]) for row in rows_of(tmp_path / "tokenized" / "a")).values())
+    assert smallest > 16
+    with pytest.raises(UserError, match=rf"{cause}.*; choose a larger --test_size, .* a larger --max_len"):
+        merge(tmp_path, tmp_path, test_size=4)
+    assert left_over(tmp_path) == []
+    merge(tmp_path, tmp_path, test_size=smallest)
+    assert len(rows_of(tmp_path / "pretrain")["test"]) == smallest
+
+
 def test_padded_rows_are_merged_too(tmp_path: Path, prepare: Prepare, tokenizer: Any) -> None:
     prepare({"a": marked_texts("a", 40)}, sequence_length=64, padding="max_length")
     manifest = merge(tmp_path, tmp_path, test_size=7)["pretrain"]
@@ -701,20 +724,130 @@ def test_a_dealt_file_that_lost_its_end_is_dealt_again(
 
 def test_runs_are_limited_by_the_rows_that_they_deal(two_sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short rows, or many copies; the cut into runs changes no byte, nor does it matter how many files are open."""
-    honest = module._each
-    counts: list[int] = []
+    honest = module.deal
+    counts: Counter[str] = Counter()
 
-    def each(description: str, num_proc: int, function: Any, tasks: Any) -> Any:
-        counts.append(len(tasks))
-        return honest(description, num_proc, function, tasks)
+    def counted(task: Any) -> Any:
+        counts["/".join(task.path.parts[-4:-2])] += 1
+        return honest(task)
 
-    monkeypatch.setattr(module, "_each", each)
+    monkeypatch.setattr(module, "deal", counted)
     merge(two_sources, two_sources / "one", test_size=30)
     monkeypatch.setattr(module, "_RUN_ROWS", 200)
     monkeypatch.setattr(shuffle, "_MOST_OPEN", 1)
     merge(two_sources, two_sources / "many", test_size=30)
-    assert counts == [1, 1, 5, 1]  # pre-training and fine-tuning, twice
+    one = {"one/.tmp-pretrain": 1, "one/.tmp-finetune": 1}
+    assert counts == one | {"many/.tmp-pretrain": 5, "many/.tmp-finetune": 1}
     assert contents(two_sources / "one" / "pretrain") == contents(two_sources / "many" / "pretrain")
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_unit_dealt_in_parts_is_dealt_as_a_whole(
+    two_sources: Path, monkeypatch: pytest.MonkeyPatch, copies: int
+) -> None:
+    """Into several shards, or it would not matter what the rows of a part draw; all rows equally often."""
+    monkeypatch.setattr(module, "ROWS_PER_SHARD", 64)
+    mix = Mix.parse("apple=1")
+    place = two_sources / "whole"
+    taken = merge(two_sources, place, test_size=30, mix=mix)["pretrain"].settings["mixture"]["apple"]
+    tokens = None if copies == 1 else copies * taken["tokens_there"]
+    if tokens is not None:
+        merge(two_sources, place, test_size=30, mix=mix, tokens=tokens, overwrite=True)
+    rows = Manifest.read(two_sources / "tokenized" / "apple").samples["all"]["apple"].samples
+    monkeypatch.setattr(module, "_RUN_ROWS", copies * -(-rows // 3))
+    parted: list[int] = []
+    honest = shuffle.UnitFile.parts
+
+    def parts(self: Any, most_rows: int) -> Any:
+        found = honest(self, most_rows)
+        parted.append(len(found))
+        return found
+
+    monkeypatch.setattr(shuffle.UnitFile, "parts", parts)
+    merge(two_sources, two_sources / "parts", test_size=30, mix=mix, tokens=tokens)
+    assert parted[0] == 3
+    one, other = Manifest.read(place / "pretrain"), Manifest.read(two_sources / "parts" / "pretrain")
+    assert one.split_counts("train").samples == copies * (rows - 30)
+    assert len(one.files) > 3
+    assert one.files == other.files
+
+
+def test_what_a_shuffling_process_is_given_does_not_grow_with_the_shards(
+    two_sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = module.start_shuffling
+    sizes: list[int] = []
+
+    def start(*arguments: Any) -> None:
+        sizes.append(len(pickle.dumps(arguments)))
+        honest(*arguments)
+
+    monkeypatch.setattr(module, "start_shuffling", start)
+    for rows in (1024, 16):
+        monkeypatch.setattr(module, "ROWS_PER_SHARD", rows)
+        merge(two_sources, two_sources / f"{rows:04d}", test_size=30)
+    assert sizes[:2] == sizes[2:]
+
+
+def free_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+
+
+@pytest.mark.parametrize("mix", [None, "apple=0.9,pear=0.1"])
+@pytest.mark.parametrize("times", [None, 40])
+def test_a_set_that_the_disk_does_not_hold_is_refused(
+    two_sources: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    mix: str | None,
+    times: int | None,
+) -> None:
+    """The estimate is near what is written, the set and once more what is dealt, and less room is refused."""
+    weights = None if mix is None else Mix.parse(mix)
+    there = [Manifest.read(two_sources / "tokenized" / name).split_counts("all").tokens for name in ("apple", "pear")]
+    tokens = None if times is None else times * sum(there)
+    honest = module._shuffle
+    dealt: list[int] = []
+
+    def shuffled(job: Any, folder: Path, runs: list[Path], *arguments: Any) -> Any:
+        dealt.append(sum(path.stat().st_size for path in runs))
+        return honest(job, folder, runs, *arguments)
+
+    monkeypatch.setattr(module, "_shuffle", shuffled)
+    free_disk(monkeypatch, 0)
+    with pytest.raises(UserError, match=r"pretrain: .* bytes\) are free at .*\. Free some space") as raised:
+        merge(two_sources, two_sources, test_size=30, mix=weights, tokens=tokens)
+    assert ("choose fewer --tokens" in str(raised.value)) == (tokens is not None)
+    assert left_over(two_sources) == []
+    need = int(re.findall(r"\(([\d,]+) bytes\) are to be written", str(raised.value))[0].replace(",", ""))
+    free_disk(monkeypatch, need)
+    manifest = merge(two_sources, two_sources, test_size=30, mix=weights, tokens=tokens)["pretrain"]
+    written = sum(file.bytes for file in manifest.files) + dealt[0]
+    assert written == pytest.approx(need, rel=0.1)
+    said = re.search(r"pretrain: about ([\d,]+) tokens and .* MB, and as much again", capsys.readouterr().out)
+    assert said is not None
+    assert int(said[1].replace(",", "")) == pytest.approx(manifest.split_counts("train").tokens, rel=0.1)
+
+
+def test_what_an_interrupted_run_wrote_needs_no_room(two_sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The set is still to be written, and no more; what there is is kept where there is no room for that."""
+
+    def killed(*arguments: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_shuffle", killed)
+        with pytest.raises(Killed):
+            merge(two_sources, two_sources, test_size=30)
+    left = left_over(two_sources)
+    size = sum(Manifest.read(two_sources / "tokenized" / name).files[0].bytes for name in ("apple", "pear"))
+    free_disk(monkeypatch, size // 2)
+    with pytest.raises(UserError, match="are to be written yet"):
+        merge(two_sources, two_sources, test_size=30)
+    assert left_over(two_sources) == left
+    free_disk(monkeypatch, size)
+    merge(two_sources, two_sources, test_size=30)
 
 
 def test_very_short_documents_make_fewer_candidates(

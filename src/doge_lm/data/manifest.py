@@ -449,7 +449,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path} does not exist, so {path.parent} was not made by doge-lm") from None
+        raise UserError(_why_missing(path)) from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); make the directory again") from error
     if not isinstance(document, dict) or document.pop("format", None) != "doge-lm":
@@ -461,6 +461,19 @@ def _read_json(path: Path) -> dict[str, Any]:
             "again with this version"
         )
     return document
+
+
+def _why_missing(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        what = f"{folder} is a file" if folder.is_file() else f"no such directory as {folder}"
+        return f"{path} does not exist: {what}; check the path"
+    if folder.name.startswith(_PARTIAL_PREFIX):
+        return (
+            f"{folder} is of a run that has not finished, so it has no {path.name}; give the same command again to go "
+            "on with it"
+        )
+    return f"{path} does not exist, so {folder} was not made by doge-lm"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -573,8 +586,12 @@ def is_made(target: Path, now: Identity, before: Callable[[Path], Identity], *, 
         UserError: if it was made from something else, naming the first difference, unless `overwrite`.
     """
     _refuse_foreign(target)
-    # A run that was killed right after it had put the directory in its place has left this.
-    (target / _IDENTITY_NAME).unlink(missing_ok=True)
+    # A run that was killed right after it had put the directory in its place has left this. Else nothing is removed:
+    # a finished directory may lie where nothing can be written.
+    left = target / _IDENTITY_NAME
+    if left.is_file():
+        with explain_disk_errors(target):
+            left.unlink(missing_ok=True)
     if overwrite or not target.is_dir() or not any(target.iterdir()):
         return False
     difference = first_difference(before(target), now)
@@ -633,6 +650,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 # ---------------------------------------------------------------------------------------------------------------
 
 _IDENTITY_NAME = "identity.json"
+_PARTIAL_PREFIX = ".tmp-"
 # What a killed run was writing; thrown away by the next one.
 PART_SUFFIX = ".part"
 
@@ -642,7 +660,7 @@ _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 def partial_directory(target: Path) -> Path:
     """Where a directory is made until it is whole: `.tmp-NAME` beside it."""
-    return target.with_name(f".tmp-{target.name}")
+    return target.with_name(f"{_PARTIAL_PREFIX}{target.name}")
 
 
 @contextlib.contextmanager
@@ -753,8 +771,9 @@ def scratch_directory(target: Path) -> Iterator[Path]:
         The directory to write into.
 
     Raises:
-        UserError: if the disk is full, or it cannot be written.
+        UserError: if its folder would lie in a file, the disk is full, or it cannot be written.
     """
+    _refuse_in_a_file(target)
     with explain_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         there = {path.name.removesuffix(".lock") for path in target.parent.glob(f".tmp-{target.name}-[0-9]*")}
@@ -807,7 +826,18 @@ def _unlock(lock: BaseFileLock) -> None:
     lock.release()
 
 
+def _refuse_in_a_file(target: Path) -> None:
+    for place in target.parents:
+        if place.is_dir():
+            return
+        if os.path.lexists(place):
+            raise UserError(
+                f"{target} cannot be made: {place} is not a directory; choose another --save_dir, or move {place}"
+            )
+
+
 def _refuse_foreign(target: Path) -> None:
+    _refuse_in_a_file(target)
     if not target.exists():
         return
     if not target.is_dir():
@@ -836,8 +866,10 @@ def explain_disk_errors(target: Path) -> Iterator[None]:
                 "free some space and run the same command again, or choose another --save_dir"
             ) from error
         if error.errno in _NOT_WRITABLE and _lies_under(error.filename, target.parent):
+            # Permissions do not help where the whole disk can only be read.
+            mend = "" if error.errno == errno.EROFS else ", or change the permissions"
             raise UserError(
-                f"{target} cannot be written ({error.strerror}: {error.filename}); choose another --save_dir"
+                f"{target} cannot be written ({error.strerror}: {error.filename}); choose another --save_dir{mend}"
             ) from error
         raise
 

@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from doge_lm.data.cleaning import warnings_of_deduplicated
 from doge_lm.data.manifest import (
-    DEDUPLICATED_SUFFIX,
     KINDS,
     MANIFEST_NAME,
     MAX_IDENTITY_BYTES,
@@ -51,6 +51,7 @@ from doge_lm.data.manifest import (
 )
 from doge_lm.data.mix import Mix, SourcePlan, epoch_warnings, epochs_table, parse_tokens, plan_epochs
 from doge_lm.data.shuffle import (
+    BOUND_DTYPE,
     Buckets,
     Dealt,
     DealTask,
@@ -74,6 +75,7 @@ from doge_lm.data.split import (
     scan,
     search,
     share_out,
+    smallest_group,
 )
 from doge_lm.data.storage import (
     ROWS_PER_SHARD,
@@ -92,10 +94,11 @@ _RUN_BYTES = 2**30
 # A run is dealt by one process at a time, which holds some 150 bytes for each row that it writes.
 _RUN_ROWS = 2**20
 _RUN_UNITS = 1024  # memory maps at once
-# In a large set runs are larger instead of more: shuffling holds all open, and where each bucket begins in each.
+# In a large set runs are larger instead of more: shuffling holds all open.
 _MOST_RUNS = 256
 # The test set is chosen among groups with so many rows in all: these, or eight times the test set. Where too many of
-# them hold documents that stand elsewhere too, it is chosen anew among eight times as many, up to a limit.
+# them hold documents that stand elsewhere too, or are too large, it is chosen anew among eight times as many, up to a
+# limit.
 _CANDIDATE_ROWS = 2**16
 _CANDIDATE_TIMES = 8
 _MOST_CANDIDATE_ROWS = 2**20
@@ -184,6 +187,8 @@ def _print_result(target: Path, manifest: Manifest, usual_size: bool) -> None:
 def _why_short(manifest: Manifest) -> str:
     if manifest.settings["candidates"] == "all":
         return "samples that share a document stay together, and no choice of them comes nearer"
+    if not manifest.repeated_documents:
+        return "samples that share a document stay together, and no choice of those that were looked at comes nearer"
     return (
         "most samples that it was chosen among hold documents that stand elsewhere too; `doge-lm preprocess_datasets "
         "--deduplicate` removes repeats within a source"
@@ -480,6 +485,7 @@ def _merge_kind(job: _Job, target: Path, num_proc: int, overwrite: bool) -> Mani
         # The manifest is put there when all else is, so it says that only the work is left to be removed.
         if not (folder / MANIFEST_NAME).is_file():
             try:
+                _check_room(job, folder)
                 _make(job, folder, num_proc)
             except _UnusableError:
                 shutil.rmtree(folder)
@@ -488,17 +494,51 @@ def _merge_kind(job: _Job, target: Path, num_proc: int, overwrite: bool) -> Mani
     return Manifest.read(target)
 
 
+def _check_room(job: _Job, folder: Path) -> None:
+    """Says how large the set is going to be, and refuses one that its disk does not hold.
+
+    An epoch over a source has as many bytes as its files. The dealt rows lie beside the set while it is made. The test
+    set comes on top where the training set is limited, as far as is known before it is chosen.
+
+    Args:
+        job: the kind.
+        folder: where it is made; what an interrupted run wrote there is not written again.
+
+    Raises:
+        UserError: if there is too little room.
+    """
+    there = {source.name: source.manifest.samples["all"][source.name].tokens for source in job.sources}
+    tokens, size = sum(there.values()), sum(source.bytes for source in job.sources)
+    if job.mix is not None or job.tokens is not None:
+        plans = plan_epochs(there, job.mix, job.tokens)
+        test = size * job.test_size // job.rows
+        tokens = sum(plan.wanted for plan in plans)
+        size = test + sum(round(source.bytes * plan.epochs) for source, plan in zip(job.sources, plans, strict=True))
+    said = f"about {tokens:,} tokens and {_size(size)}, and as much again while it is merged"
+    print(f"{job.kind}: {said}", flush=True)  # before the long work
+    need = 2 * size - sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        fewer = ", choose fewer --tokens" if job.tokens is not None else ""
+        raise UserError(
+            f"{job.kind}: the disk is full before the set is finished: about {tokens:,} tokens have {_size(size)}, and "
+            f"as much again is needed while it is merged; {_size(need)} ({need:,} bytes) are to be written yet, but "
+            f"{_size(free)} ({free:,} bytes) are free at {folder.parent}. Free some space{fewer}, or choose another "
+            "--save_dir"
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 10**9:,.1f} GB" if count >= 10**9 else f"{count / 10**6:,.1f} MB"
+
+
 def _warn_of_deduplicated(job: _Job) -> None:
     """Warns where a source is merged together with what near_duplicates made of it."""
-    names = {source.name for source in job.sources}
-    for name in sorted(names):
-        made = f"{name}{DEDUPLICATED_SUFFIX}"
-        if made in names:
-            print(
-                f"{job.kind}: warning: {name} and {made} are merged together, though the second is made of the first "
-                "and most documents stand in both; move the one that you do not want out of the folder "
-                f"{TOKENIZED_FOLDER}, or name the other one with --mix"
-            )
+    way_out = (
+        f"move the one that you do not want out of the folder {TOKENIZED_FOLDER}, or name the other one with --mix"
+    )
+    for warning in warnings_of_deduplicated([source.name for source in job.sources], "merged", way_out):
+        print(f"{job.kind}: warning: {warning}")
 
 
 def _make(job: _Job, folder: Path, num_proc: int) -> None:
@@ -520,14 +560,8 @@ def _make(job: _Job, folder: Path, num_proc: int) -> None:
     os.replace(work / MANIFEST_NAME, folder / MANIFEST_NAME)
 
 
-def _each(
-    description: str, num_proc: int, function: Callable[[_Task], _Result], tasks: Sequence[_Task]
-) -> list[_Result]:
-    """The results of a step in order; its functions need no preparation of the process."""
-    return _map(description, _processes(num_proc, tasks), function, tasks)
-
-
 def _processes(num_proc: int, tasks: Sequence[Any]) -> Workers:
+    """For a step whose functions need no preparation of the process."""
     return Workers(max(1, min(num_proc, len(tasks))), _nothing, ())
 
 
@@ -556,12 +590,21 @@ def _stream(
 
 @dataclass(frozen=True)
 class _Split:
-    """The test set: rows by unit, what they come to by source, and how many documents are known to occur twice."""
+    """The test set.
+
+    Attributes:
+        rows: by unit.
+        counts: what they come to by source.
+        repeated: how many documents are known to occur twice.
+        all_candidates: all groups were looked at.
+        smallest: where there is no test set, the rows of the smallest group that may be in one; 0 if none may.
+    """
 
     rows: dict[int, list[int]]
     counts: dict[str, SampleCounts]
     repeated: int
     all_candidates: bool
+    smallest: int = 0
 
 
 def _split(job: _Job, work: Path, num_proc: int) -> _Split:
@@ -597,6 +640,8 @@ def _choose_among(job: _Job, work: Path, room: int, limits: list[int] | None, nu
     units = job.units
     shares = _test_shares(job)
     candidates = _candidates(job, units, limits, num_proc)
+    if not len(candidates.groups):  # every group has more rows than there is room for
+        return _Split({}, {}, 0, all_candidates=False)
     manifest = job.sources[0].manifest
     concatenated = job.concatenated
     rows = read_candidates(
@@ -621,7 +666,8 @@ def _choose_among(job: _Job, work: Path, room: int, limits: list[int] | None, nu
             elsewhere = np.union1d(elsewhere, found)
     chosen = choose_test_rows(rows, elsewhere, shares, job.test_size, job.seed)
     repeated = len(np.union1d(rows.repeated, elsewhere))
-    return _Split(chosen, _count_test(units, chosen), repeated, limits is None)
+    smallest = 0 if chosen else smallest_group(rows, elsewhere)
+    return _Split(chosen, _count_test(units, chosen), repeated, limits is None, smallest)
 
 
 def _candidate_limits(job: _Job, room: int) -> list[int] | None:
@@ -639,15 +685,24 @@ def _candidate_limits(job: _Job, room: int) -> list[int] | None:
 
 def _no_test_set(job: _Job, split: _Split) -> str:
     repeats = _repeats(split.repeated)
-    if split.all_candidates:
+    advice = "choose a larger --test_size, or " + (
+        f"remove repeats ({repeats})" if split.repeated else "make fewer samples of a document, with a larger --max_len"
+    )
+    if split.smallest:
+        among = f"the {job.rows:,} samples" if split.all_candidates else "the samples that it was chosen among"
         cause = (
-            f"the {job.rows:,} samples share documents so that every group of them is larger; choose a larger "
-            "--test_size" + (f", or remove repeats ({repeats})" if split.repeated else "")
+            f"{among} share documents so that every group of them is larger (the smallest has {split.smallest:,}); "
+            f"{advice}"
         )
-    else:
+    elif split.repeated:
         cause = (
             f"all samples that it was chosen among hold documents that stand elsewhere too ({repeats}); remove them "
             "with `doge-lm preprocess_datasets --deduplicate`, or a source that holds the same as another"
+        )
+    else:
+        cause = (
+            "the samples of a document stay together, and every document (or group of documents that share samples) "
+            f"has more samples than can be looked at; {advice}"
         )
     return f"{job.kind}: no test set of up to {job.test_size:,} samples can be split off: {cause}"
 
@@ -765,18 +820,20 @@ def _shares(job: _Job, split: _Split, plans: dict[str, SourcePlan]) -> tuple[Buc
 
 def _deal(
     job: _Job, work: Path, shares: list[Share], buckets: Buckets, num_proc: int
-) -> tuple[list[Path], list[list[int]], dict[str, Dealt]]:
-    """Deals all runs: their files, where each bucket begins in them, and what became of each source's rows."""
+) -> tuple[list[Path], Path, dict[str, Dealt]]:
+    """Deals all runs: their files, the file that says where each bucket begins in them, and each source's rows."""
     tasks = [
         DealTask(work / f"dealt-{number:05d}.arrow", [shares[position] for position in run], buckets, job.dtype)
         for number, run in enumerate(_deal_runs(shares))
     ]
-    records = _each(f"{job.kind}: dealing", num_proc, deal, tasks)
     dealt = {source.name: Dealt.none() for source in job.sources}
-    for record in records:
-        for name, values in record["sources"].items():
-            dealt[name].add(Dealt.from_json(values))
-    return [task.path for task in tasks], [record["bounds"] for record in records], dealt
+    bounds = work / "bounds"
+    with bounds.open("wb") as file:
+        for record in _stream(f"{job.kind}: dealing", _processes(num_proc, tasks), deal, tasks):
+            file.write(np.array(record["bounds"], BOUND_DTYPE).tobytes())
+            for name, values in record["sources"].items():
+                dealt[name].add(Dealt.from_json(values))
+    return [task.path for task in tasks], bounds, dealt
 
 
 def _deal_runs(shares: list[Share]) -> list[list[int]]:
@@ -796,7 +853,7 @@ def _deal_runs(shares: list[Share]) -> list[list[int]]:
 
 
 def _shuffle(
-    job: _Job, folder: Path, runs: list[Path], bounds: list[list[int]], buckets: Buckets, num_proc: int
+    job: _Job, folder: Path, runs: list[Path], bounds: Path, buckets: Buckets, num_proc: int
 ) -> list[tuple[str, OutputFile, dict[str, SampleCounts]]]:
     """Writes a shard for every bucket: split, file, what lies in it by source."""
     tasks, splits = [], []

@@ -30,6 +30,8 @@ Indices = npt.NDArray[np.int64]
 _DEALT_BATCH_ROWS = 1024
 # Dealt runs that a process keeps open: an operating system allows some 1,000 files. Others are opened for each bucket.
 _MOST_OPEN = 512
+# Numbers of record batches in a run: there are at most as many as rows.
+BOUND_DTYPE = np.dtype(np.int32)
 # Draws that are passed over at once.
 _PASSED_DRAWS = 2**20
 # What draws are for: one stream of random numbers each.
@@ -384,16 +386,18 @@ class ShuffleTask:
 _worker: dict[str, Any] = {}  # a process keeps the dealt runs open here between buckets
 
 
-def start_shuffling(runs: list[Path], bounds: list[list[int]], seed: int, dtype: np.dtype[Any]) -> None:
+def start_shuffling(runs: list[Path], bounds: Path, seed: int, dtype: np.dtype[Any]) -> None:
     """Makes this process ready for `shuffle`.
 
     Args:
         runs: the dealt files.
-        bounds: of each, the record batches at which each bucket begins, one more for the last one's end.
+        bounds: holds for each, as `BOUND_DTYPE`, the record batches at which each bucket begins, one more for the
+            last one's end. In a file, since in a large set these are runs x buckets numbers for every process.
         seed: fixes the order.
         dtype: type of the token ids.
     """
-    _worker.update(runs=runs, bounds=bounds, seed=seed, schema=row_schema(dtype), readers={})
+    table = np.memmap(bounds, BOUND_DTYPE, "r").reshape(len(runs), -1)
+    _worker.update(runs=runs, bounds=table, seed=seed, schema=row_schema(dtype), readers={})
 
 
 def stop_shuffling() -> None:
@@ -434,13 +438,14 @@ def _write_bucket(task: ShuffleTask) -> dict[str, Any]:
 
 
 def _bucket_batches(bucket: int) -> Iterator[pa.RecordBatch]:
-    for path, bounds in zip(_worker["runs"], _worker["bounds"], strict=True):
-        if bounds[bucket] == bounds[bucket + 1]:
+    bounds = _worker["bounds"][:, bucket : bucket + 2].tolist()
+    for path, (begin, end) in zip(_worker["runs"], bounds, strict=True):
+        if begin == end:
             continue
         reader = _worker["readers"].get(path)
         if reader is None:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
             if len(_worker["readers"]) < _MOST_OPEN:
                 _worker["readers"][path] = reader
-        for number in range(bounds[bucket], bounds[bucket + 1]):
+        for number in range(begin, end):
             yield reader.get_batch(number)

@@ -253,14 +253,25 @@ def choose_test_rows(
     Returns:
         Unit, as a number among all units -> its rows in the test set, ascending. Empty if there is no choice.
     """
-    barred = np.unique(rows.hash_groups[np.isin(rows.hashes, elsewhere)])
-    allowed = np.flatnonzero(~np.isin(rows.groups, barred))
+    allowed = _allowed(rows, elsewhere)
     if not len(allowed):
         return {}
     groups = np.unique(rows.groups[allowed], return_inverse=True)[1].astype(np.int64)
     chosen = allowed[share_test_groups(groups, rows.sources[allowed], test_size, seed, shares)[groups]]
     units = rows.units[chosen]
     return {unit: np.sort(rows.rows[chosen[units == unit]]).tolist() for unit in np.unique(units).tolist()}
+
+
+def smallest_group(rows: CandidateRows, elsewhere: _Hashes) -> int:
+    """Rows of the smallest group that may be in the test set; 0 if none may. Arguments as of `choose_test_rows`."""
+    sizes = np.unique(rows.groups[_allowed(rows, elsewhere)], return_counts=True)[1]
+    return int(sizes.min()) if len(sizes) else 0
+
+
+def _allowed(rows: CandidateRows, elsewhere: _Hashes) -> Indices:
+    """The rows of groups with no document that stands in other groups too."""
+    barred = np.unique(rows.hash_groups[np.isin(rows.hashes, elsewhere)])
+    return np.flatnonzero(~np.isin(rows.groups, barred))
 
 
 def share_test_groups(
