@@ -62,12 +62,11 @@ def test_a_process_that_dies_is_a_user_error() -> None:
 
 
 _INTERRUPTED = r"""
-import sys, time
-from doge_lm.data import workers as module
-from doge_lm.data.workers import MOST_MEMORY, Workers
+import os, sys, time
+from doge_lm.data.workers import Workers
 if __name__ == "__main__":
     try:
-        with Workers(3, print, ("begun",)) as workers:
+        with Workers(3, os.write, (1, b"begun\n")) as workers:
             for _ in workers.unordered(time.sleep, [60] * 9):
                 pass
     except KeyboardInterrupt:
