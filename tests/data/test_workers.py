@@ -62,9 +62,11 @@ def test_a_process_that_dies_is_a_user_error() -> None:
 
 
 _INTERRUPTED = r"""
-import os, sys, time
+import os, signal, sys, time
 from doge_lm.data.workers import Workers
 if __name__ == "__main__":
+    # Tests in the background of a shell inherit that it is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with Workers(3, os.write, (1, b"begun\n")) as workers:
             for _ in workers.unordered(time.sleep, [60] * 9):
