@@ -349,7 +349,14 @@ def test_auto_gathers_for_very_many_experts_and_few_tokens() -> None:
 def test_unknown_path_is_an_error() -> None:
     inputs = draw(2, 2, 1, 4, 3)
     weights, experts = cdmoe_route(inputs["queries"], inputs["keys"], 2, 1)
-    with pytest.raises(ValueError, match="sparse"):
+    with pytest.raises(ValueError, match="scattered"):
+        cdmoe(inputs["c"], weights, experts, inputs["down_embed"], inputs["up_embed"], torch.tanh, path="scattered")
+
+
+def test_the_sparse_path_says_what_it_needs() -> None:
+    inputs = draw(2, 2, 1, 4, 3)  # in float64
+    weights, experts = cdmoe_route(inputs["queries"], inputs["keys"], 2, 1)
+    with pytest.raises(ValueError, match="needs Triton, a GPU and float32"):
         cdmoe(inputs["c"], weights, experts, inputs["down_embed"], inputs["up_embed"], torch.tanh, path="sparse")
 
 

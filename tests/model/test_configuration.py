@@ -60,7 +60,7 @@ INVALID_WORDS: list[tuple[str, str, list[str]]] = [
     ("hidden_act", "", ["silu"]),
     ("inner_value_init", "ones", ["identity", "normal"]),
     ("weight_init", "xavier", ["normal", "fan_in"]),
-    ("cdmoe_path", "sparse", ["auto", "gather", "dense"]),
+    ("cdmoe_path", "scattered", ["auto", "gather", "dense"]),
 ]
 
 

@@ -91,7 +91,7 @@ def test_checkpoint_carries_its_code(checkpoint: tuple[Path, Path]) -> None:
         "AutoModel": "modeling_doge.DogeModel",
         "AutoModelForCausalLM": "modeling_doge.DogeForCausalLM",
     }
-    for name in ("configuration_doge.py", "modeling_doge.py", "cdmoe.py"):
+    for name in ("configuration_doge.py", "modeling_doge.py", "cdmoe.py", "cdmoe_triton.py"):
         text = (folder / name).read_text(encoding="utf-8")
         assert "doge_lm" not in [
             line.split()[1].split(".")[0] for line in text.splitlines() if line.startswith(("import ", "from "))

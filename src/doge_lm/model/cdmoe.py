@@ -18,12 +18,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+try:
+    from .cdmoe_triton import experts_output, is_usable
+except ImportError:  # Triton comes with PyTorch for CUDA; there is none for some machines
+
+    def is_usable(x: Tensor) -> bool:
+        """Never: there is no Triton."""
+        return False
+
+
 Activation = Callable[[Tensor], Tensor]
 
-PATHS = ("auto", "gather", "dense")
+PATHS = ("auto", "gather", "dense", "sparse")
 
 # Where "auto" stops computing all N experts for every token. The two matrix products of the dense path cost
-# 2·M·N·(e + d) operations each way; the gather path reads and, in the backward pass, adds up 2·M·K rows.
+# 2·M·N·(e + d) operations each way; the others read and, in the backward pass, add up 2·M·K rows.
 DENSE_MAX_EXPERTS = 2048
 # With fewer tokens than this (decoding), the dense path would read all N rows to use K of them a token.
 DENSE_MIN_TOKENS = 32
@@ -83,21 +92,26 @@ def cdmoe(
         down_embed: D, (N, e).
         up_embed: U, (N, d).
         act: σ.
-        path: "gather", "dense", or "auto" to choose by size.
+        path: "gather", "dense", "sparse" (which needs Triton and a GPU), or "auto" to choose by size among the
+            first two, as long as the third is not measured.
 
     Returns:
         (M, d), in the type of the matrix products (that of autocast, or of the arguments).
 
     Raises:
-        ValueError: for an unknown path.
+        ValueError: for an unknown path, and for "sparse" where it cannot run.
     """
     if path not in PATHS:
         raise ValueError(f"path is {path!r}; it must be one of {', '.join(PATHS)}")
-    num_tokens, num_experts = c_Me.shape[0], down_embed.shape[0]
     if path == "auto":
-        path = "dense" if num_experts <= DENSE_MAX_EXPERTS and num_tokens >= DENSE_MIN_TOKENS else "gather"
+        path = _fastest(c_Me, num_experts=down_embed.shape[0])
     weights_MK, experts_MK = weights_MHk.flatten(1), experts_MHk.flatten(1)
     return _PATHS[path](c_Me, weights_MK, experts_MK, down_embed, up_embed, act)
+
+
+def _fastest(c_Me: Tensor, num_experts: int) -> str:
+    dense = num_experts <= DENSE_MAX_EXPERTS and c_Me.shape[0] >= DENSE_MIN_TOKENS
+    return "dense" if dense else "gather"
 
 
 def _gather(
@@ -125,4 +139,15 @@ def _dense(
     return F.linear(hidden_MN, up_embed.t())
 
 
-_PATHS = {"gather": _gather, "dense": _dense}
+def _sparse(
+    c_Me: Tensor, weights_MK: Tensor, experts_MK: Tensor, down_embed: Tensor, up_embed: Tensor, act: Activation
+) -> Tensor:
+    """As `_gather`, by kernels that hold no (M, K, e) tensor and sort the assignments before they add gradients up."""
+    if not is_usable(c_Me):
+        raise ValueError('the path "sparse" needs Triton, a GPU and float32 or less; "auto" runs everywhere')
+    device = c_Me.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else c_Me.dtype
+    return experts_output(c_Me.to(dtype), weights_MK, experts_MK, down_embed, up_embed, act, dtype)
+
+
+_PATHS = {"gather": _gather, "dense": _dense, "sparse": _sparse}

@@ -76,7 +76,8 @@ class DogeConfig(PreTrainedConfig):
             goes, and must have a factor other than 1 and itself.
         num_cdmmoe_heads: H, the number of independent retrievals for each token.
         num_cdmmoe_experts_per_head: k, the number of experts that one retrieval takes.
-        cdmoe_path: how experts are computed, `"auto"` (by size), `"gather"` or `"dense"`; the result is the same.
+        cdmoe_path: how experts are computed, `"auto"` (by size), `"gather"`, `"dense"` or `"sparse"` (Triton, on a
+            GPU); the result is the same.
         weight_init: `"normal"`, every matrix N(0, `initializer_range`), as published; or `"fan_in"`, matrices
             N(0, 1/√fan_in). The token embedding is N(0, `initializer_range`) in both.
         initializer_range: see `weight_init`.

@@ -1,0 +1,198 @@
+"""The kernels of the experts against plain indexing in float64: on a GPU, or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+pytest.importorskip("triton", reason="there is no Triton for this machine")
+
+from doge_lm.model import cdmoe_triton
+from doge_lm.model.cdmoe import cdmoe
+from doge_lm.model.cdmoe_triton import CHUNK, bag, dots, scatter, sort_assignments
+
+from .support import relative_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+# (M, K, N, F): one token, K = N, one row of a token, N = 2·3, rows that fill no block, chunks cut evenly and not.
+SIZES = [
+    (1, 1, 6, 5),
+    (1, 6, 6, 33),
+    (7, 1, 6, 40),
+    (65, 3, 300, 17),
+    (CHUNK, 1, 4, 16),
+    (130, 4, 12, 20),
+    (40, 20, 50, 130),
+]
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def indices(m: int, k: int, n: int, kind: str, seed: int) -> Tensor:
+    """Rows of the table: any, one alone, or one hot row among any."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, n, (m, k), generator=generator)
+    if kind == "one":
+        index[:] = n // 2
+    if kind == "hot":
+        index[torch.rand(m, k, generator=generator) < 0.8] = n - 1
+    return index.to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", ["any", "one", "hot"])
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
+def test_the_products_are_those_of_plain_indexing(sizes: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
+    m, k, n, f = sizes
+    seed = sum(sizes)
+    index = indices(m, k, n, kind, seed)
+    rows, table = normal(m, f, seed=seed, dtype=dtype), normal(n, f, seed=seed + 1, dtype=dtype)
+    weights = normal(m, k, seed=seed + 2)
+    keys, order = sort_assignments(index)
+    taken = table.double()[index]
+    found = dots(rows, table, index, keys, order)
+    assert found.dtype == torch.float32
+    assert relative_error(found, torch.einsum("mf,mkf->mk", rows.double(), taken)) <= 1e-5
+    found = bag(weights, table, index, keys, order, dtype)
+    assert found.dtype == dtype
+    assert relative_error(found, torch.einsum("mk,mkf->mf", weights.double(), taken)) <= TOLERANCE[dtype]
+    found = scatter(weights, rows, keys, order, n, torch.float32)
+    outer = (weights.double().unsqueeze(-1) * rows.double().unsqueeze(1)).flatten(0, 1)
+    expected = torch.zeros(n, f, dtype=torch.float64, device=DEVICE).index_add_(0, index.flatten(), outer)
+    assert relative_error(found, expected) <= TOLERANCE[dtype] / 5
+    untouched = torch.ones(n, dtype=torch.bool, device=DEVICE)
+    untouched[index.flatten()] = False
+    assert not found[untouched].any()
+
+
+def gradients(path: str, dtype: torch.dtype, act: str, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+    m, heads, k, n, e, d = 37, 2, 3, 30, 20, 24
+    leaves = {
+        "c": normal(m, e, seed=seed),
+        "weights": normal(m, heads, k, seed=seed + 1).softmax(-1),
+        "down": normal(n, e, seed=seed + 2),
+        "up": normal(n, d, seed=seed + 3),
+    }
+    if path == "sparse":  # in float64 these are what the kernels are held against
+        leaves = {name: leaf.to(torch.float32 if name == "weights" else dtype) for name, leaf in leaves.items()}
+    else:
+        leaves = {
+            name: leaf.to(torch.float32 if name == "weights" else dtype).double() for name, leaf in leaves.items()
+        }
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    index = indices(m, heads * k, n, "hot", seed).view(m, heads, k)
+    out = cdmoe(leaves["c"], leaves["weights"], index, leaves["down"], leaves["up"], getattr(F, act), path=path)
+    out.backward(normal(m, d, seed=seed + 4).to(out.dtype))
+    return out, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+@pytest.mark.parametrize("act", ["silu", "sigmoid"])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_layer_and_its_gradients_are_those_of_the_gather_in_float64(
+    dtype: torch.dtype, seed: int, act: str
+) -> None:
+    found, found_grads = gradients("sparse", dtype, act, seed)
+    expected, expected_grads = gradients("gather", dtype, act, seed)
+    assert found.dtype == dtype
+    assert relative_error(found, expected) <= TOLERANCE[dtype]
+    assert found_grads.keys() == expected_grads.keys() == {"c", "weights", "down", "up"}
+    for name, grad in found_grads.items():
+        assert relative_error(grad, expected_grads[name]) <= 2 * TOLERANCE[dtype], name
+
+
+def test_results_are_the_same_every_time() -> None:
+    first, first_grads = gradients("sparse", torch.bfloat16, "silu", 5)
+    for _ in range(3):
+        again, again_grads = gradients("sparse", torch.bfloat16, "silu", 5)
+        assert torch.equal(first, again)
+        assert all(torch.equal(first_grads[name], again_grads[name]) for name in first_grads)
+
+
+def test_tensors_that_are_not_contiguous() -> None:
+    index = indices(9, 8, 10, "any", 0).t().contiguous().t()
+    rows, table = normal(12, 9, seed=1).t()[:, :12], normal(10, 30, seed=2)[:, 3:15]
+    weights = normal(8, 9, seed=3).t()
+    keys, order = sort_assignments(index)
+    plain = [x.contiguous() for x in (rows, table, index)]
+    assert torch.equal(dots(rows, table, index.contiguous(), keys, order), dots(*plain, keys, order))
+    for strided, whole in zip(
+        (
+            bag(weights, table, plain[2], keys, order, torch.float32),
+            scatter(weights, rows, keys, order, 10, rows.dtype),
+        ),
+        (
+            bag(weights.contiguous(), plain[1], plain[2], keys, order, torch.float32),
+            scatter(weights.contiguous(), plain[0], keys, order, 10, rows.dtype),
+        ),
+        strict=True,
+    ):
+        assert torch.equal(strided, whole)
+    out = cdmoe(rows, weights.view(9, 8, 1), index.view(9, 8, 1), table, table, F.silu, path="sparse")
+    assert relative_error(out, cdmoe(*(x.double() for x in (rows, weights.view(9, 8, 1))), index.view(9, 8, 1),
+                                     table.double(), table.double(), F.silu, path="gather")) <= 1e-5  # fmt: skip
+
+
+def test_no_tokens() -> None:
+    table = normal(6, 8, seed=0).requires_grad_()
+    c = normal(0, 8, seed=0).requires_grad_()
+    index = torch.empty(0, 1, 2, dtype=torch.int64, device=DEVICE)
+    out = cdmoe(c, normal(0, 1, 2, seed=0), index, table, table, F.silu, path="sparse")
+    assert out.shape == (0, 8)
+    out.sum().backward()
+    assert table.grad is not None
+    assert not table.grad.any()
+
+
+def test_compiles_without_a_graph_break() -> None:
+    m, k, n, f = 11, 4, 12, 8
+    index = indices(m, k, n, "any", 1).view(m, 1, k)
+    leaves = [normal(m, f, seed=2), normal(m, 1, k, seed=3), normal(n, f, seed=4), normal(n, f, seed=5)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def layer(c: Tensor, weights: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return cdmoe(c, weights, index, down, up, F.silu, path="sparse")
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    expected, found = layer(*leaves), compiled(*leaves)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(
+        torch.autograd.grad(found.square().sum(), leaves),
+        torch.autograd.grad(expected.square().sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("operator", ["dots", "bag", "scatter"])
+def test_the_operators_are_sound(operator: str) -> None:
+    """PyTorch's own check: shapes and types of the fakes, no aliases, no changed arguments."""
+    index = indices(6, 3, 5, "any", 2)
+    keys, order = sort_assignments(index)
+    rows, table, weights = normal(6, 8, seed=1), normal(5, 8, seed=2), normal(6, 3, seed=3)
+    arguments = {
+        "dots": (rows, table, index, keys, order),
+        "bag": (weights, table, index, keys, order, torch.bfloat16),
+        "scatter": (weights, rows, keys, order, 5, torch.float32),
+    }[operator]
+    torch.library.opcheck(getattr(cdmoe_triton, operator), arguments,
+                          test_utils=("test_schema", "test_faketensor"))  # fmt: skip
+
+
+def test_autocast_gives_its_type() -> None:
+    index = indices(9, 4, 12, "any", 1).view(9, 1, 4)
+    c, weights, table = normal(9, 8, seed=2), normal(9, 1, 4, seed=3), normal(12, 8, seed=4)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = cdmoe(c, weights, index, table, table, F.silu, path="sparse")
+    assert found.dtype == torch.bfloat16
+    expected = cdmoe(c.double(), weights.double(), index, table.double(), table.double(), F.silu, path="gather")
+    assert relative_error(found, expected) <= 1e-2
