@@ -579,11 +579,8 @@ def shown_bars(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return bars
 
 
-def test_progress_is_counted_in_units_and_goes_on(
-    tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Nothing of it where there is no terminal."""
-    rows = [{"text": f"number {n} of many"} for n in range(400)]
+def interrupt_third_unit(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
+    """Ctrl-C when two units are done; gives the function that makes a unit otherwise."""
     honest, done = preprocess_module._make_unit, 0
 
     def make(task: Any) -> Any:
@@ -594,6 +591,15 @@ def test_progress_is_counted_in_units_and_goes_on(
         return honest(task)
 
     monkeypatch.setattr(preprocess_module, "_make_unit", make)
+    return honest
+
+
+def test_progress_is_counted_in_units_and_goes_on(
+    tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of it where there is no terminal."""
+    rows = [{"text": f"number {n} of many"} for n in range(400)]
+    interrupt_third_unit(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         prepare({"a": rows}, sequence_length=64, unit_bytes=5_000)
     first = capsys.readouterr()
@@ -824,16 +830,7 @@ def test_a_large_file_that_was_rewritten_is_refused(
         monkeypatch.setattr(module, "MAX_IDENTITY_BYTES", 0)
     path = tmp_path / "own" / "a.jsonl"
     rows = [{"text": f"number {n} of many"} for n in range(400)]
-    honest, done = preprocess_module._make_unit, 0
-
-    def make(task: Any) -> Any:
-        nonlocal done
-        done += 1
-        if done == 3:
-            raise KeyboardInterrupt
-        return honest(task)
-
-    monkeypatch.setattr(preprocess_module, "_make_unit", make)
+    honest = interrupt_third_unit(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         prepare({"a": rows}, sequence_length=64, unit_bytes=5_000)
     assert prepare({"b": rows}, sequence_length=64, place=tmp_path / "b")["b"].inputs[0].state

@@ -379,7 +379,7 @@ def sample_rows(directory: Path, files: Sequence[OutputFile], count: int, seed: 
         own = chosen[(chosen >= starts[position]) & (chosen < starts[position + 1])]
         if not len(own):
             continue
-        batches = read_batches(directory / file.path)
+        batches = list(read_batches(directory / file.path))
         ends = starts[position] + np.cumsum([batch.num_rows for batch in batches])
         for number in own.tolist():
             index = int(np.searchsorted(ends, number, "right"))

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from doge_lm.data.manifest import OutputFile, SampleCounts, read_record, write_record
-from doge_lm.data.storage import ROWS_PER_BATCH, ShardWriter, flat_values, row_schema
+from doge_lm.data.storage import ROWS_PER_BATCH, ShardWriter, flat_values, read_batches, row_schema
 from doge_lm.errors import UserError
 
 Indices = npt.NDArray[np.int64]
@@ -299,18 +299,14 @@ def unit_batches(unit: UnitFile) -> Iterator[pa.RecordBatch]:
     begin = unit.begin or 0
     end = begin + unit.rows
     rows = 0
-    try:
-        with pa.memory_map(str(unit.path)) as source:
-            for batch in pa.ipc.open_stream(source):
-                before, rows = rows, rows + batch.num_rows
-                if before >= begin and rows <= end:
-                    yield batch
-                elif (first := max(begin, before)) < (last := min(end, rows)):
-                    yield batch.slice(first - before, last - first)
-                if rows >= end and unit.begin is not None:
-                    break
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{unit.path} is not a sound arrow file: {error}; make {unit.path.parent} again") from error
+    for batch in read_batches(unit.path):
+        before, rows = rows, rows + batch.num_rows
+        if before >= begin and rows <= end:
+            yield batch
+        elif (first := max(begin, before)) < (last := min(end, rows)):
+            yield batch.slice(first - before, last - first)
+        if rows >= end and unit.begin is not None:
+            break
     if rows < end or (rows > end and unit.begin is None):
         raise UserError(f"{unit.path} holds {rows:,} rows, not {end:,}; run `doge-lm preprocess_datasets` again")
 

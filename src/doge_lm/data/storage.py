@@ -6,7 +6,7 @@ The bytes of a file depend on its rows alone, so that equal input gives equal fi
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
@@ -335,14 +335,14 @@ def flat_values(column: pa.Array) -> tuple[npt.NDArray[Any], npt.NDArray[np.int6
     return values[offsets[0] : offsets[-1]], offsets - offsets[0]
 
 
-def read_batches(path: Path) -> list[pa.RecordBatch]:
-    """The record batches of an arrow file, as memory maps: no row is read before it is asked for.
+def read_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """The record batches of an arrow file, as memory maps, one at a time: no row is read before it is asked for.
 
     Raises:
         UserError: if the file is missing or damaged.
     """
     try:
         with pa.memory_map(str(path)) as source:
-            return list(pa.ipc.open_stream(source))
+            yield from pa.ipc.open_stream(source)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a sound arrow file: {error}; make {path.parent} again") from error
