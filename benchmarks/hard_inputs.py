@@ -1,6 +1,6 @@
 """Memory and time of preparing inputs that are small on disk and large when they are unpacked.
 
-    python benchmarks/hard_inputs.py --work_dir DIR --tokenizer_path ./tokenizer [--rows 2e6] [--only NAME …]
+    python benchmarks/hard_inputs.py --work_dir DIR --tokenizer_path ./tokenizer [--rows 1e6] [--only NAME …]
 
 The inputs, each a source of its own:
 
@@ -8,7 +8,7 @@ The inputs, each a source of its own:
                    dictionary of 120 MB
     conversations  `.parquet`: 250 conversations of 2.9 MB among 400,000 short ones in one row group
     repeated       `--rows` equal lines in one `.jsonl.zst` of some KB, with `--deduplicate`
-    padded         `--rows` different short lines in one `.jsonl.zst`, each a padded sample of 8 tokens; merged too
+    padded         `--rows` different short lines in one `.jsonl.zst`, each a padded sample of 16 tokens; merged too
     packed         the same, packed into samples of 2,048 tokens; merged too
 
 Every stage is the command that a user types, with two processes. Prints a table of time and of the highest anonymous
@@ -79,7 +79,7 @@ INPUTS: dict[str, tuple[Callable[[Path, int], None], list[str], bool]] = {
     "pages": (write_pages, ["--on_error", "skip", "--max_chars", "1000"], False),
     "conversations": (write_conversations, ["--max_chars", "1000"], False),
     "repeated": (write_repeated, ["--deduplicate"], False),
-    "padded": (write_different, ["--padding", "max_length", "--max_len", "8"], True),
+    "padded": (write_different, ["--padding", "max_length", "--max_len", "16"], True),
     "packed": (write_different, [], True),
 }
 
@@ -116,18 +116,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True)
     parser.add_argument("--tokenizer_path", type=Path, required=True)
-    parser.add_argument("--rows", type=float, default=2e6, help="of the inputs of lines (default: 2e6)")
+    parser.add_argument("--rows", type=float, default=1e6, help="of the inputs of lines (default: 1e6)")
     parser.add_argument("--only", nargs="+", choices=INPUTS, default=list(INPUTS))
     args = parser.parse_args()
-    lines = ["| input | stage | time, s | main, MiB | worker, MiB | all, MiB |", "|---|---|---|---|---|---|"]
+    print("| input | stage | time, s | main, MiB | worker, MiB | all, MiB |\n|---|---|---|---|---|---|")
     highest = 0
     for name in args.only:
         for stage, measured in prepare(name, args):
             highest = max(highest, measured.peak_of_sum_bytes)
             peaks = (measured.peak("main"), measured.peak("worker"), measured.peak_of_sum_bytes)
             shown = " | ".join(f"{peak / MIB:,.0f}" for peak in peaks)
-            lines.append(f"| {name} | `{stage}` | {measured.wall_seconds:.0f} | {shown} |")
-    print("\n".join(lines))
+            print(f"| {name} | `{stage}` | {measured.wall_seconds:.0f} | {shown} |", flush=True)
     return int(highest > BOUND)
 
 
