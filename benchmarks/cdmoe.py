@@ -40,8 +40,9 @@ def bag_layer(c_Me: Tensor, weights_MHk: Tensor, experts_MHk: Tensor, down: Tens
     """The layer with PyTorch's weighted bag, which takes the place of reading (M, K, d) rows of U."""
     weights_MK, experts_MK = weights_MHk.flatten(1), experts_MHk.flatten(1)
     inner_MK = torch.einsum("me,mke->mk", c_Me, F.embedding(experts_MK, down))
-    hidden_MK = F.silu(weights_MK * inner_MK).to(up.dtype)
-    return F.embedding_bag(experts_MK, up, per_sample_weights=hidden_MK, mode="sum")
+    hidden_MK = F.silu(weights_MK * inner_MK)
+    # Its backward pass for the weights exists on CUDA in no shorter type than float32.
+    return F.embedding_bag(experts_MK, up.float(), per_sample_weights=hidden_MK.float(), mode="sum").to(up.dtype)
 
 
 def layer_of(path: str) -> Layer:
@@ -138,6 +139,7 @@ def measure_paths(
         except (ValueError, RuntimeError) as error:
             record["error"] = str(error).splitlines()[0][:120]
         found.append(record)
+        print(json.dumps(record), file=sys.stderr, flush=True)
     return found
 
 

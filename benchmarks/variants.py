@@ -146,7 +146,7 @@ class LinearValueAttn(DogeInnerFuncAttn):
 
     v_proj: nn.Linear
 
-    def inner_values(self, x_BTd: Tensor) -> Tensor:
+    def inner_values(self, x_BTd: Tensor, scores_BTn: Tensor) -> Tensor:
         """(B, T, d) to (B, T, d)."""
         return self.v_proj(x_BTd)
 
@@ -154,7 +154,7 @@ class LinearValueAttn(DogeInnerFuncAttn):
 class LinearInnerValueAttn(LinearValueAttn):
     """v = (W_v x) ⊙ E[argmax s]: the published value, of mixed features."""
 
-    def inner_values(self, x_BTd: Tensor) -> Tensor:
+    def inner_values(self, x_BTd: Tensor, scores_BTn: Tensor) -> Tensor:
         """(B, T, d) to (B, T, d)."""
         return self.v_proj(x_BTd) * self.gains(x_BTd)
 

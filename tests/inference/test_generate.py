@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from doge_lm import DogeConfig, DogeForCausalLM
 from doge_lm.cli import main
@@ -65,6 +66,30 @@ def test_streamed_and_whole_text_are_the_same(model_dir: Path, capsys: pytest.Ca
     _, whole, _ = run(capsys, *options, "--no_stream")
     assert streamed == whole
     assert streamed.startswith("你好")
+
+
+def test_several_texts_are_continued_as_each_alone(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--max_new_tokens", "7", "--temperature", "0", "--device", "cpu")
+    texts = ("Once upon", "床前明月光", "x")
+    status, together, _ = run(capsys, str(model_dir), *texts, *options)
+    assert status == 0
+    assert together == "".join(run(capsys, str(model_dir), text, *options)[1] for text in texts)
+
+
+def test_a_model_of_transformers_is_continued_too(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied(model_dir, tmp_path)
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config.vocab_size = DogeConfig().vocab_size
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    options = ("--max_new_tokens", "5", "--seed", "1")
+    status, out, err = run(capsys, str(tmp_path), "Once", "Twice", *options)
+    assert status == 0, err
+    assert out.startswith("Once")
+    assert "\nTwice" in out
+    assert run(capsys, str(tmp_path), "Once", "Twice", *options)[1] == out
 
 
 def test_a_seed_repeats_and_another_differs(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from doge_lm.model.cdmoe import cdmoe, cdmoe_route, key_table_sizes
+from doge_lm.model.cdmoe import cdmoe, cdmoe_route, folded_keys, folding_pays, key_table_sizes, product_topk
 
 from . import reference
 from .support import relative_error
@@ -398,3 +399,92 @@ def test_compiles_without_a_graph_break(path: str) -> None:
     found_grads = torch.autograd.grad(found.sum(), list(inputs.values()))
     for found_grad, expected_grad in zip(found_grads, expected_grads, strict=True):
         torch.testing.assert_close(found_grad, expected_grad, rtol=1e-10, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------- the order of the choice, and folding
+
+
+def scores_of_tables(kind: str, *sizes: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(M, H, n1) and (M, H, n2): any scores, many that are equal, all equal, or sums that are equal by rounding."""
+    m, heads, n1, n2 = sizes
+    generator = torch.Generator().manual_seed(seed)
+    first, second = (torch.randn(m, heads, n, generator=generator, dtype=torch.float64) for n in (n1, n2))
+    if kind == "rounded":
+        first, second = (first * 2).round() / 2, (second * 2).round() / 2
+    elif kind == "equal":
+        first, second = torch.zeros_like(first), torch.ones_like(second)
+    elif kind == "swallowed":  # of the second scores hardly a digit is left in a sum
+        first, second = first.round() / torch.finfo(dtype).eps, second * 4
+    return first.to(dtype), second.to(dtype)
+
+
+def best_of_all_pairs(first: Tensor, second: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs of one head sorted by sum, then the first score, i, the second score and j: experts and their sums."""
+    n1, n2 = len(first), len(second)
+    i, j = (grid.ravel() for grid in np.meshgrid(np.arange(n1), np.arange(n2), indexing="ij"))
+    first_of_pair, second_of_pair = first.numpy()[i], second.numpy()[j]
+    sums = first_of_pair + second_of_pair
+    order = np.lexsort((j, -second_of_pair, i, -first_of_pair, -sums))[:k]  # the last key sorts first
+    return (i * n2 + j)[order], sums[order]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["any", "rounded", "equal", "swallowed"])
+@pytest.mark.parametrize(
+    ("n1", "n2", "heads", "k"),
+    [(4, 4, 1, 1), (3, 5, 2, 4), (2, 3, 1, 6), (2, 3, 3, 5), (1, 6, 2, 3), (1, 6, 1, 6), (4, 7, 2, 9), (16, 32, 1, 4)],
+)
+def test_the_order_of_the_choice(n1: int, n2: int, heads: int, k: int, kind: str, dtype: torch.dtype) -> None:
+    """Of equal sums the better i comes first, then the better j; of equal scores the lower row is the better."""
+    for seed in range(3):
+        first, second = scores_of_tables(kind, 7, heads, n1, n2, seed=seed, dtype=dtype)
+        weights, experts = product_topk(first, second, k)
+        assert weights.dtype == dtype
+        for m in range(7):
+            for h in range(heads):
+                expected, sums = best_of_all_pairs(first[m, h], second[m, h], k)
+                assert experts[m, h].tolist() == expected.tolist()
+                powers = np.exp(sums.astype(np.float64) - sums[0])
+                tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+                np.testing.assert_allclose(weights[m, h].numpy(), powers / powers.sum(), rtol=tolerance, atol=tolerance)
+
+
+def test_the_choice_of_short_types_is_that_of_their_values() -> None:
+    """bfloat16 scores are added in float32, where few sums are equal that were not."""
+    first, second = scores_of_tables("any", 40, 2, 5, 7, seed=1, dtype=torch.bfloat16)
+    weights, experts = product_topk(first, second, 9)
+    expected_weights, expected = product_topk(first.float(), second.float(), 9)
+    assert weights.dtype == torch.float32
+    assert torch.equal(experts, expected)
+    assert torch.equal(weights, expected_weights)
+
+
+@pytest.mark.parametrize(("n1", "n2", "heads", "e"), [(3, 4, 2, 6), (1, 5, 1, 2), (16, 16, 1, 32), (4, 9, 3, 10)])
+def test_folded_keys_give_the_scores_of_queries(n1: int, n2: int, heads: int, e: int) -> None:
+    inputs = draw(n1, n2, heads, e, 1, tokens=11)
+    c, keys = inputs["c"], inputs["keys"]
+    weight = torch.randn(heads * e, e, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    folded = folded_keys(weight, keys, n1)
+    assert folded.shape == (heads, n1 + n2, e)
+    for h in range(heads):
+        for row in range(n1 + n2):
+            half = slice(h * e, h * e + e // 2) if row < n1 else slice(h * e + e // 2, (h + 1) * e)
+            queries = c @ weight[half].T
+            torch.testing.assert_close(c @ folded[h, row], queries @ keys[h, row], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rows", [(3, 4), (16, 16), (32, 32), (7, 40), (256, 256)], ids=str)
+@pytest.mark.parametrize("e", [6, 32, 64])
+def test_folding_pays_where_it_takes_fewer_operations(e: int, rows: tuple[int, int]) -> None:
+    """Counted as they run, for 1 token to 1,000."""
+    n1, n2 = rows
+    heads = 2
+    for tokens in (1, 5, 16, 33, 100, 1000):
+        inputs = draw(n1, n2, heads, e, 1, tokens=tokens, dtype=torch.float32)
+        c, weight = inputs["c"], torch.zeros(heads * e, e)
+        with FlopCounterMode(display=False) as by_queries:
+            cdmoe_route((c @ weight.T).unflatten(1, (heads, e)), inputs["keys"], n1, 1)
+        with FlopCounterMode(display=False) as by_folding:
+            _ = c @ folded_keys(weight, inputs["keys"], n1).flatten(0, 1).T
+        fewer = by_folding.get_total_flops() < by_queries.get_total_flops()
+        assert folding_pays(tokens, e, n1 + n2) == fewer, tokens

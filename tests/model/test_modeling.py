@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from doge_lm import DogeConfig, DogeForCausalLM, DogeModel
+from doge_lm.model import modeling_doge
 
 from . import reference
 from .support import (
@@ -730,3 +731,207 @@ def test_bfloat16_autocast() -> None:
         assert parameter.grad.dtype == torch.float32
         assert bool(torch.isfinite(parameter.grad).all()), name
         assert float(parameter.grad.abs().max()) > 0, name
+
+
+# ----------------------------------------------------------------- products put together, and the loss without logits
+
+FAR_MORE = 10**9
+
+
+def merge_always(monkeypatch: pytest.MonkeyPatch, always: bool) -> None:
+    """Take the ways that are for many tokens, or those for few, whatever the number."""
+    monkeypatch.setattr(modeling_doge, "MERGE_MIN_TOKENS", 1 if always else FAR_MORE)
+    monkeypatch.setattr(modeling_doge, "folding_pays", lambda *sizes: always)
+
+
+def outputs_and_gradients(
+    function: Callable[[], tuple[Tensor, ...]], leaves: dict[str, Tensor]
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor | None]]:
+    """What a function returns, and the gradients for directions that are drawn."""
+    outputs = function()
+    generator = torch.Generator().manual_seed(7)
+    total = sum((out * torch.randn(out.shape, generator=generator, dtype=out.dtype)).sum() for out in outputs)
+    assert isinstance(total, Tensor)
+    return outputs, dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), allow_unused=True), strict=True))
+
+
+def assert_same_outputs_and_gradients(
+    function: Callable[[], tuple[Tensor, ...]], leaves: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Tensor | None]:
+    """With products put together and apart; returns the gradients."""
+    merge_always(monkeypatch, True)
+    found, found_grads = outputs_and_gradients(function, leaves)
+    merge_always(monkeypatch, False)
+    expected, expected_grads = outputs_and_gradients(function, leaves)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    for name, grad in expected_grads.items():
+        torch.testing.assert_close(found_grads[name], grad, rtol=1e-10, atol=1e-10, msg=name)
+    return expected_grads
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("experts", [12, 35])
+def test_folded_keys_change_nothing(heads: int, experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(dtype=torch.float64, num_cdmmoe_heads=heads, num_cdmmoe_experts=experts)
+    layer = model.model.layers[0].feed_forward
+    x = torch.randn(2, 9, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    leaves = {**dict(layer.named_parameters()), "x": x}
+    grads = assert_same_outputs_and_gradients(lambda: (layer(x),), leaves, monkeypatch)
+    for name in ("queries.weight", "keys", "x"):
+        grad = grads[name]
+        assert grad is not None
+        assert float(grad.norm()) > 1e-3, name
+
+
+def test_keys_are_folded_where_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """15 tokens, e = 14: 13 rows of keys need no queries (15·13 + 13·7 < 15·(14 + 6.5)), but for 15 rows these pay."""
+    queried: list[int] = []
+    original = modeling_doge.cdmoe_route
+
+    def spy(queries: Tensor, keys: Tensor, n1: int, k: int) -> tuple[Tensor, Tensor]:
+        queried.append(keys.shape[1])
+        return original(queries, keys, n1, k)
+
+    monkeypatch.setattr(modeling_doge, "cdmoe_route", spy)
+    c = torch.randn(15, 14, generator=torch.Generator().manual_seed(0))
+    for experts in (42, 56):
+        tiny_model(num_cdmmoe_experts=experts).model.layers[0].feed_forward.route(c)
+    assert queried == [15]
+
+
+@pytest.mark.parametrize(("d", "values"), [(24, 1), (24, 3), (24, 8), (24, 13), (24, 16), (30, 4), (30, 8)])
+def test_merged_projections_are_the_separate_ones(d: int, values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = tiny_model(dtype=torch.float64, hidden_size=d, num_inner_values=values).model.layers[0].attn
+    x = torch.randn(2, 9, d, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    names = ("q_proj.weight", "k_proj.weight", "v_queries.weight", "v_keys")
+    leaves = {name: attention.get_parameter(name) for name in names} | {"x": x}
+    assert [out.shape[-1] for out in attention.projections(x)] == [d, d, values]
+    grads = assert_same_outputs_and_gradients(lambda: attention.projections(x), leaves, monkeypatch)
+    assert all(grad is not None and float(grad.norm()) > 1e-3 for grad in grads.values())
+
+
+def test_few_tokens_and_biases_keep_the_projections_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1, modeling_doge.MERGE_MIN_TOKENS, 24)
+    plain, biased = (tiny_model(hidden_bias=bias).model.layers[0].attn for bias in (False, True))
+    assert plain.merges(x)
+    assert not plain.merges(x[:, 1:])
+    assert not biased.merges(x)
+
+
+class Adapted(torch.nn.Linear):
+    """As LoRA: more than the product with its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + input.roll(1, -1) @ self.weight.t().roll(1, 1)
+
+
+class Packed(Tensor):
+    """As the weights of quantized modules: what it holds is not what it stands for, which only `linear` knows."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear:
+            with torch._C.DisableTorchFunctionSubclass():
+                x, weight, *bias = (arg.as_subclass(Tensor) if isinstance(arg, Tensor) else arg for arg in args)
+                return torch.nn.functional.linear(x, weight.roll(1, 0), *bias)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def no_longer_plain(linear: torch.nn.Linear, kind: str) -> torch.nn.Linear:
+    """A linear module with something besides its matrix, which changes its output much."""
+    if kind == "adapter":
+        linear.__class__ = Adapted
+    elif kind == "bias":
+        bias = torch.randn(linear.out_features, generator=torch.Generator().manual_seed(3), dtype=linear.weight.dtype)
+        linear.bias = torch.nn.Parameter(3 * bias)
+    elif kind == "hook":
+        linear.register_forward_hook(lambda module, args, out: out.roll(1, -1))
+    elif kind == "hook before":
+        linear.register_forward_pre_hook(lambda module, args: args[0].roll(1, -1))
+    elif kind == "packed weight":
+        linear.weight = torch.nn.Parameter(linear.weight.detach().clone().as_subclass(Packed))
+    elif kind == "replaced forward":
+        forward = linear.forward
+        linear.forward = lambda input: forward(input).roll(1, -1)  # type: ignore[method-assign]
+    elif kind == "parametrization":
+        torch.nn.utils.parametrizations.orthogonal(linear)
+    return linear
+
+
+@pytest.mark.parametrize(
+    "kind", ["adapter", "bias", "hook", "hook before", "packed weight", "replaced forward", "parametrization"]
+)
+@pytest.mark.parametrize(
+    "name", ["lm_head", *(f"model.layers.0.{name}" for name in
+                          ("feed_forward.queries", "attn.q_proj", "attn.k_proj", "attn.v_queries"))],
+)  # fmt: skip
+def test_a_module_that_is_more_than_its_matrix_is_called(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters, hooks and quantized weights act as they do where nothing is put together."""
+    ids = random_ids(2, 9)
+    model = tiny_model(dtype=torch.float64)
+    merge_always(monkeypatch, False)
+    before = model(ids, labels=ids).loss
+    changed = no_longer_plain(model.get_submodule(name), kind)
+    assert not modeling_doge.is_plain(changed)
+    expected = model(ids, labels=ids).loss
+    assert abs(float((expected - before).detach())) > 1e-4, "the change must show"
+    merge_always(monkeypatch, True)
+    found = model(ids, labels=ids, skip_logits=True).loss
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("items", [None, 7, torch.tensor(7)], ids=["none", "int", "tensor"])
+def test_the_loss_without_logits_is_the_ordinary_one(items: int | Tensor | None, tied: bool) -> None:
+    """And so are all gradients; a weight that is embedding and head gets both of its parts."""
+    model = tiny_model(dtype=torch.float64, tie_word_embeddings=tied).train()
+    assert (model.lm_head.weight is model.model.word_embed.weight) == tied
+    ids = random_ids(2, 10)
+    labels = ids.clone()
+    labels[0, :6] = labels[1, 4] = -100
+    kwargs: dict[str, Any] = {} if items is None else {"num_items_in_batch": items}
+    parameters = dict(model.named_parameters())
+    found = model(ids, labels=labels, skip_logits=True, **kwargs)
+    assert found.logits is None
+    assert found.loss.dtype == torch.float64
+    found_grads = torch.autograd.grad(found.loss, list(parameters.values()))
+    # transformers takes the loss in float32
+    loss = torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    targets = int((labels[:, 1:] != -100).sum())
+    expected = loss if items is None else loss * targets / 7
+    torch.testing.assert_close(found.loss, expected, rtol=1e-10, atol=1e-10)
+    ordinary = model(ids, labels=labels, **kwargs)
+    torch.testing.assert_close(ordinary.loss.double(), expected, rtol=1e-6, atol=1e-6)
+    for name, one, other in zip(
+        parameters, found_grads, torch.autograd.grad(expected, list(parameters.values())), strict=True
+    ):
+        assert float(other.norm()) > 0, name
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_logits_are_skipped_only_where_there_is_a_loss() -> None:
+    model = tiny_model()
+    ids = random_ids(2, 7)
+    with torch.no_grad():
+        ordinary = model(ids, labels=ids)
+        torch.testing.assert_close(model(ids, skip_logits=True).logits, ordinary.logits)
+        torch.testing.assert_close(model(ids, skip_logits=True, logits_to_keep=1).logits, ordinary.logits[:, -1:])
+        (loss, *_) = model(ids, labels=ids, skip_logits=True, return_dict=False, use_cache=False)
+    torch.testing.assert_close(loss, ordinary.loss)
+
+
+def test_all_fast_ways_together_train_as_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradients of the whole model, compiled as well, with products put together and without logits."""
+    model = tiny_model(dtype=torch.float64).train()
+    ids = random_ids(2, 10)
+    parameters = list(model.parameters())
+    merge_always(monkeypatch, False)
+    expected = torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    expected_grads = torch.autograd.grad(expected, parameters)
+    merge_always(monkeypatch, True)
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        loss = run(ids, labels=ids, skip_logits=True, use_cache=False).loss
+        torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+        for one, other in zip(torch.autograd.grad(loss, parameters), expected_grads, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

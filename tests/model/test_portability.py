@@ -91,7 +91,17 @@ def test_checkpoint_carries_its_code(checkpoint: tuple[Path, Path]) -> None:
         "AutoModel": "modeling_doge.DogeModel",
         "AutoModelForCausalLM": "modeling_doge.DogeForCausalLM",
     }
-    for name in ("configuration_doge.py", "modeling_doge.py", "cdmoe.py", "cdmoe_triton.py"):
+    modules = [
+        "configuration_doge",
+        "modeling_doge",
+        "cdmoe",
+        "cdmoe_triton",
+        "routing_triton",
+        "inner_value_triton",
+        "rotation_triton",
+    ]
+    modules += ["triton_operator", "document_attention", "linear_cross_entropy", "linear_cross_entropy_triton"]
+    for name in (f"{module}.py" for module in modules):
         text = (folder / name).read_text(encoding="utf-8")
         assert "doge_lm" not in [
             line.split()[1].split(".")[0] for line in text.splitlines() if line.startswith(("import ", "from "))

@@ -1,19 +1,20 @@
-"""`doge-lm generate MODEL "text"`: continue a text with a trained model."""
+"""`doge-lm generate MODEL "text" ["text" …]`: continue texts with a trained model."""
 
 import argparse
 import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from .. import model as _registered  # noqa: F401  (registers doge_ifa with the Auto classes)
 from ..data.tokenizer import StreamDecoder, encode_text, load_tokenizer
 from ..errors import UserError
+from ..model import DogeForCausalLM  # importing it registers doge_ifa with the Auto classes
+from .decoding import Decoder, Sampling
 
 # Logits over less than this overflow; 0 is greedy.
 MIN_TEMPERATURE = 0.01
@@ -22,7 +23,13 @@ MIN_TEMPERATURE = 0.01
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `doge-lm generate`."""
     parser.add_argument("model", type=Path, metavar="MODEL", help="directory of a trained model")
-    parser.add_argument("text", help="the beginning to continue; - reads it from standard input")
+    parser.add_argument(
+        "texts",
+        nargs="+",
+        metavar="text",
+        help="the beginning to continue, - reads it from standard input; several are continued at once, each printed "
+        "when all are whole",
+    )
     parser.add_argument("--max_new_tokens", type=int, default=128, help="stop after so many tokens (default 128)")
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0 always takes the likeliest token (default 0.8)"
@@ -34,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetition_penalty", type=float, default=1.1, help="1.0 does nothing (default 1.1)")
     parser.add_argument("--seed", type=int, default=None, help="make sampling repeatable")
     parser.add_argument("--no_stream", action="store_true", help="print the text when it is whole, not as it grows")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the decoding step first: half a minute or more, made up for by many thousand tokens",
+    )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps, …")
     parser.add_argument(
         "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: as the checkpoint"
@@ -46,18 +58,16 @@ def run(args: argparse.Namespace) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A redirected Windows console has a code page that lacks Chinese.
         sys.stdout.reconfigure(encoding="utf-8")
-    text = read_text(args.text)
+    texts = [read_text(text) for text in args.texts]
     device = pick_device(args.device)
     logging.disable_progress_bar()  # the output is the text
     model = load_model(args.model, device, args.dtype)
-    if args.seed is not None:
-        torch.manual_seed(args.seed)
-    generate(model, args.model, text, settings, stream=not args.no_stream)
+    generate(model, args.model, texts, settings, stream=not args.no_stream, compiled=args.compile)
     return 0
 
 
-def generation_settings(args: argparse.Namespace) -> GenerationConfig:
-    """The flags as transformers' GenerationConfig.
+def generation_settings(args: argparse.Namespace) -> Sampling:
+    """The flags that say how tokens are chosen.
 
     Raises:
         UserError: for a value out of range.
@@ -76,13 +86,7 @@ def generation_settings(args: argparse.Namespace) -> GenerationConfig:
     for name, (holds, wanted) in ranges.items():
         if not holds:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be {wanted}")
-    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    return GenerationConfig(
-        max_new_tokens=args.max_new_tokens,
-        repetition_penalty=args.repetition_penalty,
-        do_sample=args.temperature > 0,
-        **(sampling if args.temperature > 0 else {}),
-    )
+    return Sampling(**{name: getattr(args, name) for name in ranges})
 
 
 def read_text(argument: str) -> str:
@@ -139,55 +143,82 @@ def load_model(path: Path, device: torch.device, dtype: str = "auto") -> PreTrai
     return model.to(device).eval()
 
 
-class Printer(BaseStreamer):
-    """Prints the text as its ids come, the prompt first, and keeps it."""
-
-    def __init__(self, decoder: StreamDecoder, show: bool):
-        self._decoder, self._show = decoder, show
-        self.text = ""
-
-    def put(self, value: torch.Tensor) -> None:
-        """Take the next ids, (T,) or (1, T); `transformers` puts the prompt first."""
-        self._take("".join(self._decoder.put(index) for index in value.flatten().tolist()))
-
-    def end(self) -> None:
-        """The last id has come."""
-        self._take(self._decoder.end() + "\n")
-
-    def _take(self, text: str) -> None:
-        self.text += text
-        if self._show:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-
-
 def generate(
-    model: PreTrainedModel, tokenizer_path: Path, text: str, settings: GenerationConfig, stream: bool = True
-) -> str:
-    """Continue `text`, print it as it grows (`stream`) or whole, and return prompt and continuation.
+    model: PreTrainedModel,
+    tokenizer_path: Path,
+    texts: Sequence[str],
+    settings: Sampling,
+    stream: bool = True,
+    compiled: bool = False,
+) -> list[str]:
+    """Continue texts, print each with its continuation, one after the other, and return them.
+
+    A single text is printed as it grows (`stream`).
 
     Raises:
-        UserError: if the text is longer than the model's positions.
+        UserError: if a text is longer than the model's positions.
     """
     tokenizer = load_tokenizer(tokenizer_path)
-    prompt = [tokenizer.bos_token_id, *encode_text(tokenizer, text)]
-    limit = model.config.max_position_embeddings
-    if len(prompt) + settings.max_new_tokens > limit:
+    prompts = [[tokenizer.bos_token_id, *encode_text(tokenizer, text)] for text in texts]
+    longest, limit = max(map(len, prompts)), model.config.max_position_embeddings
+    if longest + settings.max_new_tokens > limit:
         raise UserError(
-            f"the text has {len(prompt)} tokens; with --max_new_tokens {settings.max_new_tokens} that is more than "
+            f"the text has {longest} tokens; with --max_new_tokens {settings.max_new_tokens} that is more than "
             f"the {limit} positions of the model"
         )
-    settings.bos_token_id, settings.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
-    settings.eos_token_id = tokenizer.eos_token_id
-    input_ids = torch.tensor([prompt], device=model.device)
-    printer = Printer(StreamDecoder(tokenizer), show=stream)
-    with torch.inference_mode():
-        model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            generation_config=settings,
-            streamer=printer,
-        )
-    if not stream:
-        sys.stdout.write(printer.text)
-    return printer.text
+    end = tokenizer.eos_token_id
+    if not isinstance(model, DogeForCausalLM):
+        rows = _continue_by_transformers(model, prompts, settings, end)
+    elif stream and len(prompts) == 1:
+        return [_stream(Decoder(model, compiled=compiled), tokenizer, prompts[0], settings)]
+    else:
+        rows = Decoder(model, compiled=compiled).generate(prompts, settings, eos_token_id=end)
+    whole = [_spell(tokenizer, prompt + row) for prompt, row in zip(prompts, rows, strict=True)]
+    sys.stdout.write("".join(whole))
+    return whole
+
+
+def _stream(decoder: Decoder, tokenizer: PreTrainedTokenizerFast, prompt: list[int], settings: Sampling) -> str:
+    """Continue one prompt, print the text as it grows, and return it."""
+    spelling, parts = StreamDecoder(tokenizer), []
+
+    def show(text: str) -> None:
+        parts.append(text)
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    show("".join(map(spelling.put, prompt)))
+    decoder.generate(
+        [prompt], settings, eos_token_id=tokenizer.eos_token_id, on_tokens=lambda new: show(spelling.put(new[0]))
+    )
+    show(spelling.end() + "\n")
+    return "".join(parts)
+
+
+def _spell(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    spelling = StreamDecoder(tokenizer)
+    return "".join(map(spelling.put, ids)) + spelling.end() + "\n"
+
+
+def _continue_by_transformers(
+    model: PreTrainedModel, prompts: list[list[int]], settings: Sampling, end: int
+) -> list[list[int]]:
+    """The new ids of each prompt from a model of another kind, whose cache or attention `Decoder` may not fit."""
+    sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+    config = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        repetition_penalty=settings.repetition_penalty,
+        do_sample=settings.temperature > 0,
+        eos_token_id=end,
+        pad_token_id=end,
+        **(sampling if settings.temperature > 0 else {}),
+    )
+    if settings.seed is not None:
+        torch.manual_seed(settings.seed)
+    rows = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=model.device)
+        with torch.inference_mode():
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        rows.append(out[0, len(prompt) :].tolist())
+    return rows

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 try:
-    from .cdmoe_triton import experts_output, is_usable
+    from .cdmoe_triton import experts_output, is_usable, pick, spread
+    from .routing_triton import product_topk as fused_product_topk
 except ImportError:  # Triton comes with PyTorch for CUDA; there is none for some machines
 
     def is_usable(x: Tensor) -> bool:
@@ -31,9 +32,13 @@ Activation = Callable[[Tensor], Tensor]
 
 PATHS = ("auto", "gather", "dense", "sparse")
 
-# Where "auto" stops computing all N experts for every token. The two matrix products of the dense path cost
-# 2·M·N·(e + d) operations each way; the others read and, in the backward pass, add up 2·M·K rows.
+# Where "auto" stops computing all N experts for every token, whatever K is. The two matrix products of the dense path
+# cost 2·M·N·(e + d) operations each way; the others read and, in the backward pass, add up 2·M·K rows.
 DENSE_MAX_EXPERTS = 2048
+# Where the sparse path runs, the dense one is chosen up to so many experts for each of a token's K. On an H100, 16,384
+# tokens, d = e = 1,024, K = 32, forward and backward: dense takes 1.3 ms at N = 1,024, 1.5 at 4,096, 5.0 at 16,384;
+# sparse 2.7 at 1,024 and 2.8 at 65,536; so they meet near 8,192 (benchmarks/cdmoe.py; docs/speed.md).
+DENSE_MAX_EXPERTS_FOR_ONE = 256
 # With fewer tokens than this (decoding), the dense path would read all N rows to use K of them a token.
 DENSE_MIN_TOKENS = 32
 
@@ -48,8 +53,7 @@ def cdmoe_route(queries_MHe: Tensor, keys: Tensor, n1: int, k: int) -> tuple[Ten
     """Choose the k best of the N = n1·n2 experts for each token and head, exactly (product keys).
 
     The score of expert (i, j) is the sum of two: the query's first half with row i of the first key table and its
-    second half with row j of the second. An expert among the k best has its i among the k best of the first table
-    and its j among the k best of the second, so k·k sums are enough.
+    second half with row j of the second.
 
     Args:
         queries_MHe: (M, H, e).
@@ -58,21 +62,68 @@ def cdmoe_route(queries_MHe: Tensor, keys: Tensor, n1: int, k: int) -> tuple[Ten
         k: experts to choose, at most n1·n2.
 
     Returns:
-        weights (M, H, k): softmax of the chosen scores, in float32 or better, the best first;
+        What `product_topk` returns.
+    """
+    first_MHe, second_MHe = queries_MHe.chunk(2, dim=-1)
+    first_MHn = torch.einsum("mhe,hne->mhn", first_MHe, keys[:, :n1])
+    second_MHn = torch.einsum("mhe,hne->mhn", second_MHe, keys[:, n1:])
+    return product_topk(first_MHn, second_MHn, k)
+
+
+def folded_keys(query_weight: Tensor, keys: Tensor, n1: int) -> Tensor:
+    """The keys as they meet c itself: (W_q c)·key = c·(W_qᵀ key), since nothing lies between W_q and the keys.
+
+    With these, many tokens need no queries: H·(n1 + n2) columns in place of H·e, then H·(n1 + n2) of half the length.
+
+    Args:
+        query_weight: W_q, (H·e, e), the first half of a head's rows for the first table.
+        keys: (H, n1 + n2, e/2).
+        n1: rows of the first table.
+
+    Returns:
+        (H, n1 + n2, e).
+    """
+    first_Hae, second_Hae = query_weight.unflatten(0, (keys.shape[0], 2, -1)).unbind(1)
+    return torch.cat((keys[:, :n1] @ first_Hae, keys[:, n1:] @ second_Hae), dim=1)
+
+
+def folding_pays(tokens: int, expert_size: int, key_rows: int) -> bool:
+    """Whether `folded_keys` and its products take fewer operations than queries do, for n1 + n2 key rows."""
+    return tokens * key_rows + key_rows * expert_size / 2 < tokens * (expert_size + key_rows / 2)
+
+
+def product_topk(first_MHn: Tensor, second_MHn: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k pairs of a row of each table with the highest sums of scores, exactly.
+
+    A pair among the k best has its i among the k best of the first table and its j among the k best of the second, so
+    k·k sums are enough. Of equal sums, that with the better i comes first, then that with the better j, where of equal
+    scores the lower row is the better: the same on every device and by every path.
+
+    Args:
+        first_MHn, second_MHn: (M, H, n1) and (M, H, n2), the scores of each table's rows.
+        k: pairs to choose, at most n1·n2.
+
+    Returns:
+        weights (M, H, k): softmax of the chosen sums, in float32 or better, the best first;
         experts (M, H, k): int64, expert (i, j) as i·n2 + j.
     """
-    n2 = keys.shape[1] - n1
-    first_MHe, second_MHe = queries_MHe.chunk(2, dim=-1)
-    score_type = torch.promote_types(queries_MHe.dtype, torch.float32)
-    first_MHn = torch.einsum("mhe,hne->mhn", first_MHe, keys[:, :n1]).to(score_type)
-    second_MHn = torch.einsum("mhe,hne->mhn", second_MHe, keys[:, n1:]).to(score_type)
-    best_first, i = first_MHn.topk(min(k, n1), dim=-1)
-    best_second, j = second_MHn.topk(min(k, n2), dim=-1)
+    if first_MHn.is_cuda and is_usable(first_MHn):
+        return fused_product_topk(first_MHn, second_MHn, k)
+    n1, n2 = first_MHn.shape[-1], second_MHn.shape[-1]
+    score_type = torch.promote_types(first_MHn.dtype, torch.float32)
+    best_first, i = _first_of_sorted(first_MHn.to(score_type), min(k, n1))
+    best_second, j = _first_of_sorted(second_MHn.to(score_type), min(k, n2))
     sums = (best_first.unsqueeze(-1) + best_second.unsqueeze(-2)).flatten(-2)
-    scores, pair = sums.topk(k, dim=-1)
+    scores, pair = _first_of_sorted(sums, k)
     width = best_second.shape[-1]
     experts = i.gather(-1, pair // width) * n2 + j.gather(-1, pair % width)
     return scores.softmax(dim=-1), experts
+
+
+def _first_of_sorted(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k highest and their places, of equals the first: `topk` promises no order among these."""
+    values, places = scores.sort(dim=-1, descending=True, stable=True)
+    return values[..., :k], places[..., :k]
 
 
 def cdmoe(
@@ -92,8 +143,7 @@ def cdmoe(
         down_embed: D, (N, e).
         up_embed: U, (N, d).
         act: σ.
-        path: "gather", "dense", "sparse" (which needs Triton and a GPU), or "auto" to choose by size among the
-            first two, as long as the third is not measured.
+        path: "gather", "dense", "sparse" (which needs Triton and a GPU), or "auto" to choose by size.
 
     Returns:
         (M, d), in the type of the matrix products (that of autocast, or of the arguments).
@@ -104,14 +154,18 @@ def cdmoe(
     if path not in PATHS:
         raise ValueError(f"path is {path!r}; it must be one of {', '.join(PATHS)}")
     if path == "auto":
-        path = _fastest(c_Me, num_experts=down_embed.shape[0])
+        path = _fastest(c_Me, down_embed.shape[0], weights_MHk.shape[1:].numel())
     weights_MK, experts_MK = weights_MHk.flatten(1), experts_MHk.flatten(1)
     return _PATHS[path](c_Me, weights_MK, experts_MK, down_embed, up_embed, act)
 
 
-def _fastest(c_Me: Tensor, num_experts: int) -> str:
-    dense = num_experts <= DENSE_MAX_EXPERTS and c_Me.shape[0] >= DENSE_MIN_TOKENS
-    return "dense" if dense else "gather"
+def _fastest(c_Me: Tensor, num_experts: int, chosen: int) -> str:
+    """The path for M tokens that take K = `chosen` of N = `num_experts` each."""
+    if c_Me.shape[0] < DENSE_MIN_TOKENS:
+        return "gather"
+    sparse = c_Me.is_cuda and is_usable(c_Me)
+    most = max(DENSE_MAX_EXPERTS, DENSE_MAX_EXPERTS_FOR_ONE * chosen) if sparse else DENSE_MAX_EXPERTS
+    return "dense" if num_experts <= most else "sparse" if sparse else "gather"
 
 
 def _gather(
@@ -134,6 +188,9 @@ def _dense(
     the backward pass of `_gather` slow. An expert that two heads of a token choose is added up, hence scatter_add.
     """
     inner_MN = F.linear(c_Me, down_embed)
+    if inner_MN.is_cuda and is_usable(inner_MN):
+        hidden_MK = act(weights_MK * pick(inner_MN, experts_MK))
+        return F.linear(spread(hidden_MK, experts_MK, inner_MN.shape[1], inner_MN.dtype), up_embed.t())
     hidden_MK = act(weights_MK * inner_MN.gather(1, experts_MK))
     hidden_MN = torch.zeros_like(inner_MN).scatter_add(1, experts_MK, hidden_MK.to(inner_MN.dtype))
     return F.linear(hidden_MN, up_embed.t())

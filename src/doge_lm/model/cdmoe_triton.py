@@ -6,15 +6,22 @@ The experts come down to three products with a table of rows that is indexed, ea
     bag       Y[m]    = Σ_k W[m, k] T[x[m, k]]                                   (M, K), (N, F) -> (M, F)
     scatter   G[n]    = Σ W[m, k] A[m]  over all (m, k) with x[m, k] = n         (M, K), (M, F) -> (N, F)
 
+Where all experts are scored, `pick` and `spread` take the chosen out of the scores and put them back among zeros.
+
 `dots` with D and `bag` with U make the layer; what lies between them, the weights and the activation of M·K numbers,
-is left to PyTorch. In `scatter` no two programs add to one row: the assignments are sorted by row and cut into chunks
-of equal length, so a row that many tokens take costs no more than others. Where a chunk cuts the run of a row, the
-parts are added up in order by a second kernel. So the result is the same every time.
+is left to PyTorch. The backward pass of `bag` is a `dots` and a `scatter` that read the same rows: one kernel.
+
+The rows that are gathered are many times what the tables hold, so what counts is that they come from the second-level
+cache: programs work through all tokens for one slice of the features before the next slice (`_width`).
+
+In `scatter` no two programs add to one row: the assignments are sorted by row and cut into chunks of equal length, so a
+row that many tokens take costs no more than others. Where a chunk cuts the run of a row, a second kernel adds up the
+parts in order. So the result is the same every time.
 
 Shapes, the one legend of this file; a tensor's name ends in its shape where it helps:
 
     M  tokens              N  rows of the table        A  assignments, M·K
-    K  rows of a token     F  features
+    K  rows of a token     F  features                 s  slices of the features
 """
 
 from collections.abc import Callable
@@ -25,82 +32,118 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_INTERPRETED = bool(triton.knobs.runtime.interpret)  # as the kernels are decorated
+from .triton_operator import INTERPRETED, by_rows, launcher, operator
 
-CHUNK = 64
-"""Assignments that one program of `scatter` sums: a matrix product with as many rows."""
+CHUNK = 32
+"""Assignments that one program of `scatter` sums."""
+
+_NARROWEST = 128  # features, or too little is read of a row at a time
+_WIDEST = 512  # features of a program, which is one warp: 16 numbers a lane
+_UNROLLED = 8  # rows whose loads are under way at a time
+_JOINED = 16  # parts of a run that are added up at a time
+_SPREAD_CELLS = 4096
+# Of a second-level cache of 50 MB (H100), what a slice of the table may take.
+_CACHE_BYTES = 32 * 2**20
 
 
 @triton.jit
 def _dots_kernel(
-    rows_ptr, table_ptr, index_ptr, out_ptr, K, F, row_stride, table_stride, BK: tl.constexpr, BF: tl.constexpr
+    rows_ptr, table_ptr, index_ptr, out_ptr, A, K, F, row_stride, table_stride,
+    U: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
-    """BK products of one token."""
+    """The K products of one token over one slice of the features."""
     m = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * BK + tl.arange(0, BK)
-    index = tl.load(index_ptr + m * K + k, mask=k < K, other=0).to(tl.int64)
-    sums = tl.zeros((BK,), tl.float32)
-    for begin in range(0, F, BF):
-        f = begin + tl.arange(0, BF)
-        row = tl.load(rows_ptr + m * row_stride + f, mask=f < F, other=0.0).to(tl.float32)
-        mask = (k < K)[:, None] & (f < F)[None, :]
-        tile = tl.load(table_ptr + index[:, None] * table_stride + f[None, :], mask=mask, other=0.0)
-        sums += tl.sum(tile.to(tl.float32) * row[None, :], axis=1)
-    tl.store(out_ptr + m * K + k, sums, mask=k < K)
+    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    row = tl.load(rows_ptr + m * row_stride + f, mask=f < F, other=0.0).to(tl.float32)
+    out_ptr += tl.program_id(1).to(tl.int64) * A + m * K
+    lane = tl.arange(0, U)
+    for begin in range(0, K, U):
+        products = tl.zeros((U,), tl.float32)
+        for u in tl.static_range(U):
+            k = begin + u
+            index = tl.load(index_ptr + m * K + k, mask=k < K, other=0).to(tl.int64)
+            taken = tl.load(table_ptr + index * table_stride + f, mask=(f < F) & (k < K), other=0.0).to(tl.float32)
+            products = tl.where(lane == u, tl.sum(row * taken, axis=0), products)
+        tl.store(out_ptr + begin + lane, products, mask=begin + lane < K)
 
 
 @triton.jit
-def _bag_kernel(weights_ptr, table_ptr, index_ptr, out_ptr, K, F, table_stride, BK: tl.constexpr, BF: tl.constexpr):
+def _bag_kernel(
+    weights_ptr, table_ptr, index_ptr, out_ptr, K, F, table_stride, U: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
     """BF features of one token."""
     m = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BF + tl.arange(0, BF)
     sums = tl.zeros((BF,), tl.float32)
-    for begin in range(0, K, BK):
-        k = begin + tl.arange(0, BK)
-        index = tl.load(index_ptr + m * K + k, mask=k < K, other=0).to(tl.int64)
-        weight = tl.load(weights_ptr + m * K + k, mask=k < K, other=0.0).to(tl.float32)
-        mask = (k < K)[:, None] & (f < F)[None, :]
-        tile = tl.load(table_ptr + index[:, None] * table_stride + f[None, :], mask=mask, other=0.0)
-        sums += tl.sum(tile.to(tl.float32) * weight[:, None], axis=0)
+    for begin in range(0, K, U):
+        for u in tl.static_range(U):
+            k = begin + u
+            index = tl.load(index_ptr + m * K + k, mask=k < K, other=0).to(tl.int64)
+            weight = tl.load(weights_ptr + m * K + k, mask=k < K, other=0.0).to(tl.float32)
+            taken = tl.load(table_ptr + index * table_stride + f, mask=(f < F) & (k < K), other=0.0)
+            sums += weight * taken.to(tl.float32)
     tl.store(out_ptr + m * F + f, sums.to(out_ptr.dtype.element_ty), mask=f < F)
 
 
 @triton.jit
 def _scatter_kernel(
-    weights_ptr, rows_ptr, keys_ptr, order_ptr, out_ptr, partial_ptr, A, K, F, row_stride,
-    CHUNK: tl.constexpr, BF: tl.constexpr, PRECISION: tl.constexpr,
+    weights_ptr, rows_ptr, keys_ptr, order_ptr, out_ptr, partial_ptr, table_ptr, dots_ptr, A, K, F,
+    row_stride, table_stride,
+    CHUNK: tl.constexpr, U: tl.constexpr, BF: tl.constexpr, DOTS: tl.constexpr,
 ):  # fmt: skip
-    """BF features of the sums of one chunk, run by run: a (runs, CHUNK) matrix of weights times the chunk's rows."""
+    """BF features of the sums of one chunk, run by run.
+
+    A run that lies within the chunk is written to its row of the table. Of one that goes on before or beyond the chunk,
+    which only the first and the last can, a part is left for `_join_kernel`. With DOTS, also these rows' products with
+    the rows of the table that they are assigned to.
+    """
     chunk = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BF + tl.arange(0, BF)
-    lane = tl.arange(0, CHUNK)
-    i = chunk * CHUNK + lane
-    key = tl.load(keys_ptr + i, mask=i < A, other=-1)
-    before = tl.load(keys_ptr + i - 1, mask=(i > 0) & (i < A), other=-1)
-    after = tl.load(keys_ptr + i + 1, mask=i + 1 < A, other=-1)
-    run = tl.cumsum(((lane > 0) & (key != before) & (i < A)).to(tl.int32), axis=0)
-
-    assignment = tl.load(order_ptr + i, mask=i < A, other=0).to(tl.int64)
-    weight = tl.load(weights_ptr + assignment, mask=i < A, other=0.0).to(tl.float32)
-    mask = (i < A)[:, None] & (f < F)[None, :]
-    rows = tl.load(rows_ptr + (assignment // K)[:, None] * row_stride + f[None, :], mask=mask, other=0.0)
-    member = (run[None, :] == lane[:, None]) & (i < A)[None, :]
-    sums = tl.dot(tl.where(member, weight[None, :], 0.0), rows.to(tl.float32), input_precision=PRECISION)
-
-    # Of each run: its row of the table, and whether it goes on beyond the chunk on either side.
-    row = tl.max(tl.where(member, key[None, :], -1), axis=1).to(tl.int64)
-    cut = ((lane == 0) & (key == before)) | ((lane == CHUNK - 1) & (key == after))
-    is_cut = tl.max((member & cut[None, :]).to(tl.int32), axis=1) > 0
-    there = (row >= 0)[:, None] & (f < F)[None, :]
-    whole = there & (is_cut == 0)[:, None]
-    tl.store(out_ptr + row[:, None] * F + f[None, :], sums.to(out_ptr.dtype.element_ty), mask=whole)
-    # Only the first and the last run of a chunk can be cut.
-    place = 2 * chunk + tl.minimum(lane, 1)
-    tl.store(partial_ptr + place[:, None] * F + f[None, :], sums, mask=there & is_cut[:, None])
+    start = chunk * CHUNK
+    key = tl.load(keys_ptr + start)
+    went_on = key == tl.load(keys_ptr + start - 1, mask=chunk > 0, other=-1)
+    is_first = chunk >= 0  # true: this run is the chunk's first
+    sums = tl.zeros((BF,), tl.float32)
+    for begin in range(0, CHUNK, U):
+        # All U rows are on their way before the first is used: no load may pass a store.
+        rows = ()
+        for u in tl.static_range(U):
+            i = start + begin + u
+            assignment = tl.load(order_ptr + i, mask=i < A, other=0).to(tl.int64)
+            weight = tl.load(weights_ptr + assignment, mask=i < A, other=0.0).to(tl.float32)
+            at = assignment // K * row_stride + f
+            row = tl.load(rows_ptr + at, mask=(f < F) & (i < A), other=0.0)
+            rows = rows + ((assignment, weight, row),)  # type: ignore[assignment]  # noqa: RUF005  (Triton knows no unpacking)
+        for u in tl.static_range(U):
+            i = start + begin + u
+            there = i < A
+            assignment, weight, taken_row = rows[u]  # type: ignore[var-annotated]
+            row = taken_row.to(tl.float32)
+            after = tl.load(keys_ptr + i + 1, mask=i + 1 < A, other=-1)
+            if DOTS:
+                at = key.to(tl.int64) * table_stride + f
+                taken = tl.load(table_ptr + at, mask=(f < F) & there, other=0.0).to(tl.float32)
+                to = tl.program_id(1).to(tl.int64) * A + assignment
+                tl.store(dots_ptr + to, tl.sum(row * taken, axis=0), mask=there)
+            sums += weight * row
+            ends = there & (key != after)
+            goes_on = there & (key == after) & (begin + u == CHUNK - 1)
+            cut = (ends & is_first & went_on) | goes_on
+            whole = ends & (cut == 0)
+            to = key.to(tl.int64) * F + f
+            tl.store(out_ptr + to, sums.to(out_ptr.dtype.element_ty), mask=(f < F) & whole)
+            place = 2 * chunk + tl.where(is_first, 0, 1)
+            tl.store(partial_ptr + place * F + f, sums, mask=(f < F) & cut)
+            sums = tl.where(ends, 0.0, sums)
+            is_first = is_first & (ends == 0)
+            key = after
 
 
 @triton.jit
-def _join_kernel(keys_ptr, out_ptr, partial_ptr, A, F, CHUNK: tl.constexpr, BF: tl.constexpr):
+def _join_kernel(
+    keys_ptr, out_ptr, partial_ptr, A, F, CHUNK: tl.constexpr, BF: tl.constexpr, STEPS: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
     """Adds up the parts of the run that begins in a chunk and goes on beyond it, if there is one."""
     chunk = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BF + tl.arange(0, BF)
@@ -109,17 +152,38 @@ def _join_kernel(keys_ptr, out_ptr, partial_ptr, A, F, CHUNK: tl.constexpr, BF: 
     first = tl.load(keys_ptr + chunk * CHUNK)
     before = tl.load(keys_ptr + chunk * CHUNK - 1, mask=chunk > 0, other=-1)
     after = tl.load(keys_ptr + end, mask=end < A, other=-1)
-    if (key == after) & (key != before):
-        own = 2 * chunk + (first != key).to(tl.int64)
-        sums = tl.load(partial_ptr + own * F + f, mask=f < F, other=0.0)
-        while key == after:
-            chunk += 1
-            sums += tl.load(partial_ptr + 2 * chunk * F + f, mask=f < F, other=0.0)
-            end = (chunk + 1) * CHUNK
-            last = tl.load(keys_ptr + end - 1, mask=end - 1 < A, other=-2)
-            after = tl.load(keys_ptr + end, mask=end < A, other=-1)
-            after = tl.where(last == key, after, -1)  # a run that ends within this chunk does not go on
-        tl.store(out_ptr + key.to(tl.int64) * F + f, sums.to(out_ptr.dtype.element_ty), mask=f < F)
+    begins = (key == after) & ((first != key) | (before != key))
+    # Halving finds the run's last assignment: keys at `low` are the run's, at `high` they are not.
+    low, high = end - 1, tl.where(begins, A, end).to(tl.int64)
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        inside = tl.load(keys_ptr + middle, mask=middle < A, other=-1) == key
+        low, high = tl.where(inside, middle, low), tl.where(inside, high, middle)
+    last = low // CHUNK
+    own = 2 * chunk + (first != key).to(tl.int64)
+    sums = tl.load(partial_ptr + own * F + f, mask=begins & (f < F), other=0.0)
+    part = tl.arange(0, PARTS)
+    for start in range(chunk + 1, last + 1, PARTS):
+        there = (start + part <= last)[:, None] & (f < F)[None, :]
+        parts = tl.load(partial_ptr + 2 * (start + part)[:, None] * F + f[None, :], mask=there, other=0.0)
+        sums += tl.sum(parts, axis=0)
+    tl.store(out_ptr + key.to(tl.int64) * F + f, sums.to(out_ptr.dtype.element_ty), mask=begins & (f < F))
+
+
+@triton.jit
+def _spread_kernel(
+    values_ptr, index_ptr, out_ptr, M, K, N, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """BN columns of BM rows: each value at its place, the sum where several share one, and zeros."""
+    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    sums = tl.zeros((BM, BN), tl.float32)
+    for k in range(K):
+        index = tl.load(index_ptr + m * K + k, mask=m < M, other=-1).to(tl.int32)
+        value = tl.load(values_ptr + m * K + k, mask=m < M, other=0.0).to(tl.float32)
+        sums += tl.where(index[:, None] == n[None, :], value[:, None], 0.0)
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    tl.store(out_ptr + m[:, None] * N + n[None, :], sums.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def experts_output(
@@ -133,8 +197,7 @@ def experts_output(
 ) -> Tensor:
     """Σ over a token's experts of σ(w · (c·D_expert)) U_expert; the arguments are those of `cdmoe.cdmoe`.
 
-    Reads the K rows of each token in both passes, and writes each row of a gradient once. The same sums are made in
-    the same order every time.
+    The same sums are made in the same order every time.
 
     Args:
         c_Me: (M, e).
@@ -148,102 +211,192 @@ def experts_output(
         (M, d).
     """
     experts_MK = experts_MK.contiguous()
-    keys_A, order_A = sort_assignments(experts_MK)
-    inner_MK = dots(c_Me, down_embed, experts_MK, keys_A, order_A)
+    if torch.is_grad_enabled():
+        keys_A, order_A = sort_assignments(experts_MK, down_embed.shape[0])
+    else:  # only a backward pass sums by them
+        keys_A, order_A = (experts_MK.new_empty(0, dtype=torch.int32) for _ in range(2))
+    down_read, up_read = (_to_read(table, dtype, experts_MK.numel()) for table in (down_embed, up_embed))
+    inner_MK = dots(c_Me, down_embed, down_read, experts_MK, keys_A, order_A)
     hidden_MK = act(weights_MK * inner_MK)
-    return bag(hidden_MK, up_embed, experts_MK, keys_A, order_A, dtype)
+    return bag(hidden_MK, up_embed, up_read, experts_MK, keys_A, order_A, dtype)
+
+
+def _to_read(table_NF: Tensor, dtype: torch.dtype, assignments: int) -> Tensor:
+    """The table in the type of the computation, where more rows will be read than it has; or else as it is."""
+    table_NF = table_NF.detach()
+    return table_NF.to(dtype) if table_NF.shape[0] < assignments else table_NF
 
 
 def is_usable(x: Tensor) -> bool:
     """Whether the kernels can run on a tensor: on a GPU, or in Triton's interpreter, in float32 or a shorter type."""
-    return (x.is_cuda or _INTERPRETED) and x.dtype != torch.float64
+    return (x.is_cuda or INTERPRETED) and x.dtype != torch.float64
 
 
-def sort_assignments(index_MK: Tensor) -> tuple[Tensor, Tensor]:
+def sort_assignments(index_MK: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """The rows that all assignments take, ascending, and the number of each assignment: (A,) each, int32.
 
     Equal rows stay in the order of their tokens, so that sums are always made in the same order.
     """
-    keys_A, order_A = index_MK.flatten().int().sort(stable=True)
-    return keys_A, order_A.int()
+    # A radix sort passes over the numbers once for each of their bytes.
+    short = torch.uint8 if num_rows <= 2**8 else torch.int16 if num_rows <= 2**15 else torch.int32
+    keys_A, order_A = index_MK.flatten().to(short).sort(stable=True)
+    return keys_A.int(), order_A.int()
 
 
-@torch.library.custom_op("doge_lm::expert_dots", mutates_args=())
-def dots(rows_MF: Tensor, table_NF: Tensor, index_MK: Tensor, keys_A: Tensor, order_A: Tensor) -> Tensor:
+@operator("doge_lm::expert_dots")
+def dots(
+    rows_MF: Tensor, table_NF: Tensor, read_NF: Tensor, index_MK: Tensor, keys_A: Tensor, order_A: Tensor
+) -> Tensor:
     """S[m, k] = rows[m] · table[index[m, k]], (M, K) in float32.
 
     Args:
         rows_MF: of any floating type.
-        table_NF: of any floating type, not necessarily the same.
+        table_NF: gets the gradient, in its own type.
+        read_NF: the same table, in the type in which it is to be read.
         index_MK: int64, contiguous, in [0, N).
         keys_A: from `sort_assignments`, as `order_A`; the backward pass sums by them.
         order_A: see there.
     """
     (m, f), k = rows_MF.shape, index_MK.shape[1]
-    out_MK = rows_MF.new_empty((m, k), dtype=torch.float32)
-    if out_MK.numel():
-        rows_MF, table_NF = _by_rows(rows_MF), _by_rows(table_NF)
-        strides, blocks = (rows_MF.stride(0), table_NF.stride(0)), {"BK": _block(k, 16), "BF": _block(f, 128)}
-        grid = (m, triton.cdiv(k, blocks["BK"]))
-        _dots_kernel[grid](rows_MF, table_NF, index_MK, out_MK, k, f, *strides, **blocks)
-    return out_MK
+    if not m * k * f:
+        return rows_MF.new_zeros((m, k), dtype=torch.float32)
+    rows_MF, read_NF = by_rows(rows_MF), by_rows(read_NF)
+    block = _width(read_NF)
+    slices = triton.cdiv(f, block)
+    out_sMK = rows_MF.new_empty((slices, m, k), dtype=torch.float32)
+    launcher(_dots_kernel)[(m, slices)](
+        rows_MF, read_NF, index_MK, out_sMK, m * k, k, f, rows_MF.stride(0), read_NF.stride(0),
+        U=_unrolled(k), BF=block, num_warps=1,
+    )  # fmt: skip
+    return _sum_of_slices(out_sMK)
 
 
-@torch.library.custom_op("doge_lm::expert_bag", mutates_args=())
+@operator("doge_lm::expert_bag")
 def bag(
-    weights_MK: Tensor, table_NF: Tensor, index_MK: Tensor, keys_A: Tensor, order_A: Tensor, dtype: torch.dtype
+    weights_MK: Tensor,
+    table_NF: Tensor,
+    read_NF: Tensor,
+    index_MK: Tensor,
+    keys_A: Tensor,
+    order_A: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Y[m] = Σ_k weights[m, k] table[index[m, k]], (M, F) in `dtype`; the other arguments are those of `dots`."""
-    (m, k), f = index_MK.shape, table_NF.shape[1]
-    out_MF = table_NF.new_empty((m, f), dtype=dtype)
-    if out_MF.numel():
-        table_NF, block = _by_rows(table_NF), _block(f, 256)
-        _bag_kernel[(m, triton.cdiv(f, block))](
-            weights_MK.contiguous(), table_NF, index_MK, out_MF, k, f, table_NF.stride(0), BK=_block(k, 16), BF=block
-        )  # fmt: skip
+    (m, k), f = index_MK.shape, read_NF.shape[1]
+    if not m * k * f:
+        return read_NF.new_zeros((m, f), dtype=dtype)
+    out_MF = read_NF.new_empty((m, f), dtype=dtype)
+    read_NF, block = by_rows(read_NF), _width(read_NF)
+    launcher(_bag_kernel)[(m, triton.cdiv(f, block))](
+        weights_MK.contiguous(), read_NF, index_MK, out_MF, k, f, read_NF.stride(0),
+        U=_unrolled(k), BF=block, num_warps=1,
+    )  # fmt: skip
     return out_MF
 
 
-@torch.library.custom_op("doge_lm::expert_scatter", mutates_args=())
+@operator("doge_lm::expert_scatter")
 def scatter(
     weights_MK: Tensor, rows_MF: Tensor, keys_A: Tensor, order_A: Tensor, num_rows: int, dtype: torch.dtype
 ) -> Tensor:
     """G[n] = Σ weights[m, k] rows[m] over the assignments of row n, (num_rows, F) in `dtype`; zeros where none."""
+    return _scattered(weights_MK, rows_MF, keys_A, order_A, num_rows, dtype, None)[0]
+
+
+@operator("doge_lm::expert_scatter_and_dots")
+def scatter_and_dots(
+    weights_MK: Tensor, rows_MF: Tensor, read_NF: Tensor, keys_A: Tensor, order_A: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`scatter` and `dots` of the same rows and index, which are read once."""
+    return _scattered(weights_MK, rows_MF, keys_A, order_A, read_NF.shape[0], dtype, read_NF)
+
+
+@operator("doge_lm::expert_spread")
+def spread(values_MK: Tensor, index_MK: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """The values at their places in rows of zeros, (M, columns) in `dtype`; where several share a place, their sum.
+
+    What `zeros.scatter_add` gives in any order, by adding to memory, this gives in one, by writing once.
+    """
+    m, k = index_MK.shape
+    out_MN = values_MK.new_empty((m, columns), dtype=dtype)
+    if out_MN.numel():
+        block = min(triton.next_power_of_2(columns), 256)
+        rows = min(triton.next_power_of_2(m), _SPREAD_CELLS // block)
+        launcher(_spread_kernel)[(triton.cdiv(m, rows), triton.cdiv(columns, block))](
+            values_MK.contiguous(), index_MK.contiguous(), out_MN, m, k, columns, BM=rows, BN=block
+        )
+    return out_MN
+
+
+@operator("doge_lm::expert_pick")
+def pick(table_MN: Tensor, index_MK: Tensor) -> Tensor:
+    """table[m, index[m, k]], (M, K): `gather`, with `spread` for its backward pass."""
+    return table_MN.gather(1, index_MK)
+
+
+def _scattered(
+    weights_MK: Tensor,
+    rows_MF: Tensor,
+    keys_A: Tensor,
+    order_A: Tensor,
+    num_rows: int,
+    dtype: torch.dtype,
+    read_NF: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     (m, k), f = weights_MK.shape, rows_MF.shape[1]
     out_NF = rows_MF.new_zeros((num_rows, f), dtype=dtype)
-    if m * k * f:
-        rows_MF = _by_rows(rows_MF)
-        chunks, block = triton.cdiv(m * k, CHUNK), max(16, _block(f, 128))
-        partial = rows_MF.new_empty((2 * chunks, f), dtype=torch.float32)
-        grid = (chunks, triton.cdiv(f, block))
-        # TF32 keeps more bits than bfloat16 has; of float32 it would lose some.
-        precision = "ieee" if rows_MF.dtype == torch.float32 else "tf32"
-        _scatter_kernel[grid](
-            weights_MK.contiguous(), rows_MF, keys_A, order_A, out_NF, partial, m * k, k, f, rows_MF.stride(0),
-            CHUNK=CHUNK, BF=block, PRECISION=precision,
-        )  # fmt: skip
-        _join_kernel[grid](keys_A, out_NF, partial, m * k, f, CHUNK=CHUNK, BF=block)
-    return out_NF
+    if not m * k * f:
+        return out_NF, rows_MF.new_zeros((m, k), dtype=torch.float32)
+    rows_MF = by_rows(rows_MF)
+    read_NF = None if read_NF is None else by_rows(read_NF)
+    chunks, block = triton.cdiv(m * k, CHUNK), min(triton.next_power_of_2(f), _WIDEST)
+    slices = triton.cdiv(f, block)
+    partial = rows_MF.new_empty((2 * chunks, f), dtype=torch.float32)
+    dots_sMK = rows_MF.new_empty((0 if read_NF is None else slices, m, k), dtype=torch.float32)
+    launcher(_scatter_kernel)[(chunks, slices)](
+        weights_MK.contiguous(), rows_MF, keys_A, order_A, out_NF, partial, read_NF, dots_sMK, m * k, k, f,
+        rows_MF.stride(0), 0 if read_NF is None else read_NF.stride(0),
+        CHUNK=CHUNK, U=_UNROLLED, BF=block, DOTS=read_NF is not None, num_warps=1,
+    )  # fmt: skip
+    launcher(_join_kernel)[(chunks, slices)](
+        keys_A, out_NF, partial, m * k, f, CHUNK=CHUNK, BF=block, STEPS=(m * k).bit_length(), PARTS=_JOINED
+    )
+    return out_NF, _sum_of_slices(dots_sMK)
 
 
-def _block(size: int, most: int) -> int:
-    return min(triton.next_power_of_2(size), most)
+def _width(table_NF: Tensor) -> int:
+    """Features to work through before the next: as many as leave the table's part of them in the cache, or the most
+    where none would.
+    """
+    n, f = table_NF.shape
+    fitting = _CACHE_BYTES // (n * table_NF.element_size())
+    most = min(triton.next_power_of_2(f), _WIDEST)
+    return min(most, 2 ** (fitting.bit_length() - 1)) if fitting >= _NARROWEST else most
 
 
-def _by_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _unrolled(rows: int) -> int:
+    return min(triton.next_power_of_2(rows), _UNROLLED)
+
+
+def _sum_of_slices(parts_sMK: Tensor) -> Tensor:
+    return parts_sMK[0] if parts_sMK.shape[0] == 1 else parts_sMK.sum(0)
 
 
 @dots.register_fake
-def _(rows_MF: Tensor, table_NF: Tensor, index_MK: Tensor, keys_A: Tensor, order_A: Tensor) -> Tensor:
+def _(rows_MF: Tensor, table_NF: Tensor, read_NF: Tensor, index_MK: Tensor, keys_A: Tensor, order_A: Tensor) -> Tensor:
     return rows_MF.new_empty(index_MK.shape, dtype=torch.float32)
 
 
 @bag.register_fake
 def _(
-    weights_MK: Tensor, table_NF: Tensor, index_MK: Tensor, keys_A: Tensor, order_A: Tensor, dtype: torch.dtype
+    weights_MK: Tensor,
+    table_NF: Tensor,
+    read_NF: Tensor,
+    index_MK: Tensor,
+    keys_A: Tensor,
+    order_A: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
-    return table_NF.new_empty((index_MK.shape[0], table_NF.shape[1]), dtype=dtype)
+    return read_NF.new_empty((index_MK.shape[0], read_NF.shape[1]), dtype=dtype)
 
 
 @scatter.register_fake
@@ -253,33 +406,81 @@ def _(
     return rows_MF.new_empty((num_rows, rows_MF.shape[1]), dtype=dtype)
 
 
+@scatter_and_dots.register_fake
+def _(
+    weights_MK: Tensor, rows_MF: Tensor, read_NF: Tensor, keys_A: Tensor, order_A: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    dots_MK = rows_MF.new_empty(weights_MK.shape, dtype=torch.float32)
+    return rows_MF.new_empty((read_NF.shape[0], rows_MF.shape[1]), dtype=dtype), dots_MK
+
+
+@spread.register_fake
+def _(values_MK: Tensor, index_MK: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    return values_MK.new_empty((index_MK.shape[0], columns), dtype=dtype)
+
+
+@pick.register_fake
+def _(table_MN: Tensor, index_MK: Tensor) -> Tensor:
+    return table_MN.new_empty(index_MK.shape)
+
+
 def _save_for_dots(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    rows_MF, table_NF, *others = inputs
+    ctx.table_type = table_NF.dtype
+    ctx.save_for_backward(rows_MF, *others)
 
 
 def _dots_backward(ctx: Any, grad_MK: Tensor) -> tuple[Tensor | None, ...]:
-    rows_MF, table_NF, index_MK, keys_A, order_A = ctx.saved_tensors
+    rows_MF, read_NF, index_MK, keys_A, order_A = ctx.saved_tensors
     rows = table = None
     if ctx.needs_input_grad[0]:
-        rows = bag(grad_MK, table_NF, index_MK, keys_A, order_A, rows_MF.dtype)
+        rows = bag(grad_MK, read_NF, read_NF, index_MK, keys_A, order_A, rows_MF.dtype)
     if ctx.needs_input_grad[1]:
-        table = scatter(grad_MK, rows_MF, keys_A, order_A, table_NF.shape[0], table_NF.dtype)
-    return rows, table, None, None, None
+        table = scatter(grad_MK, rows_MF, keys_A, order_A, read_NF.shape[0], ctx.table_type)
+    return rows, table, None, None, None, None
 
 
 def _save_for_bag(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:-1])
+    weights_MK, table_NF, *others, _ = inputs
+    ctx.table_type = table_NF.dtype
+    ctx.save_for_backward(weights_MK, *others)
 
 
 def _bag_backward(ctx: Any, grad_MF: Tensor) -> tuple[Tensor | None, ...]:
-    weights_MK, table_NF, index_MK, keys_A, order_A = ctx.saved_tensors
+    weights_MK, read_NF, index_MK, keys_A, order_A = ctx.saved_tensors
     weights = table = None
-    if ctx.needs_input_grad[0]:
-        weights = dots(grad_MF, table_NF, index_MK, keys_A, order_A).to(weights_MK.dtype)
     if ctx.needs_input_grad[1]:
-        table = scatter(weights_MK, grad_MF, keys_A, order_A, table_NF.shape[0], table_NF.dtype)
-    return weights, table, None, None, None, None
+        table, weights = scatter_and_dots(weights_MK, grad_MF, read_NF, keys_A, order_A, ctx.table_type)
+    elif ctx.needs_input_grad[0]:
+        weights = dots(grad_MF, read_NF, read_NF, index_MK, keys_A, order_A)
+    return None if weights is None else weights.to(weights_MK.dtype), table, None, None, None, None, None
 
 
 dots.register_autograd(_dots_backward, setup_context=_save_for_dots)
 bag.register_autograd(_bag_backward, setup_context=_save_for_bag)
+
+
+def _save_for_spread(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    values_MK, index_MK, _, _ = inputs
+    ctx.type = values_MK.dtype
+    ctx.save_for_backward(index_MK)
+
+
+def _spread_backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, ...]:
+    (index_MK,) = ctx.saved_tensors
+    return pick(grad_MN, index_MK).to(ctx.type), None, None, None
+
+
+def _save_for_pick(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    table_MN, index_MK = inputs
+    ctx.columns, ctx.type = table_MN.shape[1], table_MN.dtype
+    ctx.save_for_backward(index_MK)
+
+
+def _pick_backward(ctx: Any, grad_MK: Tensor) -> tuple[Tensor | None, ...]:
+    (index_MK,) = ctx.saved_tensors
+    return spread(grad_MK, index_MK, ctx.columns, ctx.type), None
+
+
+spread.register_autograd(_spread_backward, setup_context=_save_for_spread)
+pick.register_autograd(_pick_backward, setup_context=_save_for_pick)

@@ -32,11 +32,21 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cdmoe import cdmoe, cdmoe_route, key_table_sizes
+from .cdmoe import cdmoe, cdmoe_route, folded_keys, folding_pays, key_table_sizes, product_topk
 from .configuration_doge import DogeConfig
 from .document_attention import Layout, document_attention, document_layout
+from .linear_cross_entropy import linear_cross_entropy
+
+try:
+    from .inner_value_triton import MOST_VALUES
+    from .inner_value_triton import inner_value as fused_inner_value
+    from .rotation_triton import rotated_projections as fused_rotation
+except ImportError:  # Triton comes with PyTorch for CUDA; there is none for some machines
+    MOST_VALUES = 0
 
 INNER_VALUE_STD = 0.02
+# With fewer tokens (decoding), putting matrices together would move more bytes than it saves.
+MERGE_MIN_TOKENS = 256
 
 
 class DogeRotaryEmbedding(nn.Module):
@@ -137,14 +147,54 @@ class DogeInnerFuncAttn(nn.Module):
         self.v_embed = nn.Embedding(config.num_inner_values, d)
         self.o_proj = nn.Linear(d, d, bias=bias)
 
-    def inner_values(self, x_BTd: Tensor) -> Tensor:
+    def rotated_projections(self, x_BTd: Tensor, cos_BTf: Tensor, sin_BTf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, rotated, (B, h, T, f) each, and the scores of the inner values, (B, T, n)."""
+        heads, values = self.config.num_attention_heads, self.config.num_inner_values
+        if x_BTd.is_cuda and MOST_VALUES and self.merges(x_BTd) and x_BTd.dtype != torch.float64:
+            angles = cos_BTf.contiguous(), sin_BTf.contiguous()
+            query_BThf, key_BThf, scores_BTn = fused_rotation(self.merged_projection(x_BTd), *angles, heads, values)
+            return query_BThf.transpose(1, 2), key_BThf.transpose(1, 2), scores_BTn
+        query_BTd, key_BTd, scores_BTn = self.projections(x_BTd)
+        query_BhTf, key_BhTf = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query_BTd, key_BTd))
+        return rotate(query_BhTf, cos_BTf, sin_BTf), rotate(key_BhTf, cos_BTf, sin_BTf), scores_BTn
+
+    def projections(self, x_BTd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys before their rotation, (B, T, d) each, and the scores of the inner values, (B, T, n)."""
+        if not self.merges(x_BTd):
+            scores_BTn = nn.functional.linear(self.v_queries(x_BTd), self.v_keys)
+            return self.q_proj(x_BTd), self.k_proj(x_BTd), scores_BTn
+        d, n = x_BTd.shape[-1], self.config.num_inner_values
+        product_BTC = self.merged_projection(x_BTd)[..., : 2 * d + n]
+        query_BTd, key_BTd, scores_BTn = product_BTC.split([d, d, n], dim=-1)
+        return query_BTd, key_BTd, scores_BTn
+
+    def merges(self, x_BTd: Tensor) -> bool:
+        """Whether `merged_projection` may take the place of the modules, and pays."""
+        linears = (self.q_proj, self.k_proj, self.v_queries)
+        return x_BTd.shape[:-1].numel() >= MERGE_MIN_TOKENS and all(is_plain(linear) for linear in linears)
+
+    def merged_projection(self, x_BTd: Tensor) -> Tensor:
+        """W_q x, W_k x and the scores s = K_v (W_s x) by one product, the last by K_v W_s, which has n rows.
+
+        Returns:
+            (B, T, 2·d + n), up to a multiple of 8 columns: rows begin at whole 16 bytes, for the matrix units.
+        """
+        scores_nd = (self.v_keys @ self.v_queries.weight).to(self.q_proj.weight.dtype)
+        weight = torch.cat((self.q_proj.weight, self.k_proj.weight, scores_nd))
+        return nn.functional.linear(x_BTd, nn.functional.pad(weight, (0, 0, 0, -len(weight) % 8)))
+
+    def inner_values(self, x_BTd: Tensor, scores_BTn: Tensor) -> Tensor:
         """v = x ⊙ E[argmax s], (B, T, d).
 
         The choice is hard in the forward pass; in the backward pass its gradient is that of softmax(s)
         (straight-through). E and the product stay in float32: rows that start at 1 + N(0, 0.02) would lose their
         noise in bfloat16, whose steps near 1 are 0.0078.
         """
-        scores_BTn = nn.functional.linear(self.v_queries(x_BTd), self.v_keys)
+        if x_BTd.is_cuda and scores_BTn.dtype != torch.float64 and scores_BTn.shape[-1] <= MOST_VALUES:
+            x_Md, scores_Mn = x_BTd.to(scores_BTn.dtype).flatten(0, 1), scores_BTn.flatten(0, 1)
+            return fused_inner_value(x_Md, scores_Mn, self.v_embed.weight).view(x_BTd.shape)
+        if not torch.is_grad_enabled():
+            return x_BTd * nn.functional.embedding(scores_BTn.argmax(dim=-1), self.v_embed.weight)
         hard_BTn = nn.functional.one_hot(scores_BTn.argmax(dim=-1), self.config.num_inner_values)
         soft_BTn = scores_BTn.softmax(dim=-1, dtype=_at_least_float32(x_BTd))
         # The difference is exactly 0, so the sum is exactly one-hot.
@@ -168,10 +218,8 @@ class DogeInnerFuncAttn(nn.Module):
         With `documents`, attention stays within them and there is no mask.
         """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        cos_BTf, sin_BTf = position_embeddings
-        query_BhTf = rotate(self.q_proj(hidden_states).view(shape).transpose(1, 2), cos_BTf, sin_BTf)
-        key_BhSf = rotate(self.k_proj(hidden_states).view(shape).transpose(1, 2), cos_BTf, sin_BTf)
-        value_BhSf = self.inner_values(hidden_states).to(key_BhSf.dtype).view(shape).transpose(1, 2)
+        query_BhTf, key_BhSf, scores_BTn = self.rotated_projections(hidden_states, *position_embeddings)
+        value_BhSf = self.inner_values(hidden_states, scores_BTn).to(key_BhSf.dtype).view(shape).transpose(1, 2)
         if past_key_values is not None:
             key_BhSf, value_BhSf = past_key_values.update(key_BhSf, value_BhSf, self.layer_idx)
         if documents is not None:
@@ -211,8 +259,13 @@ class DogeCDMoE(nn.Module):
 
     def route(self, c_Me: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and indices of the chosen experts, each (M, H, k)."""
-        queries_MHe = self.queries(c_Me).unflatten(-1, (self.num_heads, -1))
-        return cdmoe_route(queries_MHe, self.keys, self.n1, self.experts_per_head)
+        heads, rows, half = self.keys.shape
+        if not (is_plain(self.queries) and folding_pays(c_Me.shape[0], 2 * half, rows)):
+            queries_MHe = self.queries(c_Me).unflatten(-1, (heads, -1))
+            return cdmoe_route(queries_MHe, self.keys, self.n1, self.experts_per_head)
+        keys_HnE = folded_keys(self.queries.weight, self.keys, self.n1)
+        scores_MHn = nn.functional.linear(c_Me, keys_HnE.flatten(0, 1)).unflatten(-1, (heads, rows))
+        return product_topk(scores_MHn[..., : self.n1], scores_MHn[..., self.n1 :], self.experts_per_head)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, T, d) to (B, T, d)."""
@@ -452,6 +505,7 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: object,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, vocabulary), and the loss where `labels` are given.
@@ -459,6 +513,8 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
         Args:
             labels: (B, T), the tokens themselves, -100 where a token is no target; the model shifts them.
             logits_to_keep: compute logits for the last so many positions only (0: all), or for these positions.
+            skip_logits: with `labels`, return the loss without logits, which then never exist for all tokens at once
+                (`linear_cross_entropy`). What the trainer asks for: at 64K tokens they would take most of the memory.
             num_items_in_batch (in `kwargs`): divide the summed loss by it instead of by this batch's targets.
 
         The other arguments are those of `DogeModel.forward`.
@@ -473,9 +529,13 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None
-        if labels is not None:
+        loss = logits = None
+        shifted = kwargs.get("shift_labels") is not None
+        if skip_logits and labels is not None and not shifted and is_plain(self.lm_head):
+            loss = self._loss_without_logits(outputs.last_hidden_state, labels, kwargs.get("num_items_in_batch"))
+        else:
+            logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        if loss is None and labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -484,6 +544,28 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _loss_without_logits(self, hidden_BTd: Tensor, labels_BT: Tensor, divisor: object) -> Tensor:
+        """As transformers' `ForCausalLMLoss`: position t is to predict the label of t + 1."""
+        targets_BT = nn.functional.pad(labels_BT, (0, 1), value=-100)[:, 1:]
+        assert divisor is None or isinstance(divisor, Tensor | int | float)
+        return linear_cross_entropy(hidden_BTd.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), divisor)
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a linear map is no more than its matrix, so that the matrix may be used in the module's place.
+
+    With a bias, a hook, an adapter (LoRA) or a quantized weight, the module itself must be called.
+    """
+    return (
+        type(linear) is nn.Linear
+        and linear.bias is None
+        and "forward" not in vars(linear)
+        and not (linear._forward_hooks or linear._forward_pre_hooks)
+        and not (linear._backward_hooks or linear._backward_pre_hooks)
+        and type(linear.weight) is nn.Parameter
+        and linear.weight.is_floating_point()
+    )
 
 
 def _at_least_float32(x: Tensor) -> torch.dtype:

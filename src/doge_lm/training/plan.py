@@ -15,6 +15,7 @@ import torch
 
 from doge_lm.errors import UserError
 from doge_lm.model.configuration_doge import DogeConfig
+from doge_lm.model.linear_cross_entropy import CHUNK_LOGITS
 from doge_lm.model.modeling_doge import DogeForCausalLM
 from doge_lm.training.hardware import Hardware
 from doge_lm.training.settings import TrainSettings
@@ -91,8 +92,8 @@ def estimate_memory(
     Weights, gradients and the two moments of AdamW are float32. For each token and layer the backward pass needs,
     in the type of the computation: the inputs and outputs of the linear maps, queries, keys, values and output of
     attention, the hidden layer of the shared part twice, and the N expert scores; the residual stream, the norms
-    and the inner values are float32. The logits are kept once as computed, and in float32 for the loss (twice,
-    with their gradient, unless a compiled loss fuses them).
+    and the inner values are float32. Of the logits one chunk exists at a time (`linear_cross_entropy`), with the
+    gradients of the head's input and of its matrix.
     """
     tokens = micro_batch * train.sequence_length
     d, e, width = config.hidden_size, config.private_expert_intermediate_size, 2 if bf16 else 4
@@ -101,8 +102,9 @@ def estimate_memory(
     layer = width * in_type + 4 * (4 if compiled else 6) * d
     layers = config.num_hidden_layers
     kept = layers * 4 * d + layer if train.gradient_checkpointing else layers * layer
-    logits = (width + (6 if compiled else 12)) * config.vocab_size
-    return MemoryEstimate(4 * parameters, 4 * parameters, 8 * parameters, tokens * kept, tokens * logits)
+    chunk = min(tokens * config.vocab_size, CHUNK_LOGITS)
+    logits = width * (chunk + tokens * d) + 4 * config.vocab_size * d
+    return MemoryEstimate(4 * parameters, 4 * parameters, 8 * parameters, tokens * kept, logits)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """transformers' Trainer with the project's order of data, precision, checkpoints, evaluation and figures."""
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -158,6 +159,7 @@ class DogeTrainer(Trainer):
             callbacks=[StepSchedule(plan.steps_per_epoch)],
         )
         self._bf16 = record.bf16
+        self._skips_logits = "skip_logits" in inspect.signature(model.forward).parameters
         self._tokens_seen = self._tokens_logged = record.tokens_seen
         self._targets_seen: torch.Tensor | int = record.targets_seen
 
@@ -193,6 +195,12 @@ class DogeTrainer(Trainer):
         if self._bf16:
             stack.enter_context(torch.autocast(self.args.device.type, dtype=torch.bfloat16))
         return stack
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The loss; a model that can leave out the logits does."""
+        if self._skips_logits:
+            inputs = {**inputs, "skip_logits": True}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     # Reports
 

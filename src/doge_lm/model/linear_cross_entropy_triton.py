@@ -1,0 +1,85 @@
+"""A Triton kernel for the loss and its gradient where the logits of some tokens are at hand.
+
+Shapes, the one legend of this file; a tensor's name ends in its shape where it helps:
+
+    R  tokens at a time        V  vocabulary
+"""
+# mypy: disable-error-code="no-untyped-def"
+# (Arguments of kernels are pointers and numbers of the GPU.)
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ONE_PASS = 32768
+"""The longest row that a program holds in registers: of 65,536 numbers, a third and more do not fit. Of longer rows it
+reads a block at a time, twice."""
+
+LOOP_BLOCK = 8192
+
+
+@triton.jit
+def _row_kernel(
+    logits_ptr, targets_ptr, losses_ptr, V, row_stride, ignore_index,
+    GRADIENT: tl.constexpr, ONE_PASS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The loss of one row; with GRADIENT, softmax less one-hot in place of its logits. ONE_PASS needs BLOCK >= V."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * row_stride
+    target = tl.load(targets_ptr + row)
+    lane = tl.arange(0, BLOCK)
+    if (target == ignore_index) | (target < 0) | (target >= V):
+        tl.store(losses_ptr + row, tl.where(target == ignore_index, 0.0, float("nan")))
+        if GRADIENT:
+            for begin in range(0, V, BLOCK):
+                v = begin + lane
+                tl.store(logits_ptr + v, tl.zeros((BLOCK,), logits_ptr.dtype.element_ty), mask=v < V)
+    else:
+        # Read before anything is written over it; the reductions below keep a program's threads in step.
+        chosen = tl.load(logits_ptr + target).to(tl.float32)
+        if ONE_PASS:
+            x = tl.load(logits_ptr + lane, mask=lane < V, other=float("-inf")).to(tl.float32)
+            top = tl.max(x, axis=0)
+            powers = tl.exp(x - top)
+            total = tl.sum(powers, axis=0)
+            if GRADIENT:
+                grad = powers * (1 / total) - (lane == target).to(tl.float32)
+                tl.store(logits_ptr + lane, grad.to(logits_ptr.dtype.element_ty), mask=lane < V)
+        else:
+            top = -3.0e38  # finite, or a block of nothing but -inf would give NaN
+            total = 0.0
+            for begin in range(0, V, BLOCK):
+                v = begin + lane
+                x = tl.load(logits_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
+                new_top = tl.maximum(top, tl.max(x, axis=0))
+                total = total * tl.exp(top - new_top) + tl.sum(tl.exp(x - new_top), axis=0)
+                top = new_top
+            if GRADIENT:
+                for begin in range(0, V, BLOCK):
+                    v = begin + lane
+                    x = tl.load(logits_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
+                    grad = tl.exp(x - top) * (1 / total) - (v == target).to(tl.float32)
+                    tl.store(logits_ptr + v, grad.to(logits_ptr.dtype.element_ty), mask=v < V)
+        tl.store(losses_ptr + row, top + tl.log(total) - chosen)
+
+
+def is_usable(x: Tensor) -> bool:
+    """Whether to run the kernel on a tensor: on a GPU, in float32 or a shorter type."""
+    return x.is_cuda and x.dtype != torch.float64
+
+
+def losses_and_gradient_by_kernel_(
+    logits_RV: Tensor, targets_R: Tensor, ignore_index: int, gradient: bool, one_pass: int = ONE_PASS
+) -> Tensor:
+    """As `linear_cross_entropy.losses_and_gradient_`; rows longer than `one_pass` are read twice, block by block."""
+    (rows, v), losses_R = logits_RV.shape, logits_RV.new_empty(logits_RV.shape[0], dtype=torch.float32)
+    if rows:
+        whole = v <= one_pass
+        block = triton.next_power_of_2(v if whole else min(one_pass, LOOP_BLOCK))
+        warps = block // (2048 if whole else 1024)
+        _row_kernel[(rows,)](
+            logits_RV, targets_R.contiguous(), losses_R, v, logits_RV.stride(0), ignore_index,
+            GRADIENT=gradient, ONE_PASS=whole, BLOCK=block, num_warps=min(max(warps, 4), 32),
+        )  # fmt: skip
+    return losses_R

@@ -1,0 +1,101 @@
+"""Every Triton kernel compiles for NVIDIA GPUs, which the interpreter of the other tests does not show.
+
+Needs no GPU: in a process of its own, where kernels are not interpreted, each launch compiles its kernel instead.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="there is no Triton for this machine")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+
+
+class Compiler:
+    """Stands for a kernel that is launched: `Compiler(kernel)[grid](…)` compiles it for these arguments."""
+
+    compiled: list[str] = []
+
+    def __init__(self, kernel) -> None:  # type: ignore[no-untyped-def]
+        self.kernel = kernel
+
+    def __getitem__(self, grid: object) -> Compiler:
+        return self
+
+    def __call__(self, *args: object, **options: object) -> None:
+        import triton  # noqa: PLC0415
+
+        warps = options.pop("num_warps", 4)
+        arguments = {**dict(zip(self.kernel.arg_names, args, strict=False)), **options}
+        constants = {p.name for p in self.kernel.params if p.is_constexpr}
+        signature, constexprs = {}, {}
+        for name, value in arguments.items():
+            if name in constants or value is None:
+                signature[name], constexprs[name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name] = f"*{TYPES[value.dtype]}"
+            else:
+                signature[name] = "i32"
+        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constexprs)
+        binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+        assert binary.asm["cubin"]
+        self.compiled.append(self.kernel.__name__)
+
+
+def compile_all(dtype: torch.dtype) -> None:
+    """Run each operator, forward and backward, with its launches compiled."""
+    from doge_lm.model import (  # noqa: PLC0415
+        cdmoe_triton,
+        inner_value_triton,
+        rotation_triton,
+        routing_triton,
+        triton_operator,
+    )
+
+    assert not triton_operator.INTERPRETED
+    for module in (cdmoe_triton, inner_value_triton, rotation_triton, routing_triton):
+        module.launcher = Compiler  # type: ignore[attr-defined]
+    m, heads, k, n, f = 32, 2, 4, 1024, 256
+
+    def leaf(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype).requires_grad_()
+
+    weights, experts = routing_triton.product_topk(leaf(m, heads, 32), leaf(m, heads, 32), k)
+    weights.sum().backward()
+    routing_triton.product_topk(leaf(m, heads, 256), leaf(m, heads, 256), 16)
+    inner_value_triton.inner_value(leaf(m, f), leaf(m, 8), leaf(8, f, dtype=torch.float32)).sum().backward()
+    angles = torch.zeros(1, m, 128)
+    outputs = rotation_triton.rotated_projections(leaf(1, m, 520), angles, angles, heads, 2)
+    sum(x.sum() for x in outputs).backward()
+    experts = torch.zeros_like(experts).flatten(1)
+    table = leaf(n, f, dtype=torch.float32)
+    out = cdmoe_triton.experts_output(
+        leaf(m, f), weights.detach().flatten(1), experts, table, table, torch.nn.functional.silu, dtype
+    )
+    out.sum().backward()
+    cdmoe_triton.spread(leaf(m, k), experts[:, :k], n, dtype).sum().backward()
+    cdmoe_triton.pick(leaf(m, n), experts[:, :k]).sum().backward()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_kernel_compiles(dtype: str) -> None:
+    code = (
+        "import torch; from tests.model.test_triton_compiles import Compiler, compile_all; "
+        f"compile_all(torch.{dtype}); print(*Compiler.compiled)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert set(found.stdout.split()) == {
+        "_topk_kernel", "_topk_backward_kernel", "_forward_kernel", "_backward_kernel", "_dots_kernel", "_bag_kernel",
+        "_scatter_kernel", "_join_kernel", "_spread_kernel",
+    }  # fmt: skip
