@@ -46,7 +46,7 @@ with_triton = pytest.mark.skipif(losses_and_gradient_by_kernel_ is None, reason=
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Send every chunk to plain PyTorch, or to the kernel (without a GPU, in the interpreter)."""
     by_kernel = request.param == "kernel"
-    monkeypatch.setattr(module, "is_usable", lambda x: by_kernel and x.dtype != torch.float64)
+    monkeypatch.setattr(module, "kernels_take", lambda x: by_kernel and x.dtype != torch.float64)
     return request.param
 
 

@@ -100,7 +100,13 @@ def test_checkpoint_carries_its_code(checkpoint: tuple[Path, Path]) -> None:
         "inner_value_triton",
         "rotation_triton",
     ]
-    modules += ["triton_operator", "document_attention", "linear_cross_entropy", "linear_cross_entropy_triton"]
+    modules += [
+        "kernels",
+        "triton_operator",
+        "document_attention",
+        "linear_cross_entropy",
+        "linear_cross_entropy_triton",
+    ]
     for name in (f"{module}.py" for module in modules):
         text = (folder / name).read_text(encoding="utf-8")
         assert "doge_lm" not in [

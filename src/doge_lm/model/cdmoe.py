@@ -18,15 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-try:
+from .kernels import HAVE_TRITON, PLAIN, kernels_take
+
+if HAVE_TRITON:
     from .cdmoe_triton import experts_output, is_usable, pick, spread
     from .routing_triton import product_topk as fused_product_topk
-except ImportError:  # Triton comes with PyTorch for CUDA; there is none for some machines
-
-    def is_usable(x: Tensor) -> bool:
-        """Never: there is no Triton."""
-        return False
-
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -89,7 +85,8 @@ def folded_keys(query_weight: Tensor, keys: Tensor, n1: int) -> Tensor:
 
 def folding_pays(tokens: int, expert_size: int, key_rows: int) -> bool:
     """Whether `folded_keys` and its products take fewer operations than queries do, for n1 + n2 key rows."""
-    return tokens * key_rows + key_rows * expert_size / 2 < tokens * (expert_size + key_rows / 2)
+    folded = tokens * key_rows + key_rows * expert_size / 2
+    return not PLAIN and folded < tokens * (expert_size + key_rows / 2)
 
 
 def product_topk(first_MHn: Tensor, second_MHn: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -107,7 +104,7 @@ def product_topk(first_MHn: Tensor, second_MHn: Tensor, k: int) -> tuple[Tensor,
         weights (M, H, k): softmax of the chosen sums, in float32 or better, the best first;
         experts (M, H, k): int64, expert (i, j) as i·n2 + j.
     """
-    if first_MHn.is_cuda and is_usable(first_MHn):
+    if kernels_take(first_MHn):
         return fused_product_topk(first_MHn, second_MHn, k)
     n1, n2 = first_MHn.shape[-1], second_MHn.shape[-1]
     score_type = torch.promote_types(first_MHn.dtype, torch.float32)
@@ -163,7 +160,7 @@ def _fastest(c_Me: Tensor, num_experts: int, chosen: int) -> str:
     """The path for M tokens that take K = `chosen` of N = `num_experts` each."""
     if c_Me.shape[0] < DENSE_MIN_TOKENS:
         return "gather"
-    sparse = c_Me.is_cuda and is_usable(c_Me)
+    sparse = kernels_take(c_Me)
     most = max(DENSE_MAX_EXPERTS, DENSE_MAX_EXPERTS_FOR_ONE * chosen) if sparse else DENSE_MAX_EXPERTS
     return "dense" if num_experts <= most else "sparse" if sparse else "gather"
 
@@ -188,7 +185,7 @@ def _dense(
     the backward pass of `_gather` slow. An expert that two heads of a token choose is added up, hence scatter_add.
     """
     inner_MN = F.linear(c_Me, down_embed)
-    if inner_MN.is_cuda and is_usable(inner_MN):
+    if kernels_take(inner_MN):
         hidden_MK = act(weights_MK * pick(inner_MN, experts_MK))
         return F.linear(spread(hidden_MK, experts_MK, inner_MN.shape[1], inner_MN.dtype), up_embed.t())
     hidden_MK = act(weights_MK * inner_MN.gather(1, experts_MK))
@@ -200,7 +197,7 @@ def _sparse(
     c_Me: Tensor, weights_MK: Tensor, experts_MK: Tensor, down_embed: Tensor, up_embed: Tensor, act: Activation
 ) -> Tensor:
     """As `_gather`, by kernels that hold no (M, K, e) tensor and sort the assignments before they add gradients up."""
-    if not is_usable(c_Me):
+    if not (HAVE_TRITON and is_usable(c_Me)):
         raise ValueError('the path "sparse" needs Triton, a GPU and float32 or less; "auto" runs everywhere')
     device = c_Me.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else c_Me.dtype

@@ -15,13 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:
-    from .linear_cross_entropy_triton import is_usable, losses_and_gradient_by_kernel_
-except ImportError:  # Triton comes with PyTorch for CUDA; there is none for some machines
+from .kernels import HAVE_TRITON, kernels_take
 
-    def is_usable(x: Tensor) -> bool:
-        """Never: there is no Triton."""
-        return False
+if HAVE_TRITON:
+    from .linear_cross_entropy_triton import losses_and_gradient_by_kernel_
 
 
 CHUNK_LOGITS = 2**28
@@ -128,7 +125,7 @@ def _forward(
         these = slice(begin, min(begin + rows, m))
         hidden_Rd = hidden_Md[these].to(dtype)
         grad_RV = torch.mm(hidden_Rd, weight_Vd.t(), out=logits_RV[: hidden_Rd.shape[0]])
-        finish = losses_and_gradient_by_kernel_ if is_usable(grad_RV) else losses_and_gradient_
+        finish = losses_and_gradient_by_kernel_ if kernels_take(grad_RV) else losses_and_gradient_
         losses_M[these] = finish(grad_RV, targets_M[these], ignore_index, hidden_grad or weight_grad)
         if hidden_grad:
             d_hidden[these] = torch.mm(grad_RV, weight_Vd)

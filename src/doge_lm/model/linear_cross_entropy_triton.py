@@ -64,11 +64,6 @@ def _row_kernel(
         tl.store(losses_ptr + row, top + tl.log(total) - chosen)
 
 
-def is_usable(x: Tensor) -> bool:
-    """Whether to run the kernel on a tensor: on a GPU, in float32 or a shorter type."""
-    return x.is_cuda and x.dtype != torch.float64
-
-
 def losses_and_gradient_by_kernel_(
     logits_RV: Tensor, targets_R: Tensor, ignore_index: int, gradient: bool, one_pass: int = ONE_PASS
 ) -> Tensor:

@@ -35,14 +35,13 @@ from transformers.utils.output_capturing import capture_outputs
 from .cdmoe import cdmoe, cdmoe_route, folded_keys, folding_pays, key_table_sizes, product_topk
 from .configuration_doge import DogeConfig
 from .document_attention import Layout, document_attention, document_layout
+from .kernels import HAVE_TRITON, PLAIN, kernels_take
 from .linear_cross_entropy import linear_cross_entropy
 
-try:
+if HAVE_TRITON:
     from .inner_value_triton import MOST_VALUES
     from .inner_value_triton import inner_value as fused_inner_value
     from .rotation_triton import rotated_projections as fused_rotation
-except ImportError:  # Triton comes with PyTorch for CUDA; there is none for some machines
-    MOST_VALUES = 0
 
 INNER_VALUE_STD = 0.02
 # With fewer tokens (decoding), putting matrices together would move more bytes than it saves.
@@ -150,7 +149,7 @@ class DogeInnerFuncAttn(nn.Module):
     def rotated_projections(self, x_BTd: Tensor, cos_BTf: Tensor, sin_BTf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, rotated, (B, h, T, f) each, and the scores of the inner values, (B, T, n)."""
         heads, values = self.config.num_attention_heads, self.config.num_inner_values
-        if x_BTd.is_cuda and MOST_VALUES and self.merges(x_BTd) and x_BTd.dtype != torch.float64:
+        if kernels_take(x_BTd) and self.merges(x_BTd):
             angles = cos_BTf.contiguous(), sin_BTf.contiguous()
             query_BThf, key_BThf, scores_BTn = fused_rotation(self.merged_projection(x_BTd), *angles, heads, values)
             return query_BThf.transpose(1, 2), key_BThf.transpose(1, 2), scores_BTn
@@ -170,8 +169,9 @@ class DogeInnerFuncAttn(nn.Module):
 
     def merges(self, x_BTd: Tensor) -> bool:
         """Whether `merged_projection` may take the place of the modules, and pays."""
-        linears = (self.q_proj, self.k_proj, self.v_queries)
-        return x_BTd.shape[:-1].numel() >= MERGE_MIN_TOKENS and all(is_plain(linear) for linear in linears)
+        if PLAIN or x_BTd.shape[:-1].numel() < MERGE_MIN_TOKENS:
+            return False
+        return all(is_plain(linear) for linear in (self.q_proj, self.k_proj, self.v_queries))
 
     def merged_projection(self, x_BTd: Tensor) -> Tensor:
         """W_q x, W_k x and the scores s = K_v (W_s x) by one product, the last by K_v W_s, which has n rows.
@@ -190,7 +190,7 @@ class DogeInnerFuncAttn(nn.Module):
         (straight-through). E and the product stay in float32: rows that start at 1 + N(0, 0.02) would lose their
         noise in bfloat16, whose steps near 1 are 0.0078.
         """
-        if x_BTd.is_cuda and scores_BTn.dtype != torch.float64 and scores_BTn.shape[-1] <= MOST_VALUES:
+        if kernels_take(x_BTd) and scores_BTn.shape[-1] <= MOST_VALUES:
             x_Md, scores_Mn = x_BTd.to(scores_BTn.dtype).flatten(0, 1), scores_BTn.flatten(0, 1)
             return fused_inner_value(x_Md, scores_Mn, self.v_embed.weight).view(x_BTd.shape)
         if not torch.is_grad_enabled():
@@ -531,7 +531,7 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         loss = logits = None
         shifted = kwargs.get("shift_labels") is not None
-        if skip_logits and labels is not None and not shifted and is_plain(self.lm_head):
+        if skip_logits and labels is not None and not (shifted or PLAIN) and is_plain(self.lm_head):
             loss = self._loss_without_logits(outputs.last_hidden_state, labels, kwargs.get("num_items_in_batch"))
         else:
             logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
