@@ -141,7 +141,7 @@ def test_the_commands_are_the_whole_path_and_fit_together(tmp_path: Path) -> Non
     assert Path(train.dataset_path) == merge.save_dir / "pretrain"
     assert preprocess.tokenizer_path == train.tokenizer_path
     assert preprocess.max_len == load_settings(demo.PRESET).train.sequence_length
-    assert [(command.model, command.text) for command in generate] == [(train.output_dir, p) for p in demo.PROMPTS]
+    assert [(command.model, command.texts) for command in generate] == [(train.output_dir, [p]) for p in demo.PROMPTS]
     assert train.overrides == []
 
 
