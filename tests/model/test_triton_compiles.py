@@ -44,7 +44,7 @@ class Compiler:
             elif isinstance(value, torch.Tensor):
                 signature[name] = f"*{TYPES[value.dtype]}"
             else:
-                signature[name] = "i32"
+                signature[name] = "fp32" if isinstance(value, float) else "i32"
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constexprs)
         binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
         assert binary.asm["cubin"]

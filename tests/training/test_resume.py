@@ -293,3 +293,13 @@ def test_targets_are_counted_exactly_however_many(world, whole, interrupted):
     replace(record, targets_seen=record.targets_seen + beyond).write(checkpoint)
     assert resume(world, interrupted) == 0
     assert log_lines(interrupted)[-1]["targets_seen"] == log_lines(whole)[-1]["targets_seen"] + beyond
+
+
+def test_a_checkpoint_older_than_a_setting_resumes_with_its_default_only(world, interrupted, capsys):
+    checkpoint = list_checkpoints(interrupted / "out")[-1]
+    record = RunRecord.read(checkpoint)
+    del record.settings["train"]["lazy_expert_rows"]
+    record.write(checkpoint)
+    assert resume(world, interrupted, "--set", "lazy_expert_rows=true") == 1
+    assert "train.lazy_expert_rows is False there and True here" in capsys.readouterr().err
+    assert resume(world, interrupted) == 0

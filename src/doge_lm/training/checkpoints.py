@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from doge_lm.errors import UserError
 from doge_lm.model.configuration_doge import DogeConfig
-from doge_lm.training.settings import ModelSettings
+from doge_lm.training.settings import ModelSettings, Settings
 
 RECORD_NAME = "run.json"
 STAGING_PREFIX = ".tmp-"
@@ -254,12 +254,14 @@ def check_record(checkpoint: Path, current: RunRecord) -> RunRecord:
             "it with the doge-lm that made it, or start anew with --overwrite"
         )
     differing = []
+    defaults = Settings().to_dict()
     for part, free in _FREE.items():
-        before, now = saved.settings.get(part, {}), current.settings[part]
+        # A key that is newer than the checkpoint starts with a default that is what was done before.
+        before, now = {**defaults[part], **saved.settings.get(part, {})}, current.settings[part]
         differing += [
-            f"{part}.{key} is {before.get(key)!r} there and {value!r} here"
+            f"{part}.{key} is {before[key]!r} there and {value!r} here"
             for key, value in now.items()
-            if key not in free and before.get(key) != value
+            if key not in free and before[key] != value
         ]
     for name in ("sequences_per_step", "steps_per_epoch", "bf16", "rows", "data_sha256", "tokenizer_sha256"):
         if getattr(saved, name) != getattr(current, name):

@@ -89,6 +89,7 @@ class TrainSettings:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
+    lazy_expert_rows: bool = False
     # How it is computed
     bf16: bool | Auto = True
     torch_compile: bool | Auto = "auto"

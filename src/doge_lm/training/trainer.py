@@ -24,6 +24,7 @@ from doge_lm.training.data import TrainingData
 from doge_lm.training.hardware import Peak
 from doge_lm.training.order import StreamSampler
 from doge_lm.training.plan import Plan
+from doge_lm.training.row_lazy_adamw import RowLazyAdamW
 from doge_lm.training.settings import TrainSettings
 
 
@@ -130,6 +131,7 @@ class DogeTrainer(Trainer):
     """
 
     control: TrainerControl
+    optimizer: torch.optim.Optimizer | None
 
     def __init__(
         self,
@@ -186,6 +188,30 @@ class DogeTrainer(Trainer):
             # it is logged.
             self._targets_seen = self._targets_seen + torch.as_tensor(targets).long()
         return batches, targets
+
+    # Optimizer
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The Trainer's AdamW, or with `lazy_expert_rows` one that skips the experts without a gradient."""
+        if self.optimizer is not None or not self.train_settings.lazy_expert_rows:
+            return super().create_optimizer(*args, **kwargs)
+        decayed = set(self.get_decay_parameter_names(self.model))
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        tables: list[nn.Parameter] = []
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                is_table = name.endswith(("down_embed.weight", "up_embed.weight"))
+                (tables if is_table else matrices if name in decayed else others).append(parameter)
+        decay = self.args.weight_decay
+        groups = [
+            {"params": matrices, "weight_decay": decay},
+            {"params": others, "weight_decay": 0.0},
+            {"params": tables, "weight_decay": decay, "lazy_rows": True},
+        ]
+        betas = (self.args.adam_beta1, self.args.adam_beta2)
+        self.optimizer = optimizer = RowLazyAdamW(groups, self.args.learning_rate, betas, self.args.adam_epsilon)
+        return optimizer
 
     # Precision
 
