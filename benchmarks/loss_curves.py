@@ -21,7 +21,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from doge_lm.training.callbacks import LOG_NAME
+from doge_lm.training.callbacks import LOG_NAME, read_log
 
 RUNS: dict[str, tuple[dict[str, str], list[str]]] = {
     "fast": ({}, []),
@@ -45,8 +45,7 @@ def train(name: str, args: argparse.Namespace) -> dict[int, float]:
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the run {name} ended with status {done.returncode}:\n{done.stderr[-3000:]}")
-    lines = map(json.loads, (place / "log" / LOG_NAME).read_text(encoding="utf-8").splitlines())
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return {line["step"]: line["loss"] for line in read_log(place / "log" / LOG_NAME) if "loss" in line}
 
 
 def quarters(one: dict[int, float], other: dict[int, float]) -> list[float]:

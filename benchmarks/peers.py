@@ -32,13 +32,12 @@ from transformers.models.llama import modeling_llama
 
 from doge_lm.model.cdmoe import key_table_sizes
 from doge_lm.model.configuration_doge import DogeConfig
-from doge_lm.training.plan import count_model
+from doge_lm.training.plan import EXPERT_TABLES, count_model
 from doge_lm.training.pretrain import build_model as build_doge
 from doge_lm.training.settings import TrainSettings
 
 # Matrix products are fastest where their sizes are multiples of this.
 _ALIGNMENT = 64
-EXPERT_TABLES = ("down_embed.weight", "up_embed.weight")
 
 
 def flops_per_token(model: PreTrainedModel, sequence_length: int) -> int:

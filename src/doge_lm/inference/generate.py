@@ -4,6 +4,7 @@ import argparse
 import io
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -73,20 +74,19 @@ def generation_settings(args: argparse.Namespace) -> Sampling:
         UserError: for a value out of range.
     """
     ranges = {
-        "max_new_tokens": (args.max_new_tokens >= 1, "at least 1"),
         "temperature": (
             args.temperature == 0 or args.temperature >= MIN_TEMPERATURE,
             f"0, or {MIN_TEMPERATURE} or more",
         ),
-        "top_k": (args.top_k >= 0, "at least 0"),
-        "top_p": (0 < args.top_p <= 1, "above 0 and at most 1"),
-        "repetition_penalty": (args.repetition_penalty > 0, "above 0"),
         "seed": (args.seed is None or 0 <= args.seed < 2**63, "at least 0 and below 2**63"),
     }
     for name, (holds, wanted) in ranges.items():
         if not holds:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be {wanted}")
-    return Sampling(**{name: getattr(args, name) for name in ranges})
+    try:
+        return Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
+    except ValueError as error:  # it begins with the name of the setting, which is that of the flag
+        raise UserError(f"--{error}") from error
 
 
 def read_text(argument: str) -> str:

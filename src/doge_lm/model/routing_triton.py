@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_operator import launcher, operator
+from .triton_operator import by_rows, launcher, operator
 
 _CELLS = 8192  # of the scores that a program holds at a time
 
@@ -118,7 +118,7 @@ def product_topk(first_MHn: Tensor, second_MHn: Tensor, k: int) -> tuple[Tensor,
     weights_MHk = first_MHn.new_empty((m, heads, k), dtype=torch.float32)
     experts_MHk = first_MHn.new_empty((m, heads, k), dtype=torch.int64)
     if m * heads:
-        first_MHn, second_MHn = (x if x.stride(-1) == 1 else x.contiguous() for x in (first_MHn, second_MHn))
+        first_MHn, second_MHn = by_rows(first_MHn), by_rows(second_MHn)
         k1, k2 = min(k, n1), min(k, n2)
         blocks = {name: triton.next_power_of_2(size) for name, size in
                   (("BK", k), ("BK1", k1), ("BK2", k2), ("BN1", n1), ("BN2", n2))}  # fmt: skip

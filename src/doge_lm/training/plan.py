@@ -29,6 +29,9 @@ _USABLE_MEMORY = 0.75
 # AMX; the middle one of three runs, each the median of 5 to 9 rounds in alternation).
 _CPU_MICRO_TOKENS = 1024
 
+# What the names of the tables of experts end in.
+EXPERT_TABLES = ("down_embed.weight", "up_embed.weight")
+
 
 @dataclass(frozen=True)
 class ModelCounts:
@@ -61,7 +64,7 @@ def count_model(config: DogeConfig) -> ModelCounts:
     for name, parameter in model.named_parameters():
         size = parameter.numel()
         total += size
-        if name.endswith(("down_embed.weight", "up_embed.weight")):
+        if name.endswith(EXPERT_TABLES):
             idle += size - chosen * parameter.shape[1]
         elif name.endswith(("layernorm.weight", ".bias")) or any(each in name for each in looked_up):
             not_multiplied += size

@@ -23,7 +23,7 @@ from doge_lm.training.checkpoints import RunRecord
 from doge_lm.training.data import TrainingData
 from doge_lm.training.hardware import Peak
 from doge_lm.training.order import StreamSampler
-from doge_lm.training.plan import Plan
+from doge_lm.training.plan import EXPERT_TABLES, Plan
 from doge_lm.training.row_lazy_adamw import RowLazyAdamW
 from doge_lm.training.settings import TrainSettings
 
@@ -201,8 +201,7 @@ class DogeTrainer(Trainer):
         tables: list[nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                is_table = name.endswith(("down_embed.weight", "up_embed.weight"))
-                (tables if is_table else matrices if name in decayed else others).append(parameter)
+                (tables if name.endswith(EXPERT_TABLES) else matrices if name in decayed else others).append(parameter)
         decay = self.args.weight_decay
         groups = [
             {"params": matrices, "weight_decay": decay},
