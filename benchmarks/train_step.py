@@ -18,7 +18,8 @@ Without accumulation a step is a micro-step. The speed is the median over the lo
 each the mean over the steps since the line before (a line waits for the device, a step does not); evaluation and
 checkpoints are left out. `of matmul` is the share of a matrix product's speed, measured in the same process after the
 steps; `MFU` the share of the data sheet's. `first step` counts from the start of the process. Compiled code is kept in
-OUT/compiled (or TORCHINDUCTOR_CACHE_DIR), so a row that is named twice is measured with a warm cache the second time.
+OUT/compiled (or TORCHINDUCTOR_CACHE_DIR), so a row that is named twice is measured with a warm cache the second time;
+`compile_caches`, in the JSON, counts what of it served.
 `compiled` is the number of graphs compiled in the measured steps, which should be 0.
 
 Work is counted as the plan of a run counts it (`peers.flops_per_token`), so `doge / dense, by work` is how well the
@@ -162,7 +163,7 @@ def run_bare(row: Row, builder: pretrain.ModelBuilder, settings: Settings, watch
     torch.manual_seed(train.seed)
     model = builder(settings.model_config(), train).to(device).train()
     model.config.use_cache = False
-    prepare_model(model, train, machine.compiled)
+    prepare_model(model, train, machine.compiled, machine.graphs)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2), eps=train.adam_epsilon,
         weight_decay=train.weight_decay, fused=True,
@@ -170,8 +171,10 @@ def run_bare(row: Row, builder: pretrain.ModelBuilder, settings: Settings, watch
     batches = itertools.cycle(load_batches(row, settings, device))
     lines, begun, logged = [], time.perf_counter(), 0
     for step in range(1, row.steps + 1):
+        if machine.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(device.type, torch.bfloat16, enabled=machine.bf16):
-            loss = model(**next(batches)).loss
+            loss = model(**next(batches), skip_logits=True).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
         optimizer.step()
@@ -224,10 +227,21 @@ def measure(row: Row) -> Figures:
     return figures | {
         "first_step_seconds": round(watch.first_step_seconds, 2),
         "compilations": watch.compilations,
+        "compile_caches": compile_caches(),
         "matmul_flops": ceiling,
         "share_of_matmul": round(work / ceiling, 4),
         "mfu": round(work / peak_flops(hardware, bf16).flops, 4),
         "device": hardware.name,
+    }
+
+
+def compile_caches() -> dict[str, int]:
+    """How often the caches of the compiler held what was asked for, in this process: why a warm start is slow."""
+    return {
+        name: count
+        for part in ("aot_autograd", "inductor")
+        for name, count in counters[part].items()
+        if "_cache_" in name
     }
 
 

@@ -5,11 +5,12 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from doge_lm.cli import main
 from doge_lm.data.dataset import PackedCollator, load_prepared
 from doge_lm.model.modeling_doge import DogeForCausalLM
+from doge_lm.training import pretrain
 from doge_lm.training.checkpoints import RunRecord, check_whole, list_checkpoints
 from doge_lm.training.order import StreamSampler
 from doge_lm.training.settings import load_settings
@@ -345,3 +346,56 @@ def test_a_compiled_mask_of_flex_attention_is_refused(world, tmp_path, capsys):
     flags = world.flags(tmp_path, attn_implementation="flex_attention", document_mask=True, torch_compile=True)
     assert main(["train", *flags]) == 1
     assert "set attn_implementation: sdpa" in capsys.readouterr().err
+
+
+class _NoWaiting(TrainerCallback):
+    """From step 3 on, the host must not wait for the GPU but where a line is logged."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        free = state.global_step >= 3 and not (control.should_log or control.should_evaluate or control.should_save)
+        self.steps += free
+        torch.cuda.set_sync_debug_mode("error" if free else "default")  # until the end of the next step
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_a_step_never_waits_for_the_gpu(world, tmp_path, monkeypatch, document_mask):
+    watch = _NoWaiting()
+
+    class WatchedTrainer(pretrain.DogeTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.add_callback(watch)
+
+    monkeypatch.setattr(pretrain, "DogeTrainer", WatchedTrainer)
+    settings = {"logging_steps": 6, "eval_steps": 100, "save_steps": 100, "document_mask": document_mask}
+    settings |= {"per_device_train_batch_size": 8}  # 256 tokens: enough for every kernel
+    try:
+        assert train(world, tmp_path, bf16=True, torch_compile=True, **settings) == 0
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert watch.steps >= 5
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_change_no_loss(world, tmp_path):
+    """Over two micro-batches a step, whose gradients a graph writes into the same memory each time."""
+    settings = {"bf16": True, "torch_compile": True, "eval_steps": 6, "model": {"hidden_dropout": 0.0}}
+    settings |= {"sequences_per_step": 16, "per_device_train_batch_size": 8}  # 256 tokens: enough for every kernel
+    settings |= {"per_epoch_max_steps": 3, "num_train_epochs": 4}
+    found = []
+    for graphs in (True, False):
+        place = tmp_path / str(graphs)
+        assert train(world, place, cuda_graphs=graphs, **settings) == 0
+        found.append(losses(place))
+    assert found[0] == pytest.approx(found[1], abs=2e-3)
+    assert len(found[0]) == 12
+
+
+def test_cuda_graphs_are_refused_where_there_can_be_none(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train(world, tmp_path, cuda_graphs=True) == 1
+    assert "cuda_graphs: true needs one NVIDIA GPU" in capsys.readouterr().err

@@ -56,6 +56,7 @@ _FREE = {
         "per_epoch_max_steps",  # compared as worked out, in `steps_per_epoch`
         "bf16",  # compared as worked out
         "torch_compile",
+        "cuda_graphs",
         "attn_implementation",
         "gradient_checkpointing",
         "dataloader_num_workers",

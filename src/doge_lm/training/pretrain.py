@@ -154,14 +154,28 @@ class Machine:
     world_size: int
     bf16: bool
     compiled: bool
+    graphs: bool
 
     @classmethod
     def settle(cls, settings: Settings, hardware: Hardware) -> "Machine":
-        """Work out the settings that depend on the device."""
+        """Work out the settings that depend on the device.
+
+        Raises:
+            UserError: for CUDA graphs where there can be none.
+        """
         train = settings.train
         bf16 = bf16_is_faster(hardware.device) if train.bf16 == "auto" else train.bf16
         compiled = hardware.device.type == "cuda" if train.torch_compile == "auto" else train.torch_compile
-        return cls(hardware, int(os.environ.get("WORLD_SIZE", "1")), bool(bf16), bool(compiled))
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        # `flash` breaks the compiled model apart; with other processes, gradients travel while a backward pass runs.
+        whole = bool(compiled) and not train.attn_implementation.startswith("flash")
+        possible = hardware.device.type == "cuda" and world_size == 1 and whole
+        if train.cuda_graphs is True and not possible:
+            raise UserError(
+                "cuda_graphs: true needs one NVIDIA GPU, torch_compile, and an attn_implementation other than flash; "
+                "set cuda_graphs: auto, or false"
+            )
+        return cls(hardware, world_size, bool(bf16), bool(compiled), possible and train.cuda_graphs is not False)
 
 
 def _least_time(plan: Plan, peak: Peak) -> str:
@@ -283,7 +297,7 @@ def _fresh_model(
     torch.set_float32_matmul_precision("high" if machine.hardware.device.type == "cuda" else "highest")
     set_seed(train.seed)
     model = build_model(config, train)
-    prepare_model(model, train, machine.compiled)
+    prepare_model(model, train, machine.compiled, machine.graphs)
     return model
 
 
@@ -310,6 +324,7 @@ def _build(
         record=record,
         peak=peak_flops(machine.hardware, machine.bf16),
         output_dir=args.output_dir,
+        graphs=machine.graphs,
     )
     trainer.remove_callback(PrinterCallback)
     for callback in (JsonLog(args.logging_dir, _plan_numbers(plan, trainer)), TensorBoardLog(args.logging_dir)):

@@ -93,6 +93,7 @@ class TrainSettings:
     # How it is computed
     bf16: bool | Auto = True
     torch_compile: bool | Auto = "auto"
+    cuda_graphs: bool | Auto = "auto"
     attn_implementation: Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] = "sdpa"
     gradient_checkpointing: bool = False
     dataloader_num_workers: int = 0

@@ -53,6 +53,7 @@ def training_arguments(train: TrainSettings, plan: Plan, output_dir: Path) -> Tr
     cosine = train.lr_scheduler_type == "cosine"
     # A stream has processes of its own, and is read in this one.
     workers = 0 if train.stream is not None else train.dataloader_num_workers
+    cuda = plan.hardware.device.type == "cuda"
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         max_steps=plan.total_steps,
@@ -82,7 +83,9 @@ def training_arguments(train: TrainSettings, plan: Plan, output_dir: Path) -> Tr
         save_total_limit=None,
         dataloader_num_workers=workers,
         dataloader_multiprocessing_context="spawn" if workers else None,
-        dataloader_pin_memory=plan.hardware.device.type == "cuda",
+        dataloader_pin_memory=cuda,
+        # Else the copy of each batch waits until the device has done all that was asked of it, and then idles.
+        accelerator_config={"non_blocking": cuda},
         remove_unused_columns=False,  # the collator reads columns that the model does not take
         ddp_find_unused_parameters=False,
         use_cpu=plan.hardware.device.type == "cpu",
@@ -94,8 +97,12 @@ def training_arguments(train: TrainSettings, plan: Plan, output_dir: Path) -> Tr
     return arguments
 
 
-def prepare_model(model: PreTrainedModel, train: TrainSettings, compiled: bool) -> None:
+def prepare_model(model: PreTrainedModel, train: TrainSettings, compiled: bool, graphs: bool = False) -> None:
     """Switch on gradient checkpointing and compilation as the settings ask for them, in place.
+
+    With `graphs` each pass of the compiled model is recorded as a CUDA graph: the host starts it in one call, where
+    it takes longer to start some 800 kernels than a small model takes to run them. Activations and gradients then lie
+    in memory that the next pass writes over; `DogeTrainer` sees to that.
 
     Raises:
         UserError: for settings that give wrong results together.
@@ -112,7 +119,8 @@ def prepare_model(model: PreTrainedModel, train: TrainSettings, compiled: bool) 
     if compiled:
         # In place, so that the model keeps its class and its names, and is saved as if it were not compiled.
         # A model in one graph, or an error: a break in it would cost most of the speed without a word.
-        model.compile(fullgraph=not train.attn_implementation.startswith("flash"), dynamic=False)
+        options = {"triton.cudagraphs": True} if graphs else None
+        model.compile(fullgraph=not train.attn_implementation.startswith("flash"), dynamic=False, options=options)
 
 
 class DogeTrainer(Trainer):
@@ -128,6 +136,7 @@ class DogeTrainer(Trainer):
         record: saved in every checkpoint; its progress is where this run starts.
         peak: what model-FLOPs utilization is a share of.
         output_dir: where checkpoints go.
+        graphs: whether the model's passes are CUDA graphs (`prepare_model`).
     """
 
     control: TrainerControl
@@ -144,11 +153,13 @@ class DogeTrainer(Trainer):
         record: RunRecord,
         peak: Peak,
         output_dir: Path,
+        graphs: bool = False,
     ):
         # What the model is saved with: `Trainer` switches the cache off for training.
         self._use_cache = model.config.use_cache
         self.plan, self.train_settings, self.record, self.peak = plan, train, record, peak
         self.data = data
+        self._graphs = graphs
         self._stopwatch = Stopwatch()
         self._staging: Path | None = None
         super().__init__(
@@ -226,6 +237,20 @@ class DogeTrainer(Trainer):
         if self._skips_logits:
             inputs = {**inputs, "skip_logits": True}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Loss and gradients of a micro-batch."""
+        if not self._graphs:
+            return super().training_step(model, *args, **kwargs)
+        torch.compiler.cudagraph_mark_step_begin()
+        first = all(parameter.grad is None for parameter in model.parameters())
+        loss = super().training_step(model, *args, **kwargs)
+        if first and self.plan.accumulate_steps > 1:
+            # The next micro-batch writes its gradients where these lie, and adds them to what it finds here.
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.clone()
+        return loss
 
     # Reports
 
