@@ -1,4 +1,4 @@
-"""`benchmarks/decode.py`: a row for each model, way and batch, also where one fails; the peer is of Doge's size."""
+"""`benchmarks/decode.py`: a row for each way, batch and model, also where one fails; the peer is of Doge's size."""
 
 import json
 import subprocess
@@ -30,46 +30,91 @@ def test_a_small_run_has_all_rows(tmp_path: Path) -> None:
         [*command, "--ways", *ways, "--json", str(target)], capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    records = json.loads(target.read_text(encoding="utf-8"))["records"]
-    expected = [(batch, way, model) for batch in (1, 3) for way in ways for model in decode.MODELS]
-    assert [(record["batch"], record["way"], record["model"]) for record in records] == expected
+    found = json.loads(target.read_text(encoding="utf-8"))
+    records = found["records"]
+    expected = [(way, batch, model) for way in ways for batch in (1, 3) for model in ("llama", "doge")]
+    assert [(record["way"], record["batch"], record["model"]) for record in records] == expected
     for record in records:
         assert "error" not in record
         assert record["tokens_per_second"] > 0
         assert ("ratio" in record) == (record["model"] == "doge")
-    assert done.stdout.count("| small |") == len(expected)
+    assert [(best["preset"], best["batch"]) for best in found["best"]] == [("small", 1), ("small", 3)]
+    assert done.stdout.count("| small |") == len(expected) + 2
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".tmp")] == []
 
 
-def test_an_error_becomes_its_row_and_the_other_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    args = decode.parse(["--prompt_tokens", "4", "--new_tokens", "2", "--repetitions", "1", "--device", "cpu"])
+def records_of_a_run(monkeypatch: pytest.MonkeyPatch, *flags: str) -> list[dict[str, Any]]:
+    """A run of a small preset on the CPU whose Doge fails."""
+    sizes = ["--prompt_tokens", "4", "--new_tokens", "2", "--repetitions", "1", "--device", "cpu", "--batch", "2"]
     models = decode.build_models(make_settings().model_config(), torch.device("cpu"), torch.float32, seed=0)
 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no room\nfor this")
 
     monkeypatch.setattr(models["doge"], "forward", fail)
-    doge, llama = decode.measure_pair("graph", models, torch.randint(3, 60, (2, 4)), args)
+    monkeypatch.setattr(decode, "build_models", lambda *_: models)
+    records: list[dict[str, Any]] = []
+    decode.measure_preset("doge_25M", decode.parse([*sizes, *flags]), records.append)
+    return records
+
+
+def test_an_error_becomes_its_row_and_the_other_rows_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "make_prompts", lambda *_: [[3, 4, 5], [6]])
+    llama, doge, *rest = records_of_a_run(monkeypatch, "--ways", "graph", "dynamic")
     assert doge["error"] == "RuntimeError: no room"
     assert "ratio" not in doge
     assert llama["tokens_per_second"] > 0
-    assert "no room" in decode.row({"preset": "x", "parameters": 1, **doge})
+    assert [record["model"] for record in rest] == ["llama", "doge"]
+    assert "no room" in decode.row(doge)
+    assert decode.compare_best([llama, doge]) == []
+
+
+def test_rows_are_those_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "make_prompts", lambda *_: [[3, 4, 5], [6]])
+    records = records_of_a_run(monkeypatch, "--ways", "dynamic", "--models", "llama")
+    assert [(record["way"], record["model"]) for record in records] == [("dynamic", "llama")]
+
+
+def test_the_best_of_each_are_compared() -> None:
+    def record(model: str, way: str, **figures: Any) -> dict[str, Any]:
+        return {"preset": "x", "batch": 1, "model": model, "way": way, **figures}
+
+    records = [
+        record("llama", "graph", tokens_per_second=2.0),
+        record("llama", "static", tokens_per_second=4.0),
+        record("doge", "compiled", tokens_per_second=6.0),
+        record("doge", "graph", tokens_per_second=5.0),
+        record("doge", "static", error="no room"),
+    ]
+    expected = {"preset": "x", "batch": 1, "doge": "compiled", "llama": "static", "ratio": 1.5}
+    assert decode.compare_best(records) == [expected]
+
+
+def test_prompts_are_of_unequal_length() -> None:
+    prompts = decode.make_prompts(5, 10, 60, seed=0)
+    assert [len(prompt) for prompt in prompts] == [10, 9, 8, 7, 6]
+    assert all(3 <= token < 60 for prompt in prompts for token in prompt)
+    assert [len(prompt) for prompt in decode.make_prompts(1, 10, 60, seed=0)] == [10]
+    assert len(decode.make_prompts(64, 127, 60, seed=0)[-1]) == 65
 
 
 @pytest.mark.parametrize("way", ["dynamic", "static", "graph"])
 @pytest.mark.parametrize("model", decode.MODELS)
 def test_every_way_makes_the_same_tokens_and_as_many_as_asked(way: str, model: str) -> None:
     models = decode.build_models(make_settings().model_config(), torch.device("cpu"), torch.float32, seed=0)
-    ids = torch.randint(3, 60, (2, 4), generator=torch.Generator().manual_seed(0))
-    expected = ids
-    with torch.no_grad():
+    prompts = decode.make_prompts(3, 6, 60, seed=0)
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
         for _ in range(5):
-            last = models[model](expected).logits[:, -1].argmax(-1, keepdim=True)
-            expected = torch.cat([expected, last], dim=1)
-    run = decode.generate_by(way, models[model], ids, 5)
+            with torch.no_grad():
+                ids.append(int(models[model](torch.tensor([ids])).logits[0, -1].argmax()))
+        expected.append(ids[len(prompt) :])
+    run = decode.generate_by(way, models[model], prompts, 5)
     for new in (5, 1):
         found = run(new)
-        rows = found[:, 4:].tolist() if isinstance(found, torch.Tensor) else found
-        assert rows == expected[:, 4 : 4 + new].tolist()
+        rows = found[:, 6:].tolist() if isinstance(found, torch.Tensor) else found
+        assert rows == [row[:new] for row in expected]
 
 
 @pytest.mark.parametrize("preset", ["doge_25M", "doge_450M"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,11 +10,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+    MistralConfig,
+    MistralForCausalLM,
+    RepetitionPenaltyLogitsProcessor,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from doge_lm.inference import decoding
 from doge_lm.inference.decoding import Decoder, Sampling, choose
+from doge_lm.model.modeling_doge import DogeCDMoE, DogeInnerFuncAttn
 from tests.model.reference import rope_tables
 from tests.model.support import TINY, random_ids, reference_of, tiny_model
 
@@ -224,16 +237,244 @@ def test_compiled_equals_plain_and_compiles_once_for_a_cache(monkeypatch: pytest
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     model = tiny_model()
-    plain, compiled = Decoder(model), Decoder(model, compiled=True)
+    uncompiled, compiled = Decoder(model), Decoder(model, compiled=True)
     sampled = Sampling(10, temperature=1.3, top_k=7, seed=0)
     for lengths, sampling in (([9, 2], Sampling(12)), ([1, 1], Sampling(5)), ([40, 30], sampled), ([8, 8], sampled)):
         prompts = prompts_of(lengths)
-        assert compiled.generate(prompts, sampling) == plain.generate(prompts, sampling)
+        assert compiled.generate(prompts, sampling) == uncompiled.generate(prompts, sampling)
     assert len(graphs) == 1
     for batch in range(3, 13):  # more shapes than PyTorch compiles a function for by default
         prompts = prompts_of([4] * batch)
-        assert compiled.generate(prompts, Sampling(3)) == plain.generate(prompts, Sampling(3))
+        assert compiled.generate(prompts, Sampling(3)) == uncompiled.generate(prompts, Sampling(3))
     assert len(graphs) == 11
+
+
+# ------------------------------------------------------------------------------------------------ captured steps
+
+
+class Recorder(TorchDispatchMode):
+    """Stands for a CUDA graph on a CPU: the operators of a call, which run again on the very same tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.calls:
+            for kept, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(kept, Tensor) and kept.data_ptr() != new.data_ptr():  # neither a view nor in place
+                    kept.copy_(new)
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
+    """Steps are recorded where a GPU would capture them; all recordings, in order."""
+    made: list[Recorder] = []
+
+    def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        step()  # as on a GPU, where steps before the capture set things up
+        with Recorder() as recorder:
+            step()
+        made.append(recorder)
+        return recorder.replay
+
+    monkeypatch.setattr(decoding, "_captured", record)
+    monkeypatch.setattr(decoding, "_is_on_one_gpu", lambda model: True)
+    return made
+
+
+def plain(model: Any) -> Decoder:
+    return Decoder(model, graphs=False)
+
+
+SAMPLED = Sampling(30, temperature=1.3, top_k=7, top_p=0.9, repetition_penalty=1.2, seed=0)
+CALLS = [([9, 2], Sampling(30)), ([1, 1], Sampling(5)), ([8, 3], SAMPLED), ([90], Sampling(40)), ([5, 90], SAMPLED)]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_recorded_step_gives_the_tokens_of_a_plain_one(recordings: list[Recorder], attention: str) -> None:
+    """Nothing that changes from step to step, or from call to call, is left to the host."""
+    model = tiny_model(attention=attention)
+    captured = Decoder(model)
+    for lengths, sampling in CALLS:
+        prompts = prompts_of(lengths)
+        found = captured.generate(prompts, sampling, eos_token_id=2)
+        assert found == plain(model).generate(prompts, sampling, eos_token_id=2)
+    assert len(recordings) == 4  # the second call takes the step of the first
+    for recorder in recordings:
+        names = {str(func) for func, *_ in recorder.calls}
+        assert not names & {"aten._local_scalar_dense.default", "aten.nonzero.default"}  # these wait for a GPU
+
+
+def test_graphs_are_the_default_where_the_model_is_on_one_gpu(recordings: list[Recorder]) -> None:
+    model, prompts = tiny_model(), prompts_of([4])
+    plain(model).generate(prompts, Sampling(3))
+    assert not recordings
+    Decoder(model).generate(prompts, Sampling(3))
+    assert len(recordings) == 1
+
+
+def test_nothing_is_captured_on_a_cpu_or_for_positions_by_length(
+    recordings: list[Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    Decoder(tiny_model(rope_parameters=rope)).generate(prompts_of([4]), Sampling(3))
+    assert not recordings
+    monkeypatch.undo()
+    assert not decoding._is_on_one_gpu(tiny_model())
+
+
+def test_positions_of_each_kind_of_layer_are_looked_at() -> None:
+    config = LlamaConfig()
+    config.rope_parameters = {"full_attention": {"rope_type": "dynamic"}, "other": {"rope_type": "linear"}}
+    assert decoding._rope_types(config) == {"dynamic", "linear"}
+
+
+def test_weights_that_change_in_place_are_read_anew(recordings: list[Recorder]) -> None:
+    model, prompts = tiny_model(), prompts_of([9, 2])
+    captured = Decoder(model)
+    before = captured.generate(prompts, Sampling(12))
+    model.load_state_dict(tiny_model(seed=1).state_dict())
+    after = captured.generate(prompts, Sampling(12))
+    assert after == plain(model).generate(prompts, Sampling(12)) != before
+    assert len(recordings) == 1
+
+
+def replace_storage(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.flip(0).clone()
+
+
+def replace_parameter(model: Any) -> None:
+    model.lm_head.weight = torch.nn.Parameter(-model.lm_head.weight.detach())
+
+
+def to_another_type(model: Any) -> None:
+    model.to(torch.float64)
+
+
+@pytest.mark.parametrize("change", [replace_storage, replace_parameter, to_another_type])
+def test_weights_that_move_are_noticed(recordings: list[Recorder], change: Callable[[Any], None]) -> None:
+    model, prompts = tiny_model(), prompts_of([9, 2])
+    captured = Decoder(model)
+    captured.generate(prompts, Sampling(12))
+    change(model)
+    assert captured.generate(prompts, Sampling(12)) == plain(model).generate(prompts, Sampling(12))
+    assert len(recordings) == 2
+
+
+def test_autocast_and_inference_mode_may_differ_from_call_to_call(recordings: list[Recorder]) -> None:
+    model, prompts = tiny_model(), prompts_of([9, 2])
+    captured = Decoder(model)
+
+    def compare() -> None:
+        assert captured.generate(prompts, Sampling(12)) == plain(model).generate(prompts, Sampling(12))
+
+    for _ in range(2):
+        compare()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            compare()
+        with torch.inference_mode():
+            compare()
+    assert len(recordings) == 6
+
+
+def lent(model: Any) -> list[bool]:
+    """Of each module that can take a product of weights, whether it has one."""
+    return [
+        module.folded is not None for module in model.modules() if isinstance(module, DogeInnerFuncAttn | DogeCDMoE)
+    ]
+
+
+def test_products_of_weights_are_lent_for_a_text_only() -> None:
+    model, prompts = tiny_model(), prompts_of([9, 2])
+    seen: list[list[bool]] = []
+    Decoder(model).generate(prompts, Sampling(2), on_tokens=lambda _: seen.append(lent(model)))
+    assert seen == [[True] * 4] * 2  # attention and experts of two layers
+    assert lent(model) == [False] * 4
+
+    def fail(_: list[int]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Decoder(model).generate(prompts, Sampling(2), on_tokens=fail)
+    assert lent(model) == [False] * 4
+
+
+def test_modules_that_are_more_than_their_matrix_are_called() -> None:
+    model, prompts = tiny_model(), prompts_of([9, 2])
+    before = Decoder(model).generate(prompts, Sampling(12))
+    for layer in model.model.layers:
+        layer.attn.k_proj.register_forward_hook(lambda module, inputs, output: -output)
+        layer.feed_forward.queries.register_forward_hook(lambda module, inputs, output: -output)
+    found = Decoder(model).generate(prompts, Sampling(12))
+    assert found == [uncached(uncached_model(model), prompt, 12) for prompt in prompts] != before
+
+
+def test_so_many_keys_that_queries_are_cheaper() -> None:
+    """2·63 rows of keys for queries of 14: nothing is folded for the experts."""
+    model, prompts = tiny_model(num_cdmmoe_experts=63 * 63), prompts_of([9, 2])
+    seen: list[list[bool]] = []
+    found = Decoder(model).generate(prompts, Sampling(6), on_tokens=lambda _: seen.append(lent(model)))
+    assert seen[0] == [True, False] * 2
+    assert found == [uncached(uncached_model(model), prompt, 6) for prompt in prompts]
+
+
+def test_several_decoders_take_turns(recordings: list[Recorder]) -> None:
+    models = [tiny_model(seed=seed) for seed in range(2)]
+    decoders = [Decoder(models[0]), Decoder(models[1]), Decoder(models[0])]
+    for lengths in ([9, 2], [4, 4]):
+        prompts = prompts_of(lengths)
+        for decoder in decoders:
+            assert decoder.generate(prompts, Sampling(12)) == plain(decoder._model).generate(prompts, Sampling(12))
+    assert len(recordings) == 3
+
+
+@pytest.mark.parametrize("second", [([90, 3], Sampling(40)), ([9, 2], SAMPLED)], ids=["another cache", "another rule"])
+def test_a_capture_that_fails_leaves_the_decoder_usable(
+    recordings: list[Recorder], monkeypatch: pytest.MonkeyPatch, second: tuple[list[int], Sampling]
+) -> None:
+    model = tiny_model()
+    captured = Decoder(model)
+    captured.generate(prompts_of([9, 2]), Sampling(12))
+
+    def fail(step: Callable[[], None], device: torch.device) -> None:
+        step()
+        raise RuntimeError("out of memory")
+
+    record = decoding._captured
+    monkeypatch.setattr(decoding, "_captured", fail)
+    lengths, sampling = second
+    with pytest.raises(RuntimeError, match="out of memory"):
+        captured.generate(prompts_of(lengths), sampling)
+    monkeypatch.setattr(decoding, "_captured", record)
+    for lengths, sampling in (second, ([9, 2], Sampling(12))):
+        prompts = prompts_of(lengths)
+        assert captured.generate(prompts, sampling) == plain(model).generate(prompts, sampling)
+
+
+def test_an_old_cache_is_freed_before_there_is_a_new_one(
+    recordings: list[Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    class Counted(decoding._State):
+        def __init__(self, *args: Any) -> None:
+            alive.append(sum(state() is not None for state in made))
+            made.append(weakref.ref(self))
+            super().__init__(*args)
+
+    monkeypatch.setattr(decoding, "_State", Counted)
+    decoder = Decoder(tiny_model())
+    for lengths in ([9, 2], [5], [90], [3, 3]):
+        decoder.generate(prompts_of(lengths), Sampling(5))
+    assert alive == [0, 0, 0, 0]
 
 
 @pytest.mark.gpu
@@ -242,16 +483,73 @@ def test_compiled_equals_plain_and_compiles_once_for_a_cache(monkeypatch: pytest
 def test_a_captured_step_gives_the_tokens_of_a_plain_one(compiled: bool, dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     model = tiny_model(dtype=dtype, hidden_size=48).cuda()
-    plain, captured = Decoder(model), Decoder(model, compiled=compiled, graphs=True)
+    uncaptured, captured = plain(model), Decoder(model, compiled=compiled)
     sampled = Sampling(30, temperature=1.3, top_k=7, repetition_penalty=1.2, seed=0)
     for lengths, sampling in (([9, 2], Sampling(30)), ([1, 1], Sampling(5)), ([8, 3], sampled), ([90], Sampling(40))):
         prompts = prompts_of(lengths)
         found = captured.generate(prompts, sampling, eos_token_id=2)
-        expected = plain.generate(prompts, sampling, eos_token_id=2)
+        expected = uncaptured.generate(prompts, sampling, eos_token_id=2)
         if compiled:  # other kernels round otherwise: near ties may fall to the other token, seldom and late
             assert [row[0] for row in found] == [row[0] for row in expected]
         else:
             assert found == expected
+
+
+@pytest.mark.gpu
+def test_a_captured_step_follows_weights_and_outlives_its_neighbours() -> None:
+    """Changed in place and moved; several decoders; a graph of transformers' own between two calls; other streams."""
+    model = tiny_model(hidden_size=48).cuda()
+    prompts, rules = prompts_of([9, 2]), [Sampling(30), Sampling(20, temperature=1.5, top_p=0.9, seed=1)]
+    decoders = [Decoder(model), Decoder(model)]
+
+    def compare() -> None:
+        for decoder, rule in zip(decoders, rules, strict=True):
+            assert decoder.generate(prompts, rule) == plain(model).generate(prompts, rule)
+
+    compare()
+    model.load_state_dict(tiny_model(seed=1, hidden_size=48).state_dict())
+    compare()
+    model.cpu()
+    kept = torch.empty(2**24, device="cuda")  # in the place of the weights
+    model.cuda()
+    compare()
+    torch._C._cuda_clearCublasWorkspaces()  # as transformers' and PyTorch's own graphs do
+    other = torch.full((2**24,), 7.0, device="cuda")
+    compare()
+    assert bool((other == 7).all())
+    del kept
+    with torch.cuda.stream(torch.cuda.Stream()):
+        compare()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        compare()
+    compare()
+
+
+@pytest.mark.gpu
+def test_a_step_that_makes_the_host_wait_runs_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(hidden_size=48).cuda()
+    prompts = prompts_of([9, 2])
+    expected = plain(model).generate(prompts, Sampling(12))
+    take = decoding._State.take
+    monkeypatch.setattr(decoding._State, "take", lambda self, logits: (int(self.column), take(self, logits))[1])
+    decoder = Decoder(model)
+    with pytest.warns(UserWarning, match="host wait"):
+        assert decoder.generate(prompts, Sampling(12)) == expected
+    assert torch.cuda.get_sync_debug_mode() == 0
+    monkeypatch.undo()
+    assert Decoder(model).generate(prompts, Sampling(12)) == expected
+
+
+@pytest.mark.gpu
+def test_memory_of_old_graphs_is_freed() -> None:
+    decoder = Decoder(tiny_model(hidden_size=48).cuda())
+    held = []
+    for _ in range(4):
+        for lengths in ([9, 2], [5]):
+            decoder.generate(prompts_of(lengths), Sampling(5))
+        torch.cuda.empty_cache()
+        held.append(torch.cuda.memory_reserved())
+    assert held[-1] <= held[1]
 
 
 # -------------------------------------------------------------------------------------------------------- errors
@@ -280,3 +578,18 @@ def test_an_attention_without_masks_is_an_error() -> None:
 def test_a_setting_out_of_range_is_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Sampling(**wrong)
+
+
+def test_layers_other_than_full_attention_are_an_error() -> None:
+    sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=4))
+    with pytest.raises(ValueError, match="sliding window"):
+        Decoder(model)
+    Decoder(MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=None)))
+
+
+def test_a_model_with_an_encoder_is_an_error() -> None:
+    config = T5Config(vocab_size=61, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="encoder"):
+        Decoder(T5ForConditionalGeneration._from_config(config, attn_implementation="eager"))

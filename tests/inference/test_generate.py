@@ -4,7 +4,9 @@ import io
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from doge_lm import DogeConfig, DogeForCausalLM
 from doge_lm.cli import main
 from doge_lm.data.tokenizer import build_tokenizer, encode_text, load_tokenizer
+from doge_lm.inference import generate as generate_module
 
 
 @pytest.fixture(scope="module")
@@ -76,20 +79,64 @@ def test_several_texts_are_continued_as_each_alone(model_dir: Path, capsys: pyte
     assert together == "".join(run(capsys, str(model_dir), text, *options)[1] for text in texts)
 
 
-def test_a_model_of_transformers_is_continued_too(
-    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def llama_dir(model_dir: Path, tmp_path: Path) -> Path:
+    """A small Llama with the same tokenizer."""
     copied(model_dir, tmp_path)
     torch.manual_seed(0)
     config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     config.vocab_size = DogeConfig().vocab_size
     LlamaForCausalLM(config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_model_of_transformers_is_continued_too(llama_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--max_new_tokens", "5", "--seed", "1")
-    status, out, err = run(capsys, str(tmp_path), "Once", "Twice", *options)
+    status, out, err = run(capsys, str(llama_dir), "Once", "Twice", *options)
     assert status == 0, err
     assert out.startswith("Once")
     assert "\nTwice" in out
-    assert run(capsys, str(tmp_path), "Once", "Twice", *options)[1] == out
+    assert run(capsys, str(llama_dir), "Once", "Twice", *options)[1] == out
+
+
+@pytest.mark.parametrize("kind", ["model_dir", "llama_dir"])
+def test_text_is_shown_while_it_grows(
+    kind: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt before the model runs, then each token before the next; as a whole only with --no_stream."""
+    directory = request.getfixturevalue(kind)
+    options = (str(directory), "Once upon", "--max_new_tokens", "6", "--seed", "2", "--device", "cpu")
+    written: list[str] = []
+    shown_before: list[str] = []
+
+    def write(text: str) -> int:
+        written.append(text)
+        return len(text)
+
+    def before_a_step(*_: object) -> None:
+        shown_before.append("".join(written))
+
+    load = generate_module.load_model
+
+    def watched(*args: Any) -> Any:
+        model = load(*args)
+        model.register_forward_pre_hook(before_a_step)
+        return model
+
+    monkeypatch.setattr(generate_module, "load_model", watched)
+    monkeypatch.setattr("sys.stdout.write", write)
+    assert main(["generate", *options]) == 0
+    streamed = "".join(written)
+    assert shown_before[0] == "Once upon"
+    assert all(later.startswith(earlier) for earlier, later in pairwise(shown_before))
+    assert len(set(shown_before)) >= 4  # of 6: some tokens spell nothing by themselves
+    written.clear()
+    shown_before.clear()
+    assert main(["generate", *options, "--no_stream"]) == 0
+    assert "".join(written) == streamed
+    assert set(shown_before) == {""}
+    monkeypatch.undo()
+    capsys.readouterr()
 
 
 def test_a_seed_repeats_and_another_differs(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,6 +98,7 @@ def test_checkpoint_carries_its_code(checkpoint: tuple[Path, Path]) -> None:
         "cdmoe_triton",
         "routing_triton",
         "inner_value_triton",
+        "residual_norm_triton",
         "rotation_triton",
     ]
     modules += [

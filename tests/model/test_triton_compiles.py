@@ -44,7 +44,8 @@ class Compiler:
             elif isinstance(value, torch.Tensor):
                 signature[name] = f"*{TYPES[value.dtype]}"
             else:
-                signature[name] = "fp32" if isinstance(value, float) else "i32"
+                # A Python float is one of 64 bits to `torch.compile`.
+                signature[name] = "fp64" if isinstance(value, float) else "i32"
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constexprs)
         binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
         assert binary.asm["cubin"]
@@ -56,13 +57,14 @@ def compile_all(dtype: torch.dtype) -> None:
     from doge_lm.model import (  # noqa: PLC0415
         cdmoe_triton,
         inner_value_triton,
+        residual_norm_triton,
         rotation_triton,
         routing_triton,
         triton_operator,
     )
 
     assert not triton_operator.INTERPRETED
-    for module in (cdmoe_triton, inner_value_triton, rotation_triton, routing_triton):
+    for module in (cdmoe_triton, inner_value_triton, residual_norm_triton, rotation_triton, routing_triton):
         module.launcher = Compiler  # type: ignore[attr-defined]
     m, heads, k, n, f = 32, 2, 4, 1024, 256
 
@@ -76,6 +78,11 @@ def compile_all(dtype: torch.dtype) -> None:
     angles = torch.zeros(1, m, 128)
     outputs = rotation_triton.rotated_projections(leaf(1, m, 520), angles, angles, heads, 2)
     sum(x.sum() for x in outputs).backward()
+    for width in (f, residual_norm_triton.MOST_FEATURES):
+        stream, weight = leaf(m, width, dtype=torch.float32), leaf(width, dtype=torch.float32)
+        total, normed = residual_norm_triton.add_norm(stream, leaf(m, width), weight, 1e-6)
+        normed.sum().backward(retain_graph=True)  # without a gradient of the sum, and then with it
+        (total.sum() + normed.sum()).backward()
     experts = torch.zeros_like(experts).flatten(1)
     table = leaf(n, f, dtype=torch.float32)
     out = cdmoe_triton.experts_output(

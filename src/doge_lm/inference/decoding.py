@@ -16,12 +16,22 @@ A prompt shorter than T begins `padding` columns later, so that all end in the s
 position c - padding, and it sees the columns from `padding` to c.
 """
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
+from transformers.cache_utils import Cache, StaticLayer
+
+from ..model.modeling_doge import DogeCDMoE, DogeInnerFuncAttn
+
+_Foldable: TypeAlias = DogeInnerFuncAttn | DogeCDMoE
 
 SHORTEST_CACHE = 64
 """Caches have a power of two of slots, at least so many: few lengths to compile for."""
@@ -30,7 +40,7 @@ CHECK_EVERY = 16
 """Steps between two looks for the end of all rows, each of which waits for the GPU."""
 
 # Their frequencies follow the length, which they read from the GPU in each step.
-_ROPE_BY_LENGTH = ("dynamic", "longrope")
+_ROPE_BY_LENGTH = frozenset({"dynamic", "longrope"})
 
 
 @dataclass(frozen=True)
@@ -73,32 +83,36 @@ class Sampling:
 class Decoder:
     """Generates with a causal language model of full attention, Doge or another of transformers.
 
-    The cache is kept: a later call with as many prompts that fits into it compiles and captures nothing.
+    The cache is kept: a later call with as many prompts that fits into it compiles and captures nothing. Weights may
+    change in place between two calls. Where they have moved (another device or type, a parameter replaced), the next
+    call notices and begins anew.
 
     Args:
-        model: in evaluation mode, on its device, with the attention `sdpa` or `eager`.
+        model: in evaluation mode, on its device, with the attention `sdpa` or `eager`. What its modules do must stay
+            as it is; a hook that comes later is not seen by a captured step.
         compiled: run the decoding step through `torch.compile`. On a GPU that makes a step with fewer kernels, but
             takes half a minute for each batch size and cache length.
-        graphs: on an NVIDIA GPU, run the step as a CUDA graph. Not yet tried on one, so `doge-lm generate` does not.
+        graphs: run the step as a CUDA graph where all of the model is on one NVIDIA GPU. A step that makes the host
+            wait cannot be captured: it runs plainly, with a warning.
 
     Raises:
-        ValueError: for an attention that takes no mask.
+        ValueError: for an attention that takes no mask, and for a model with other layers than full attention.
     """
 
-    def __init__(self, model: PreTrainedModel, *, compiled: bool = False, graphs: bool = False) -> None:
-        attention = model.config._attn_implementation
-        if attention not in ("sdpa", "eager"):
-            raise ValueError(f"the attention {attention!r} takes no mask; load the model with sdpa or eager")
+    _state: "_State | None"
+    _step: Callable[[], object]
+    _ground: tuple[Any, ...]
+
+    def __init__(self, model: PreTrainedModel, *, compiled: bool = False, graphs: bool = True) -> None:
+        _refuse_other_models(model)
         self._model = model
-        rope = getattr(model.config, "rope_parameters", None) or {}
-        self._fixed_frequencies = rope.get("rope_type", "default") not in _ROPE_BY_LENGTH
+        fixed_frequencies = not _rope_types(model.config) & _ROPE_BY_LENGTH
         self._logits = self._next_logits
-        self._compiled = compiled and self._fixed_frequencies
-        self._graphs = graphs and self._fixed_frequencies
+        self._compiled = compiled and fixed_frequencies
+        self._graphs = graphs and fixed_frequencies
         if self._compiled:
             self._logits = torch.compile(self._next_logits, fullgraph=True, dynamic=False)
-        self._state: _State | None = None
-        self._step: Callable[[], None] = _no_step
+        self._forget()
 
     @torch.no_grad()
     def generate(
@@ -125,6 +139,13 @@ class Decoder:
             ValueError: for no prompt, an empty one, or more tokens than the model has positions.
         """
         state = self._prepared(prompts, sampling, _as_list(eos_token_id))
+        with _lent(state.folded):
+            return self._run(state, sampling, on_tokens)
+
+    def _run(
+        self, state: "_State", sampling: Sampling, on_tokens: Callable[[list[int]], None] | None
+    ) -> list[list[int]]:
+        """Prefill and steps of `generate`."""
         begin = int(state.column) + 1
         self._prefill(state, begin)
         done = 1
@@ -152,23 +173,28 @@ class Decoder:
                 f"the longest prompt has {longest} tokens; with max_new_tokens {sampling.max_new_tokens} that is more "
                 f"than the {limit} positions of the model (max_position_embeddings)"
             )
-        old, batch = self._state, len(prompts)
-        if old is None or old.tokens_BS.shape[0] != batch or old.tokens_BS.shape[1] < needed:
-            slots = max(SHORTEST_CACHE, 1 << (needed - 1).bit_length())
-            del old
-            self._state, self._step = None, _no_step  # frees the old cache before there is a new one
-            state = _State(self._model, batch, slots, sampling, ends)
-            self._step = self._step_on(state)
-        else:
-            state = old
-            if (state.rule, state.ends) != (_rule(sampling), ends):
+        ground, batch = _ground(self._model), len(prompts)
+        state = self._state
+        fits = state is not None and ground == self._ground and state.holds(batch, needed)
+        if state is None or not fits or (state.rule, state.ends) != (_rule(sampling), ends):
+            self._forget()  # frees the old cache before there is a new one; and what fails below leaves nothing behind
+            if state is not None and fits:
                 state.set_rule(sampling, ends)
+            else:
+                del state
+                slots = max(SHORTEST_CACHE, 1 << (needed - 1).bit_length())
+                state = _State(self._model, batch, slots, sampling, ends)
+            with _lent(state.folded):
                 self._step = self._step_on(state)
-        self._state = state
+            self._state, self._ground = state, ground
         state.begin(prompts, sampling)
         return state
 
-    def _step_on(self, state: "_State") -> Callable[[], None]:
+    def _forget(self) -> None:
+        """Free the state and the step on it."""
+        self._state, self._step, self._ground = None, _no_step, ()
+
+    def _step_on(self, state: "_State") -> Callable[[], object]:
         """A decoding step on a state's own tensors, as a CUDA graph where wanted. What the tensors hold is lost."""
 
         def step() -> None:
@@ -179,7 +205,7 @@ class Decoder:
             self._next_logits(*state.inputs(), state.cache)  # allocates the cache, which compiled code must not
             with torch._dynamo.config.patch(recompile_limit=64):  # one for each batch size and length is not too many
                 step()
-        if self._graphs and state.tokens_BS.is_cuda:
+        if self._graphs and _is_on_one_gpu(self._model):
             return _captured(step, state.tokens_BS.device)
         return step
 
@@ -203,9 +229,34 @@ class Decoder:
             positions_BT = columns_T - state.padding_B1
             padded = {"attention_mask": (positions_BT >= 0).long(), "position_ids": positions_BT.clamp(min=0)}
         out = self._model(input_ids=ids_BT, use_cache=True, logits_to_keep=1, **padded)
-        for index, layer in enumerate(out.past_key_values.layers):
-            state.cache.update(layer.keys, layer.values, index)
+        state.fill(out.past_key_values)
         state.take(out.logits[:, -1].float())
+
+
+class _Layer(StaticLayer):
+    """The keys and values of one layer, written where the step is: no layer has to count for itself."""
+
+    def __init__(self, slots: int, column: Tensor) -> None:
+        super().__init__(slots)
+        self._column = column
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Take those of one token, (B, heads, 1, features), and return those of all columns."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys.index_copy_(2, self._column.to(self.device), key_states)
+        self.values.index_copy_(2, self._column.to(self.device), value_states)
+        return self.keys, self.values
+
+    def fill(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take those of the first columns."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = key_states.shape[2]
+        self.keys[:, :, :length] = key_states
+        self.values[:, :, :length] = value_states
 
 
 class _State:
@@ -220,6 +271,12 @@ class _State:
         self.padding_B1 = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.column = torch.zeros(1, dtype=torch.long, device=device)
         self.ended_B = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.cache.layers = [_Layer(slots, self.column) for _ in self.cache.layers]
+        self.folded: dict[_Foldable, Tensor] = {
+            module: module.fold()
+            for module in model.modules()
+            if isinstance(module, DogeInnerFuncAttn | DogeCDMoE) and module.is_foldable()
+        }
         self._columns_S = torch.arange(slots, device=device)
         self._draws_BS = torch.zeros(batch, slots, device=device)
         self._seen_BV = torch.zeros(batch, vocabulary, dtype=torch.bool, device=device)
@@ -229,6 +286,10 @@ class _State:
         """Choose by other settings; a captured step must be captured again."""
         self.rule, self.ends = _rule(sampling), ends
         self._ends_E = torch.tensor(ends, dtype=torch.long, device=self.tokens_BS.device)
+
+    def holds(self, batch: int, slots: int) -> bool:
+        """Whether it is for so many rows, and long enough."""
+        return self.tokens_BS.shape[0] == batch and self.tokens_BS.shape[1] >= slots
 
     def clear(self) -> None:
         """Go back to the first column of an empty cache, in place."""
@@ -255,6 +316,11 @@ class _State:
             generator = None if sampling.seed is None else torch.Generator().manual_seed(sampling.seed)
             draws = torch.rand(len(prompts), sampling.max_new_tokens, generator=generator)
             self._draws_BS[:, longest : longest + sampling.max_new_tokens] = draws.to(device)
+
+    def fill(self, prompts: Cache) -> None:
+        """Take the keys and values of all columns of the prompts."""
+        for layer, filled in zip(self.cache.layers, prompts.layers, strict=True):
+            layer.fill(filled.keys, filled.values)
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """The newest ids (B, 1), what they see as an additive mask (B, 1, 1, S), and their positions (B, 1)."""
@@ -309,23 +375,132 @@ def choose(logits_BV: Tensor, draws_B1: Tensor, rule: Sampling, seen_BV: Tensor 
     return ids_Bk.gather(1, place_B1)[:, 0]
 
 
+@contextmanager
+def _lent(folded: "dict[_Foldable, Tensor]") -> Iterator[None]:
+    """Lend Doge's modules the products of their weights, so that a step need not make them or go without.
+
+    They are made anew, in the same places: weights may have changed in place, but the addresses in a captured step
+    must stay.
+    """
+    try:
+        for module, product in folded.items():
+            module.folded = product.copy_(module.fold())
+        yield
+    finally:
+        for module in folded:
+            module.folded = None
+
+
 def _no_step() -> None:
     raise AssertionError("there is no state to step on")
 
 
-def _captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """A step as a CUDA graph. Its tensors must stay where they are; what they hold is lost."""
-    with torch.cuda.device(device):
-        aside = torch.cuda.Stream()
+def _refuse_other_models(model: PreTrainedModel) -> None:
+    """Raises ValueError for what the mask or the cache of a decoder does not fit."""
+    attention = model.config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise ValueError(f"the attention {attention!r} takes no mask; load the model with sdpa or eager")
+    kinds = {type(layer) for layer in StaticCache(config=model.config, max_cache_len=SHORTEST_CACHE).layers}
+    if model.config.is_encoder_decoder or kinds != {StaticLayer}:
+        raise ValueError(
+            "the model has an encoder, or layers that are not full attention (a sliding window, a recurrence); "
+            "use its own generate"
+        )
+
+
+def _rope_types(config: Any) -> set[str]:
+    """The scaling types of the positions; some models have one for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_kind = [value for value in rope.values() if isinstance(value, dict)]
+    return {parameters.get("rope_type", "default") for parameters in by_kind or [rope]}
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[Tensor]:
+    return chain(model.parameters(), model.buffers())
+
+
+def _ground(model: PreTrainedModel) -> tuple[Any, ...]:
+    """What a state and a step on it stand on: where it differs, both must be made anew.
+
+    A captured step reads weights from their addresses. A cache has the type that autocast gave it, and tensors made
+    in inference mode cannot be written outside.
+    """
+    device = model.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    places = tuple((tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in _tensors(model))
+    return autocast, torch.is_inference_mode_enabled(), model.device, places
+
+
+def _is_on_one_gpu(model: PreTrainedModel) -> bool:
+    """Whether all of a model is on one NVIDIA GPU."""
+    devices = {tensor.device for tensor in _tensors(model)}
+    return torch.version.cuda is not None and len(devices) == 1 and devices.pop().type == "cuda"
+
+
+def _captured(step: Callable[[], None], device: torch.device) -> Callable[[], object]:
+    """A step as a CUDA graph, or the step itself where it makes the host wait.
+
+    Its tensors must stay where they are; what they hold is lost.
+    """
+    aside = _side_stream(device)
+    # The inner stream context puts the stream back, which a capture that fails does not.
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)), _no_cached_casts():
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # what libraries set up at the first call must not be captured
             for _ in range(3):
                 step()
+            waits = _makes_host_wait(step)
         torch.cuda.current_stream().wait_stream(aside)
+        if waits:
+            warnings.warn("the decoding step makes the host wait, so it is not run as a CUDA graph", stacklevel=2)
+            return step
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # The workspaces of cuBLAS must be of the graph's own memory: others may be freed while the graph lives.
+        torch._C._cuda_clearCublasWorkspaces()
+        # thread_local: what other threads of a server do meanwhile is no error.
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
             step()
+        torch._C._cuda_clearCublasWorkspaces()
     return graph.replay
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures on a device: each stream that computes keeps memory of its own."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _no_cached_casts() -> Iterator[None]:
+    """Let autocast keep no converted weights, which would be freed while a captured step still reads them."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+def _makes_host_wait(step: Callable[[], None]) -> bool:
+    """Run a step and say whether it waits for the GPU.
+
+    Found here, since a capture that fails leaves PyTorch's generator and allocator in the middle of it.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this mode is new
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode(before)
+    return False
 
 
 def _rule(sampling: Sampling) -> Sampling:

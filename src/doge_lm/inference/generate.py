@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from ..data.tokenizer import StreamDecoder, encode_text, load_tokenizer
@@ -167,32 +168,41 @@ def generate(
             f"the {limit} positions of the model"
         )
     end = tokenizer.eos_token_id
-    if not isinstance(model, DogeForCausalLM):
-        rows = _continue_by_transformers(model, prompts, settings, end)
-    elif stream and len(prompts) == 1:
-        return [_stream(Decoder(model, compiled=compiled), tokenizer, prompts[0], settings)]
+    printer = Printer(tokenizer) if stream and len(prompts) == 1 else None
+    if isinstance(model, DogeForCausalLM):
+        rows = _continue_by_decoder(Decoder(model, compiled=compiled), prompts, settings, end, printer)
     else:
-        rows = Decoder(model, compiled=compiled).generate(prompts, settings, eos_token_id=end)
+        rows = _continue_by_transformers(model, prompts, settings, end, printer)
+    if printer is not None:
+        return [printer.text]
     whole = [_spell(tokenizer, prompt + row) for prompt, row in zip(prompts, rows, strict=True)]
     sys.stdout.write("".join(whole))
     return whole
 
 
-def _stream(decoder: Decoder, tokenizer: PreTrainedTokenizerFast, prompt: list[int], settings: Sampling) -> str:
-    """Continue one prompt, print the text as it grows, and return it."""
-    spelling, parts = StreamDecoder(tokenizer), []
+class Printer(BaseStreamer):
+    """Prints a text as its ids come, those of the prompt first, and keeps it."""
 
-    def show(text: str) -> None:
-        parts.append(text)
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._spelling = StreamDecoder(tokenizer)
+        self.text = ""
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the next ids, (T,) or (1, T), as transformers gives them."""
+        self.take(value.flatten().tolist())
+
+    def take(self, ids: Sequence[int]) -> None:
+        """Take the next ids."""
+        self._show("".join(map(self._spelling.put, ids)))
+
+    def end(self) -> None:
+        """The last id has come."""
+        self._show(self._spelling.end() + "\n")
+
+    def _show(self, text: str) -> None:
+        self.text += text
         sys.stdout.write(text)
         sys.stdout.flush()
-
-    show("".join(map(spelling.put, prompt)))
-    decoder.generate(
-        [prompt], settings, eos_token_id=tokenizer.eos_token_id, on_tokens=lambda new: show(spelling.put(new[0]))
-    )
-    show(spelling.end() + "\n")
-    return "".join(parts)
 
 
 def _spell(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
@@ -200,10 +210,22 @@ def _spell(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
     return "".join(map(spelling.put, ids)) + spelling.end() + "\n"
 
 
-def _continue_by_transformers(
-    model: PreTrainedModel, prompts: list[list[int]], settings: Sampling, end: int
+def _continue_by_decoder(
+    decoder: Decoder, prompts: list[list[int]], settings: Sampling, end: int, printer: Printer | None
 ) -> list[list[int]]:
-    """The new ids of each prompt from a model of another kind, whose cache or attention `Decoder` may not fit."""
+    """The new ids of each prompt; with a printer, of the only one."""
+    if printer is None:
+        return decoder.generate(prompts, settings, eos_token_id=end)
+    printer.take(prompts[0])
+    rows = decoder.generate(prompts, settings, eos_token_id=end, on_tokens=printer.take)
+    printer.end()
+    return rows
+
+
+def _continue_by_transformers(
+    model: PreTrainedModel, prompts: list[list[int]], settings: Sampling, end: int, printer: Printer | None
+) -> list[list[int]]:
+    """As `_continue_by_decoder`, for a model of another kind, whose cache or attention `Decoder` may not fit."""
     sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
@@ -219,6 +241,6 @@ def _continue_by_transformers(
     for prompt in prompts:
         ids = torch.tensor([prompt], device=model.device)
         with torch.inference_mode():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=printer)
         rows.append(out[0, len(prompt) :].tolist())
     return rows

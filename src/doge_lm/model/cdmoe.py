@@ -158,9 +158,10 @@ def cdmoe(
 
 def _fastest(c_Me: Tensor, num_experts: int, chosen: int) -> str:
     """The path for M tokens that take K = `chosen` of N = `num_experts` each."""
-    if c_Me.shape[0] < DENSE_MIN_TOKENS:
-        return "gather"
     sparse = kernels_take(c_Me)
+    if c_Me.shape[0] < DENSE_MIN_TOKENS:
+        # Without a gradient, the sparse path need not sort: it is five kernels, of which two read rows.
+        return "sparse" if sparse and not torch.is_grad_enabled() else "gather"
     most = max(DENSE_MAX_EXPERTS, DENSE_MAX_EXPERTS_FOR_ONE * chosen) if sparse else DENSE_MAX_EXPERTS
     return "dense" if num_experts <= most else "sparse" if sparse else "gather"
 

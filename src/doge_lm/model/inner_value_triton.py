@@ -17,12 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_operator import by_rows, launcher, operator
+from .triton_operator import INTERPRETED, by_rows, launcher, operator
 
 MOST_VALUES = 32
-"""Inner values that the kernels are made for: the backward pass takes them one by one."""
+"""Inner values that the kernels are made for: a program holds the scores of all."""
 
 _BM, _BF = 32, 128
+_BM_BACKWARD, _BF_BACKWARD, _WARPS_BACKWARD = 64, 64, 4
+_LEAST_OF_A_PRODUCT = 16  # rows or columns that `tl.dot` takes
 
 
 @triton.jit
@@ -53,36 +55,54 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad_ptr, x_ptr, scores_ptr, table_ptr, x_grad_ptr, score_grad_ptr, table_parts_ptr, M, d,
+    grad_ptr, x_ptr, scores_ptr, table_ptr, x_grad_ptr, score_grad_ptr, table_parts_ptr, M, d, n,
     grad_stride, x_stride, score_stride,
-    n: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of BM tokens; of the table's, the part that these add."""
+    """All gradients of BM tokens; of the table's, the part that these add.
+
+    The two sums, over features and over tokens, are matrix products: of grad ⊙ x with the table, and of the choice as
+    ones and zeros with grad ⊙ x. In a short type grad ⊙ x is taken in two parts, high and low digits; and the first
+    product takes the table less its first row, which changes no gradient of a softmax: rows near 1 would lose their
+    differences. The factors are in x's type; with WIDE in float32: the interpreter has no products of bfloat16.
+    """
+    kind = x_ptr.dtype.element_ty
+    factors: tl.constexpr = tl.float32 if WIDE else kind
     program = tl.program_id(0).to(tl.int64)
     m = program * BM + tl.arange(0, BM)
     scores, place = _choice(scores_ptr, m, m < M, n, score_stride, BN)
-    j = tl.arange(0, BN)[None, :]
+    j = tl.arange(0, BN)
+    chosen = tl.where(place[None, :] == j[:, None], 1.0, 0.0).to(factors)
     products = tl.zeros((BM, BN), tl.float32)
     for begin in range(0, d, BF):
         f = begin + tl.arange(0, BF)
         mask = (m < M)[:, None] & (f < d)[None, :]
         grad = tl.load(grad_ptr + m[:, None] * grad_stride + f[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + m[:, None] * x_stride + f[None, :], mask=mask, other=0.0).to(tl.float32)
-        gain = tl.zeros((BM, BF), tl.float32)
-        for i in tl.static_range(n):
-            row = tl.load(table_ptr + i * d + f, mask=f < d, other=0.0).to(tl.float32)
-            chosen = (place == i)[:, None]
-            gain = tl.where(chosen, row[None, :], gain)
-            products = tl.where(j == i, products + tl.sum(grad * x * row[None, :], axis=1)[:, None], products)
-            part = tl.sum(tl.where(chosen, grad * x, 0.0), axis=0)
-            tl.store(table_parts_ptr + (program * n + i) * d + f, part, mask=f < d)
+        gain = tl.load(table_ptr + place[:, None] * d + f[None, :], mask=mask, other=0.0).to(tl.float32)
         to = m[:, None] * d + f[None, :]
         tl.store(x_grad_ptr + to, (grad * gain).to(x_grad_ptr.dtype.element_ty), mask=mask)
+        both = grad * x
+        high = both.to(kind)
+        # Transposed as it is read: f down, the rows of the table across.
+        inside = (f < d)[:, None] & (j < n)[None, :]
+        row = tl.load(table_ptr + j[None, :] * d + f[:, None], mask=inside, other=0.0).to(tl.float32)
+        first = tl.load(table_ptr + f, mask=f < d, other=0.0).to(tl.float32)
+        less_first = (row - first[:, None]).to(kind).to(factors)
+        products = tl.dot(high.to(factors), less_first, products, input_precision="ieee")
+        part = tl.dot(chosen, high.to(factors), input_precision="ieee")
+        if kind != tl.float32:
+            low = (both - high.to(tl.float32)).to(kind).to(factors)
+            products = tl.dot(low, less_first, products, input_precision="ieee")
+            part = tl.dot(chosen, low, part, input_precision="ieee")
+        to = (program * n + j)[:, None] * d + f[None, :]
+        tl.store(table_parts_ptr + to, part, mask=(j < n)[:, None] & (f < d)[None, :])
     powers = tl.exp(scores - tl.max(scores, axis=1)[:, None])
     soft = powers / tl.sum(powers, axis=1)[:, None]
     score_grad = soft * (products - tl.sum(soft * products, axis=1)[:, None])
-    to = m[:, None] * n + j
-    tl.store(score_grad_ptr + to, score_grad.to(score_grad_ptr.dtype.element_ty), mask=(m < M)[:, None] & (j < n))
+    to = m[:, None] * n + j[None, :]
+    there = (m < M)[:, None] & (j < n)[None, :]
+    tl.store(score_grad_ptr + to, score_grad.to(score_grad_ptr.dtype.element_ty), mask=there)
 
 
 @operator("doge_lm::inner_value")
@@ -116,14 +136,15 @@ def inner_value_backward(
     """The gradients of x, s and E, in their types."""
     (m, d), n = x_Md.shape, scores_Mn.shape[1]
     x_grad_Md, score_grad_Mn = x_Md.new_empty((m, d)), scores_Mn.new_empty((m, n))
-    programs = triton.cdiv(m, _BM)
+    programs = triton.cdiv(m, _BM_BACKWARD)
     parts_pnd = table_nd.new_empty((programs, n, d), dtype=torch.float32)
     if m * d:
         grad_Md, x_Md, scores_Mn = by_rows(grad_Md), by_rows(x_Md), by_rows(scores_Mn)
         launcher(_backward_kernel)[(programs,)](
             grad_Md, x_Md, scores_Mn, table_nd.contiguous(), x_grad_Md, score_grad_Mn, parts_pnd, m, d,
-            grad_Md.stride(0), x_Md.stride(0), scores_Mn.stride(0),
-            n=n, BM=_BM, BN=triton.next_power_of_2(n), BF=_BF,
+            n, grad_Md.stride(0), x_Md.stride(0), scores_Mn.stride(0),
+            BM=_BM_BACKWARD, BN=max(_LEAST_OF_A_PRODUCT, triton.next_power_of_2(n)), BF=_BF_BACKWARD,
+            WIDE=INTERPRETED, num_warps=_WARPS_BACKWARD,
         )  # fmt: skip
     return x_grad_Md, score_grad_Mn, parts_pnd.sum(0).to(table_nd.dtype)
 

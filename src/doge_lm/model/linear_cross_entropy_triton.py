@@ -12,11 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ONE_PASS = 32768
-"""The longest row that a program holds in registers: of 65,536 numbers, a third and more do not fit. Of longer rows it
-reads a block at a time, twice."""
-
-LOOP_BLOCK = 8192
+ONE_PASS = 16384
+"""The longest row that a program holds in registers. Of longer rows it reads a block at a time, twice; the second time
+out of the cache. On an H100, 8,192 rows of 32,768 in bfloat16: 0.41 ms in two blocks, 0.47 in registers (copying them
+takes 0.37)."""
 
 
 @triton.jit
@@ -71,10 +70,10 @@ def losses_and_gradient_by_kernel_(
     (rows, v), losses_R = logits_RV.shape, logits_RV.new_empty(logits_RV.shape[0], dtype=torch.float32)
     if rows:
         whole = v <= one_pass
-        block = triton.next_power_of_2(v if whole else min(one_pass, LOOP_BLOCK))
-        warps = block // (2048 if whole else 1024)
+        block = triton.next_power_of_2(v if whole else one_pass)
+        warps = block // 1024
         _row_kernel[(rows,)](
             logits_RV, targets_R.contiguous(), losses_R, v, logits_RV.stride(0), ignore_index,
-            GRADIENT=gradient, ONE_PASS=whole, BLOCK=block, num_warps=min(max(warps, 4), 32),
+            GRADIENT=gradient, ONE_PASS=whole, BLOCK=block, num_warps=min(max(warps, 4), 16),
         )  # fmt: skip
     return losses_R

@@ -41,6 +41,8 @@ from .linear_cross_entropy import linear_cross_entropy
 if HAVE_TRITON:
     from .inner_value_triton import MOST_VALUES
     from .inner_value_triton import inner_value as fused_inner_value
+    from .residual_norm_triton import MOST_FEATURES
+    from .residual_norm_triton import add_norm as fused_add_norm
     from .rotation_triton import rotated_projections as fused_rotation
 
 INNER_VALUE_STD = 0.02
@@ -130,6 +132,9 @@ class DogeInnerFuncAttn(nn.Module):
     the output is W_o (softmax(q kᵀ/√f + mask) v).
     """
 
+    folded: Tensor | None = None
+    """What `fold` made, for as long as a decoder lends it: one product takes the place of four."""
+
     def __init__(self, config: DogeConfig, layer_idx: int):
         super().__init__()
         self.config = config
@@ -169,9 +174,11 @@ class DogeInnerFuncAttn(nn.Module):
 
     def merges(self, x_BTd: Tensor) -> bool:
         """Whether `merged_projection` may take the place of the modules, and pays."""
-        if PLAIN or x_BTd.shape[:-1].numel() < MERGE_MIN_TOKENS:
-            return False
-        return all(is_plain(linear) for linear in (self.q_proj, self.k_proj, self.v_queries))
+        return self.folded is not None or (x_BTd.shape[:-1].numel() >= MERGE_MIN_TOKENS and self.is_foldable())
+
+    def is_foldable(self) -> bool:
+        """Whether the three modules are no more than their matrices."""
+        return not PLAIN and all(is_plain(linear) for linear in (self.q_proj, self.k_proj, self.v_queries))
 
     def merged_projection(self, x_BTd: Tensor) -> Tensor:
         """W_q x, W_k x and the scores s = K_v (W_s x) by one product, the last by K_v W_s, which has n rows.
@@ -179,9 +186,13 @@ class DogeInnerFuncAttn(nn.Module):
         Returns:
             (B, T, 2·d + n), up to a multiple of 8 columns: rows begin at whole 16 bytes, for the matrix units.
         """
+        return nn.functional.linear(x_BTd, self.fold() if self.folded is None else self.folded)
+
+    def fold(self) -> Tensor:
+        """W_q, W_k and K_v W_s below each other, (2·d + n, d), up to a multiple of 8 rows."""
         scores_nd = (self.v_keys @ self.v_queries.weight).to(self.q_proj.weight.dtype)
         weight = torch.cat((self.q_proj.weight, self.k_proj.weight, scores_nd))
-        return nn.functional.linear(x_BTd, nn.functional.pad(weight, (0, 0, 0, -len(weight) % 8)))
+        return nn.functional.pad(weight, (0, 0, 0, -len(weight) % 8))
 
     def inner_values(self, x_BTd: Tensor, scores_BTn: Tensor) -> Tensor:
         """v = x ⊙ E[argmax s], (B, T, d).
@@ -242,6 +253,9 @@ class DogeCDMoE(nn.Module):
     y = Σ over heads and chosen experts of σ(w · (c·D_expert)) U_expert.
     """
 
+    folded: Tensor | None = None
+    """What `fold` made, for as long as a decoder lends it: no queries are needed."""
+
     def __init__(self, config: DogeConfig):
         super().__init__()
         d, e, bias = config.hidden_size, config.private_expert_intermediate_size, config.hidden_bias
@@ -260,12 +274,22 @@ class DogeCDMoE(nn.Module):
     def route(self, c_Me: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and indices of the chosen experts, each (M, H, k)."""
         heads, rows, half = self.keys.shape
-        if not (is_plain(self.queries) and folding_pays(c_Me.shape[0], 2 * half, rows)):
+        keys_CE = self.folded
+        if keys_CE is None and self.is_foldable() and folding_pays(c_Me.shape[0], 2 * half, rows):
+            keys_CE = self.fold()
+        if keys_CE is None:
             queries_MHe = self.queries(c_Me).unflatten(-1, (heads, -1))
             return cdmoe_route(queries_MHe, self.keys, self.n1, self.experts_per_head)
-        keys_HnE = folded_keys(self.queries.weight, self.keys, self.n1)
-        scores_MHn = nn.functional.linear(c_Me, keys_HnE.flatten(0, 1)).unflatten(-1, (heads, rows))
+        scores_MHn = nn.functional.linear(c_Me, keys_CE).unflatten(-1, (heads, rows))
         return product_topk(scores_MHn[..., : self.n1], scores_MHn[..., self.n1 :], self.experts_per_head)
+
+    def is_foldable(self) -> bool:
+        """Whether the queries are no more than their matrix, and few enough keys that they are best done without."""
+        return not PLAIN and is_plain(self.queries) and self.keys.shape[1] < 4 * self.keys.shape[2]
+
+    def fold(self) -> Tensor:
+        """`folded_keys`, all heads below each other: (H·(n1 + n2), e)."""
+        return folded_keys(self.queries.weight, self.keys, self.n1).flatten(0, 1)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, T, d) to (B, T, d)."""
@@ -292,8 +316,8 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor, **kwargs: object) -> Tensor:
         """(B, T, d) to (B, T, d); the keyword arguments are those of `DogeInnerFuncAttn.forward`."""
         branch, _ = self.attn(self.in_attn_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + self._dropout(branch)
-        branch = self.feed_forward(self.in_ff_layernorm(hidden_states))
+        hidden_states, normed = add_norm(hidden_states, self._dropout(branch), self.in_ff_layernorm)
+        branch = self.feed_forward(normed)
         return hidden_states + self._dropout(branch)
 
     def _dropout(self, branch: Tensor) -> Tensor:
@@ -552,19 +576,40 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
         return linear_cross_entropy(hidden_BTd.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), divisor)
 
 
-def is_plain(linear: nn.Module) -> bool:
-    """Whether a linear map is no more than its matrix, so that the matrix may be used in the module's place.
+def add_norm(x_BTd: Tensor, branch_BTd: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """x + branch and its norm.
+
+    From the kernel, the norm has the branch's type, in which what follows computes: under autocast, rounded here
+    instead of there.
+    """
+    if (
+        kernels_take(x_BTd)
+        and x_BTd.shape[:-1].numel() >= MERGE_MIN_TOKENS  # in decoding, its launch would take longer
+        and is_plain(norm, nn.RMSNorm)
+        and norm.eps is not None
+        and x_BTd.shape[-1] <= MOST_FEATURES
+        and torch.promote_types(x_BTd.dtype, branch_BTd.dtype) == x_BTd.dtype
+    ):
+        x_Md, branch_Md = x_BTd.flatten(0, 1), branch_BTd.flatten(0, 1)
+        sum_Md, normed_Md = fused_add_norm(x_Md, branch_Md, norm.weight, norm.eps)
+        return sum_Md.view(x_BTd.shape), normed_Md.view(x_BTd.shape)
+    x_BTd = x_BTd + branch_BTd
+    return x_BTd, norm(x_BTd)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a linear map or a norm is no more than its weight, which may then be used in the module's place.
 
     With a bias, a hook, an adapter (LoRA) or a quantized weight, the module itself must be called.
     """
     return (
-        type(linear) is nn.Linear
-        and linear.bias is None
-        and "forward" not in vars(linear)
-        and not (linear._forward_hooks or linear._forward_pre_hooks)
-        and not (linear._backward_hooks or linear._backward_pre_hooks)
-        and type(linear.weight) is nn.Parameter
-        and linear.weight.is_floating_point()
+        type(module) is kind
+        and getattr(module, "bias", None) is None
+        and "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and type(module.weight) is nn.Parameter
+        and module.weight.is_floating_point()
     )
 
 

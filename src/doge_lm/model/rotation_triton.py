@@ -17,7 +17,9 @@ from torch import Tensor
 
 from .triton_operator import by_rows, launcher, operator
 
-_BM = 32
+# The tokens of a program. It goes over the heads one by one with the angles in registers: a program for each head would
+# read the angles, in float32, 2·h times, four times as much as it moves.
+_BM = 8
 
 
 @triton.jit
@@ -34,25 +36,30 @@ def _forward_kernel(
     product_ptr, cos_ptr, sin_ptr, query_ptr, key_ptr, scores_ptr, M, angle_rows, product_stride, h, half, n,
     BM: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """One head of the queries or of the keys; or, after those 2·h, the scores."""
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    head = tl.program_id(1)
-    if head == 2 * h:
-        j = tl.arange(0, BN)[None, :]
-        there = (m < M)[:, None] & (j < n)
-        scores = tl.load(product_ptr + m[:, None] * product_stride + 4 * h * half + j, mask=there)
-        tl.store(scores_ptr + m[:, None] * n + j, scores, mask=there)
-    else:
-        f = tl.arange(0, BF)[None, :]
-        mask = (m < M)[:, None] & (f < half)
-        at = m[:, None] * product_stride + head * 2 * half + f
-        first = tl.load(product_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(product_ptr + at + half, mask=mask, other=0.0).to(tl.float32)
-        cos1, cos2, sin1, sin2 = _angles(cos_ptr, sin_ptr, m % angle_rows, half, mask, BF)
+    f = tl.arange(0, BF)[None, :]
+    mask = (m < M)[:, None] & (f < half)
+    cos1, cos2, sin1, sin2 = _angles(cos_ptr, sin_ptr, m % angle_rows, half, mask, BF)
+    row_ptr = product_ptr + m[:, None] * product_stride
+    for head in range(2 * h):
+        first = tl.load(row_ptr + head * 2 * half + f, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(row_ptr + head * 2 * half + half + f, mask=mask, other=0.0).to(tl.float32)
         out_ptr = query_ptr if head < h else key_ptr
         to = (m[:, None] * h + head % h) * 2 * half + f
         tl.store(out_ptr + to, (first * cos1 - second * sin1).to(out_ptr.dtype.element_ty), mask=mask)
         tl.store(out_ptr + to + half, (second * cos2 + first * sin2).to(out_ptr.dtype.element_ty), mask=mask)
+    j = tl.arange(0, BN)[None, :]
+    there = (m < M)[:, None] & (j < n)
+    tl.store(scores_ptr + m[:, None] * n + j, tl.load(row_ptr + 4 * h * half + j, mask=there), mask=there)
+
+
+@triton.jit
+def _turn_back(grad_ptr, to_ptr, half, mask, cos1, cos2, sin1, sin2):
+    """Rotate the gradient of one head back."""
+    first = tl.load(grad_ptr, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(grad_ptr + half, mask=mask, other=0.0).to(tl.float32)
+    tl.store(to_ptr, (first * cos1 + second * sin2).to(to_ptr.dtype.element_ty), mask=mask)
+    tl.store(to_ptr + half, (second * cos2 - first * sin1).to(to_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -63,26 +70,19 @@ def _backward_kernel(
 ):  # fmt: skip
     """The gradient of the columns that `_forward_kernel` reads in the same program; of the rest, zeros."""
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    head = tl.program_id(1)
-    if head == 2 * h:
-        j = tl.arange(0, BN)[None, :]
-        there = (m < M)[:, None] & (j < C - 4 * h * half)
-        scores = tl.load(scores_ptr + m[:, None] * scores_stride + j, mask=there & (j < n), other=0.0)
-        tl.store(out_ptr + m[:, None] * C + 4 * h * half + j, scores, mask=there)
-    else:
-        f = tl.arange(0, BF)[None, :]
-        mask = (m < M)[:, None] & (f < half)
-        if head < h:
-            base_ptr, at = query_ptr, m // T * query_b + m % T * query_t + head * query_h
-        else:
-            base_ptr, at = key_ptr, m // T * key_b + m % T * key_t + (head - h) * key_h
-        grad_ptr = base_ptr + at[:, None] + f
-        first = tl.load(grad_ptr, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(grad_ptr + half, mask=mask, other=0.0).to(tl.float32)
-        cos1, cos2, sin1, sin2 = _angles(cos_ptr, sin_ptr, m % angle_rows, half, mask, BF)
-        to = m[:, None] * C + head * 2 * half + f
-        tl.store(out_ptr + to, (first * cos1 + second * sin2).to(out_ptr.dtype.element_ty), mask=mask)
-        tl.store(out_ptr + to + half, (second * cos2 - first * sin1).to(out_ptr.dtype.element_ty), mask=mask)
+    f = tl.arange(0, BF)[None, :]
+    mask = (m < M)[:, None] & (f < half)
+    cos1, cos2, sin1, sin2 = _angles(cos_ptr, sin_ptr, m % angle_rows, half, mask, BF)
+    to_ptr = out_ptr + m[:, None] * C + f
+    from_query_ptr = query_ptr + (m // T * query_b + m % T * query_t)[:, None] + f
+    from_key_ptr = key_ptr + (m // T * key_b + m % T * key_t)[:, None] + f
+    for head in range(h):
+        _turn_back(from_query_ptr + head * query_h, to_ptr + head * 2 * half, half, mask, cos1, cos2, sin1, sin2)
+        _turn_back(from_key_ptr + head * key_h, to_ptr + (h + head) * 2 * half, half, mask, cos1, cos2, sin1, sin2)
+    j = tl.arange(0, BN)[None, :]
+    there = (m < M)[:, None] & (j < C - 4 * h * half)
+    scores = tl.load(scores_ptr + m[:, None] * scores_stride + j, mask=there & (j < n), other=0.0)
+    tl.store(out_ptr + m[:, None] * C + 4 * h * half + j, scores, mask=there)
 
 
 @operator("doge_lm::rotated_projections")
@@ -105,7 +105,7 @@ def rotated_projections(
     scores_BTn = product_BTC.new_empty((b, t, values))
     if b * t:
         product_MC = by_rows(product_BTC.flatten(0, 1))
-        launcher(_forward_kernel)[(triton.cdiv(b * t, _BM), 2 * heads + 1)](
+        launcher(_forward_kernel)[(triton.cdiv(b * t, _BM),)](
             product_MC, cos_BTf, sin_BTf, query_BThf, key_BThf, scores_BTn, b * t, cos_BTf.shape[0] * t,
             product_MC.stride(0), heads, f // 2, values,
             BM=_BM, BF=triton.next_power_of_2(f // 2), BN=triton.next_power_of_2(values),
@@ -122,7 +122,7 @@ def rotated_projections_backward(
     out_BTC = query_BThf.new_empty((b, t, columns))
     if b * t:
         query_BThf, key_BThf, scores_Mn = by_rows(query_BThf), by_rows(key_BThf), by_rows(scores_BTn.flatten(0, 1))
-        launcher(_backward_kernel)[(triton.cdiv(b * t, _BM), 2 * h + 1)](
+        launcher(_backward_kernel)[(triton.cdiv(b * t, _BM),)](
             query_BThf, key_BThf, scores_Mn, cos_BTf, sin_BTf, out_BTC, b * t, t, cos_BTf.shape[0] * t, h, f // 2,
             scores_Mn.shape[1], columns, *query_BThf.stride()[:3], *key_BThf.stride()[:3], scores_Mn.stride(0),
             BM=_BM, BF=triton.next_power_of_2(f // 2), BN=triton.next_power_of_2(columns - 2 * h * f),
