@@ -23,6 +23,13 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import peers  # noqa: E402
 import train_step  # noqa: E402
 
+
+@pytest.fixture(autouse=True)
+def _llama_makes_masks_again(monkeypatch):
+    """`build_llama_fair` takes the making of masks out of transformers' Llama, for the rest of its process."""
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", modeling_llama.create_causal_mask)
+
+
 PRESETS = ["doge_25M", "doge_80M", "doge_450M"]
 
 
@@ -121,8 +128,7 @@ def test_dense_has_a_plain_mlp_in_place_of_the_experts() -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_peers_have_about_as_many_parameters(preset, monkeypatch) -> None:
-    monkeypatch.setattr(modeling_llama, "create_causal_mask", modeling_llama.create_causal_mask)  # put back at the end
+def test_the_peers_have_about_as_many_parameters(preset) -> None:
     settings = load_settings(preset)
     config, total = settings.model_config(), count_model(settings.model_config()).total
     with torch.device("meta"):
@@ -145,7 +151,6 @@ def test_llama_without_a_mask_has_the_same_loss(documents, monkeypatch) -> None:
         return attend(module, query, key, value, attention_mask, **kwargs)
 
     plain = modeling_llama.create_causal_mask
-    monkeypatch.setattr(modeling_llama, "create_causal_mask", plain)  # put back at the end
     settings = make_settings({"vocab_size": 61}, document_mask=documents)
     llama = peers.build_llama_fair(settings.model_config(), settings.train).double()
     batch = {**packed_batch(documents), "use_cache": False}  # as the trainer has it
@@ -158,9 +163,8 @@ def test_llama_without_a_mask_has_the_same_loss(documents, monkeypatch) -> None:
     assert abs(llama(**batch).loss - loss) < 1e-9
 
 
-def test_llama_compiles_without_a_mask(monkeypatch) -> None:
+def test_llama_compiles_without_a_mask() -> None:
     """A mask of T×T in the graph, or a break of it, would cost the peer its flash kernel."""
-    monkeypatch.setattr(modeling_llama, "create_causal_mask", modeling_llama.create_causal_mask)  # put back at the end
     calls = []
 
     def noting(graph, _inputs):

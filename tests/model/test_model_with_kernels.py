@@ -1,0 +1,66 @@
+"""The whole model by its Triton kernels, in Triton's interpreter or on a GPU, beside the same model without them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="there is no Triton for this machine")
+
+from doge_lm.model import cdmoe, linear_cross_entropy, modeling_doge
+from doge_lm.model.modeling_doge import DogeForCausalLM
+
+from .support import random_ids, relative_error, tiny_model
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# More tokens than MERGE_MIN_TOKENS, so that all products are merged.
+BATCH, LENGTH = 3, 96
+
+
+def loss_and_gradients(model: DogeForCausalLM, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids, use_cache=False, skip_logits=True).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("changes", [{"num_cdmmoe_heads": 1}, {"cdmoe_path": "sparse"}], ids=str)
+def test_loss_and_gradients_are_those_without_kernels(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
+) -> None:
+    assert BATCH * LENGTH >= modeling_doge.MERGE_MIN_TOKENS
+    model = tiny_model(**{**changes, "max_position_embeddings": LENGTH}).to(DEVICE).train()
+    ids = random_ids(BATCH, LENGTH).to(DEVICE)
+    used = []
+
+    def take(answer: bool) -> None:
+        for module in (cdmoe, linear_cross_entropy, modeling_doge):
+            monkeypatch.setattr(module, "kernels_take", lambda x: answer and x.dtype != torch.float64)
+
+    def note(module: object, name: str) -> None:
+        plain = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **options: (used.append(name), plain(*args, **options))[1])
+
+    note(modeling_doge, "fused_inner_value")
+    note(modeling_doge, "fused_rotation")
+    note(modeling_doge, "fused_add_norm")
+    note(cdmoe, "pick")
+    note(cdmoe, "spread")
+    note(cdmoe, "fused_product_topk")
+    note(cdmoe, "experts_output")
+    take(False)
+    for layer in model.model.layers:
+        layer.feed_forward.path = "gather"
+    loss, gradients = loss_and_gradients(model, ids)
+    assert not used
+    take(True)
+    for layer in model.model.layers:
+        layer.feed_forward.path = model.config.cdmoe_path
+    found, found_gradients = loss_and_gradients(model, ids)
+    experts = {"experts_output"} if "cdmoe_path" in changes else {"pick", "spread"}
+    assert set(used) == {"fused_inner_value", "fused_rotation", "fused_add_norm", "fused_product_topk", *experts}
+    assert abs(found - loss) < 1e-5
+    assert found_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert relative_error(found_gradients[name], gradient) < 2e-4, name
