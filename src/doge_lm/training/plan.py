@@ -88,21 +88,22 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    config: DogeConfig, train: TrainSettings, parameters: int, micro_batch: int, bf16: bool, compiled: bool
+    config: DogeConfig, train: TrainSettings, parameters: int, micro_batch: int, bf16: bool, kernels: bool
 ) -> MemoryEstimate:
     """What one device holds during the backward pass of one micro-batch.
 
     Weights, gradients and the two moments of AdamW are float32. For each token and layer the backward pass needs,
     in the type of the computation: the inputs and outputs of the linear maps, queries, keys, values and output of
     attention, the hidden layer of the shared part twice, and the N expert scores; the residual stream, the norms
-    and the inner values are float32. Of the logits one chunk exists at a time (`linear_cross_entropy`), with the
-    gradients of the head's input and of its matrix.
+    and the inner values are float32. With `kernels`, compiled for a GPU, norms and queries are kept once or not at
+    all, and the inner values are not written out. Of the logits one chunk exists at a time (`linear_cross_entropy`),
+    with the gradients of the head's input and of its matrix.
     """
     tokens = micro_batch * train.sequence_length
     d, e, width = config.hidden_size, config.private_expert_intermediate_size, 2 if bf16 else 4
     experts, heads = config.num_cdmmoe_experts, config.num_cdmmoe_heads
-    in_type = 10 * d + 2 * config.cross_domain_intermediate_size + (1 + heads) * e + 2 * experts
-    layer = width * in_type + 4 * (4 if compiled else 6) * d
+    in_type = (6 if kernels else 10) * d + 2 * config.cross_domain_intermediate_size + e + 2 * experts
+    layer = width * (in_type if kernels else in_type + heads * e) + 4 * (2 if kernels else 6) * d
     layers = config.num_hidden_layers
     kept = layers * 4 * d + layer if train.gradient_checkpointing else layers * layer
     chunk = min(tokens * config.vocab_size, CHUNK_LOGITS)
@@ -235,7 +236,8 @@ def make_plan(
     counts = count_model(config)
 
     def memory_of(micro_batch: int) -> MemoryEstimate:
-        return estimate_memory(config, train, counts.total, micro_batch, bf16, compiled)
+        kernels = compiled and hardware.device.type == "cuda"
+        return estimate_memory(config, train, counts.total, micro_batch, bf16, kernels)
 
     sequences, micro, accumulate = _resolve_batch(train, world_size, hardware, memory_of)
     notes = []
