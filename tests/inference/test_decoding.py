@@ -593,3 +593,53 @@ def test_a_model_with_an_encoder_is_an_error() -> None:
     config = T5Config(vocab_size=61, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     with pytest.raises(ValueError, match="encoder"):
         Decoder(T5ForConditionalGeneration._from_config(config, attn_implementation="eager"))
+
+
+def test_a_hook_or_a_module_on_the_same_weights_is_seen_after_the_first_call() -> None:
+    model, prompts = tiny_model(), prompts_of([9, 2])
+    decoder = Decoder(model)
+    before = decoder.generate(prompts, Sampling(12))
+    for layer in model.model.layers:
+        layer.attn.q_proj.register_forward_hook(lambda module, inputs, output: output * -3)
+        layer.feed_forward.queries.register_forward_hook(lambda module, inputs, output: -output)
+    found = decoder.generate(prompts, Sampling(12))
+    assert found == [uncached(uncached_model(model), prompt, 12) for prompt in prompts] != before
+
+
+def test_a_decoder_at_work_is_not_called_again() -> None:
+    decoder, prompts = Decoder(tiny_model()), prompts_of([4])
+    with pytest.raises(RuntimeError, match="one decoder a thread"):
+        decoder.generate(prompts, Sampling(3), on_tokens=lambda _: decoder.generate(prompts, Sampling(3)) and None)
+    assert len(decoder.generate(prompts, Sampling(3))[0]) == 3  # and is free after the error
+
+
+def test_a_long_text_does_not_slow_later_ones() -> None:
+    decoder = Decoder(tiny_model(max_position_embeddings=4096))
+    decoder.generate(prompts_of([1500]), Sampling(2))
+    decoder.generate(prompts_of([5]), Sampling(2))
+    assert decoder._state is not None
+    assert decoder._state.tokens_BS.shape[1] == decoding.SHORTEST_CACHE
+
+
+def test_rows_that_ended_and_another_end_do_not_stay() -> None:
+    decoder, prompts = Decoder(tiny_model()), prompts_of([9, 2])
+    rows = decoder.generate(prompts, Sampling(12))
+    ends = [row[3] for row in rows]
+    for end in (ends, ends[:1], None):
+        found = decoder.generate(prompts, Sampling(12), eos_token_id=end)
+        wanted = [row[: next((i + 1 for i, token in enumerate(row) if token in (end or [])), len(row))] for row in rows]
+        assert found == wanted
+
+
+def test_logits_that_are_no_numbers_choose_some_token() -> None:
+    logits = torch.full((1, 7), torch.nan)
+    for rule in (Sampling(1, temperature=1.0), Sampling(1, temperature=1.0, top_k=3, top_p=0.5)):
+        assert 0 <= int(choose(logits, torch.full((1, 1), 0.5), rule)) < 7
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": float("inf")}, {"temperature": 1e-39}, {"repetition_penalty": 1e-40}]
+)
+def test_settings_that_no_float_can_hold_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Sampling(1, **options)

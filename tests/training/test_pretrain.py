@@ -9,9 +9,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from doge_lm.cli import main
 from doge_lm.data.dataset import PackedCollator, load_prepared
+from doge_lm.errors import UserError
 from doge_lm.model.modeling_doge import DogeForCausalLM
 from doge_lm.training import pretrain
 from doge_lm.training.checkpoints import RunRecord, check_whole, list_checkpoints
+from doge_lm.training.hardware import Hardware
 from doge_lm.training.order import StreamSampler
 from doge_lm.training.settings import load_settings
 
@@ -395,7 +397,30 @@ def test_cuda_graphs_change_no_loss(world, tmp_path):
     assert len(found[0]) == 12
 
 
-def test_cuda_graphs_are_refused_where_there_can_be_none(world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert train(world, tmp_path, cuda_graphs=True) == 1
-    assert "cuda_graphs: true needs one NVIDIA GPU" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("device", "processes", "changes", "obstacle"),
+    [
+        ("cuda", 1, {}, None),
+        ("cpu", 1, {}, "the device is cpu"),
+        ("cuda", 2, {}, "the run has 2 processes"),
+        ("cuda", 1, {"torch_compile": False}, "the model is not compiled"),
+        ("cuda", 1, {"attn_implementation": "flash_attention_2"}, "attn_implementation is flash_attention_2"),
+    ],
+)
+def test_cuda_graphs_where_there_can_be_some(monkeypatch, device, processes, changes, obstacle):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    hardware = Hardware(torch.device(device), "the tests' own", 2**34)
+    found = {}
+    for wanted in ("auto", True, False):
+        settings = make_settings(**{"torch_compile": True, "cuda_graphs": wanted, **changes})
+        if wanted is True and obstacle is not None:
+            with pytest.raises(UserError, match=f"cuda_graphs: true is not possible: {obstacle}"):
+                pretrain.Machine.settle(settings, hardware)
+        else:
+            found[wanted] = pretrain.Machine.settle(settings, hardware).graphs
+    assert found == {"auto": obstacle is None, False: False, **({} if obstacle else {True: True})}
+
+
+def test_kernels_for_a_gpu_are_refused_on_a_cpu(world, tmp_path, capsys):
+    assert train(world, tmp_path, model={"cdmoe_path": "sparse"}) == 1
+    assert "set cdmoe_path: auto" in capsys.readouterr().err

@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
+from math import inf
+from threading import Lock
 from typing import Any, TypeAlias
 
 import torch
@@ -32,6 +34,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from ..model.modeling_doge import DogeCDMoE, DogeInnerFuncAttn
 
 _Foldable: TypeAlias = DogeInnerFuncAttn | DogeCDMoE
+_FOLDABLE = (DogeInnerFuncAttn, DogeCDMoE)
 
 SHORTEST_CACHE = 64
 """Caches have a power of two of slots, at least so many: few lengths to compile for."""
@@ -70,10 +73,10 @@ class Sampling:
     def __post_init__(self) -> None:
         ranges = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (self.temperature >= 0, "at least 0"),
+            "temperature": (self.temperature == 0 or 1e-6 <= self.temperature < inf, "0, or a number of at least 1e-6"),
             "top_k": (self.top_k >= 0, "at least 0"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "repetition_penalty": (1e-6 <= self.repetition_penalty < inf, "a number of at least 1e-6"),
         }
         for name, (holds, wanted) in ranges.items():
             if not holds:
@@ -106,6 +109,7 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, *, compiled: bool = False, graphs: bool = True) -> None:
         _refuse_other_models(model)
         self._model = model
+        self._free = Lock()
         fixed_frequencies = not _rope_types(model.config) & _ROPE_BY_LENGTH
         self._logits = self._next_logits
         self._compiled = compiled and fixed_frequencies
@@ -137,10 +141,16 @@ class Decoder:
 
         Raises:
             ValueError: for no prompt, an empty one, or more tokens than the model has positions.
+            RuntimeError: if it is called while it works, from `on_tokens` or another thread.
         """
-        state = self._prepared(prompts, sampling, _as_list(eos_token_id))
-        with _lent(state.folded):
-            return self._run(state, sampling, on_tokens)
+        if not self._free.acquire(blocking=False):
+            raise RuntimeError("this decoder is at work; it has one cache, so use one decoder a thread")
+        try:
+            state = self._prepared(prompts, sampling, _as_list(eos_token_id))
+            with _lent(state.folded):
+                return self._run(state, sampling, on_tokens)
+        finally:
+            self._free.release()
 
     def _run(
         self, state: "_State", sampling: Sampling, on_tokens: Callable[[list[int]], None] | None
@@ -275,7 +285,7 @@ class _State:
         self.folded: dict[_Foldable, Tensor] = {
             module: module.fold()
             for module in model.modules()
-            if isinstance(module, DogeInnerFuncAttn | DogeCDMoE) and module.is_foldable()
+            if isinstance(module, _FOLDABLE) and module.is_foldable()
         }
         self._columns_S = torch.arange(slots, device=device)
         self._draws_BS = torch.zeros(batch, slots, device=device)
@@ -288,8 +298,9 @@ class _State:
         self._ends_E = torch.tensor(ends, dtype=torch.long, device=self.tokens_BS.device)
 
     def holds(self, batch: int, slots: int) -> bool:
-        """Whether it is for so many rows, and long enough."""
-        return self.tokens_BS.shape[0] == batch and self.tokens_BS.shape[1] >= slots
+        """Whether it is for so many rows, and long enough, but not so long that attention over it would be slow."""
+        rows, length = self.tokens_BS.shape
+        return rows == batch and slots <= length <= max(SHORTEST_CACHE, 8 * slots)
 
     def clear(self) -> None:
         """Go back to the first column of an empty cache, in place."""
@@ -371,7 +382,7 @@ def choose(logits_BV: Tensor, draws_B1: Tensor, rule: Sampling, seen_BV: Tensor 
     reached_Bk = shares_Bk.cumsum(dim=-1)
     place_B1 = (reached_Bk <= draws_B1 * reached_Bk[:, -1:]).sum(dim=-1, keepdim=True)
     # A draw next to 1 can round to the whole: the last that has a share takes it.
-    place_B1 = torch.minimum(place_B1, (shares_Bk > 0).sum(dim=-1, keepdim=True) - 1)
+    place_B1 = torch.minimum(place_B1, (shares_Bk > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)  # of no numbers: 0
     return ids_Bk.gather(1, place_B1)[:, 0]
 
 
@@ -382,13 +393,14 @@ def _lent(folded: "dict[_Foldable, Tensor]") -> Iterator[None]:
     They are made anew, in the same places: weights may have changed in place, but the addresses in a captured step
     must stay.
     """
+    before = {module: module.folded for module in folded}
     try:
         for module, product in folded.items():
             module.folded = product.copy_(module.fold())
         yield
     finally:
-        for module in folded:
-            module.folded = None
+        for module, product_before in before.items():
+            module.folded = product_before
 
 
 def _no_step() -> None:
@@ -428,7 +440,9 @@ def _ground(model: PreTrainedModel) -> tuple[Any, ...]:
     device = model.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     places = tuple((tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in _tensors(model))
-    return autocast, torch.is_inference_mode_enabled(), model.device, places
+    # Hooks, and modules that were replaced by others on the same weights.
+    foldable = tuple(module.is_foldable() for module in model.modules() if isinstance(module, _FOLDABLE))
+    return autocast, torch.is_inference_mode_enabled(), model.device, foldable, places
 
 
 def _is_on_one_gpu(model: PreTrainedModel) -> bool:

@@ -141,6 +141,9 @@ def load_model(path: Path, device: torch.device, dtype: str = "auto") -> PreTrai
     if loading["missing_keys"]:  # transformers would go on with random weights in their place
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         raise UserError(f"the model in {path} lacks {len(loading['missing_keys'])} weights ({missing}, …)")
+    if device.type != "cuda" and getattr(model.config, "cdmoe_path", None) == "sparse":
+        for layer in model.model.layers:  # its kernels run on a GPU only; every path gives the same result
+            layer.feed_forward.path = "auto"
     return model.to(device).eval()
 
 

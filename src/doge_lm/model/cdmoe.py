@@ -198,8 +198,10 @@ def _sparse(
     c_Me: Tensor, weights_MK: Tensor, experts_MK: Tensor, down_embed: Tensor, up_embed: Tensor, act: Activation
 ) -> Tensor:
     """As `_gather`, by kernels that hold no (M, K, e) tensor and sort the assignments before they add gradients up."""
-    if not (HAVE_TRITON and is_usable(c_Me)):
-        raise ValueError('the path "sparse" needs Triton, a GPU and float32 or less; "auto" runs everywhere')
+    if PLAIN or not (HAVE_TRITON and is_usable(c_Me)):
+        raise ValueError(
+            'the path "sparse" needs Triton, a GPU, float32 or less, and no DOGE_LM_PLAIN; "auto" runs everywhere'
+        )
     device = c_Me.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else c_Me.dtype
     return experts_output(c_Me.to(dtype), weights_MK, experts_MK, down_embed, up_embed, act, dtype)

@@ -161,21 +161,25 @@ class Machine:
         """Work out the settings that depend on the device.
 
         Raises:
-            UserError: for CUDA graphs where there can be none.
+            UserError: for CUDA graphs or kernels where there can be none.
         """
         train = settings.train
+        if settings.model.cdmoe_path == "sparse" and hardware.device.type != "cuda":
+            raise UserError("cdmoe_path: sparse runs on an NVIDIA GPU only; set cdmoe_path: auto, with the same result")
         bf16 = bf16_is_faster(hardware.device) if train.bf16 == "auto" else train.bf16
         compiled = hardware.device.type == "cuda" if train.torch_compile == "auto" else train.torch_compile
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         # `flash` breaks the compiled model apart; with other processes, gradients travel while a backward pass runs.
-        whole = bool(compiled) and not train.attn_implementation.startswith("flash")
-        possible = hardware.device.type == "cuda" and world_size == 1 and whole
-        if train.cuda_graphs is True and not possible:
-            raise UserError(
-                "cuda_graphs: true needs one NVIDIA GPU, torch_compile, and an attn_implementation other than flash; "
-                "set cuda_graphs: auto, or false"
-            )
-        return cls(hardware, world_size, bool(bf16), bool(compiled), possible and train.cuda_graphs is not False)
+        obstacles = {
+            f"the device is {hardware.device}, and not an NVIDIA GPU": hardware.device.type != "cuda",
+            f"the run has {world_size} processes": world_size != 1,
+            "the model is not compiled (torch_compile)": not compiled,
+            f"attn_implementation is {train.attn_implementation}": train.attn_implementation.startswith("flash"),
+        }
+        found = [obstacle for obstacle, is_there in obstacles.items() if is_there]
+        if train.cuda_graphs is True and found:
+            raise UserError(f"cuda_graphs: true is not possible: {'; '.join(found)}; set cuda_graphs: auto, or false")
+        return cls(hardware, world_size, bool(bf16), bool(compiled), not found and train.cuda_graphs is not False)
 
 
 def _least_time(plan: Plan, peak: Peak) -> str:
