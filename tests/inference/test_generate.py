@@ -240,6 +240,21 @@ def copied(model_dir: Path, target: Path) -> Path:
     return target
 
 
+def test_a_checkpoint_for_kernels_of_a_gpu_runs_on_a_cpu(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = copied(model_dir, tmp_path)
+    config = directory / "config.json"
+    text = config.read_text(encoding="utf-8")
+    assert '"cdmoe_path": "auto"' in text
+    config.write_text(text.replace('"cdmoe_path": "auto"', '"cdmoe_path": "sparse"'), encoding="utf-8")
+    model = generate_module.load_model(directory, torch.device("cpu"))
+    assert model.config.cdmoe_path == "sparse"
+    assert {layer.feed_forward.path for layer in model.model.layers} == {"auto"}
+    options = ("hello", "--max_new_tokens", "6", "--temperature", "0", "--device", "cpu")
+    assert run(capsys, str(directory), *options) == run(capsys, str(model_dir), *options)
+
+
 def test_weights_of_another_shape_are_an_error(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,7 +92,8 @@ class Decoder:
 
     Args:
         model: in evaluation mode, on its device, with the attention `sdpa` or `eager`. What its modules do must stay
-            as it is; a hook that comes later is not seen by a captured step.
+            as it is: of hooks that come later, a captured step sees those alone that forbid a product of weights (on
+            the projections of queries and keys, and on the experts' queries).
         compiled: run the decoding step through `torch.compile`. On a GPU that makes a step with fewer kernels, but
             takes half a minute for each batch size and cache length.
         graphs: run the step as a CUDA graph where all of the model is on one NVIDIA GPU. A step that makes the host

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..data.tokenizer import StreamDecoder, encode_text, load_tokenizer
 from ..errors import UserError
 from ..model import DogeForCausalLM  # importing it registers doge_ifa with the Auto classes
+from ..model.modeling_doge import DogeCDMoE
 from .decoding import Decoder, Sampling
 
 # Logits over less than this overflow; 0 is greedy.
@@ -141,9 +142,10 @@ def load_model(path: Path, device: torch.device, dtype: str = "auto") -> PreTrai
     if loading["missing_keys"]:  # transformers would go on with random weights in their place
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         raise UserError(f"the model in {path} lacks {len(loading['missing_keys'])} weights ({missing}, …)")
-    if device.type != "cuda" and getattr(model.config, "cdmoe_path", None) == "sparse":
-        for layer in model.model.layers:  # its kernels run on a GPU only; every path gives the same result
-            layer.feed_forward.path = "auto"
+    if isinstance(model, DogeForCausalLM) and model.config.cdmoe_path == "sparse" and device.type != "cuda":
+        for module in model.modules():
+            if isinstance(module, DogeCDMoE):
+                module.path = "auto"  # the kernels run on a GPU only; every path gives the same result
     return model.to(device).eval()
 
 

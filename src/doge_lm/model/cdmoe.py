@@ -32,8 +32,9 @@ PATHS = ("auto", "gather", "dense", "sparse")
 # cost 2·M·N·(e + d) operations each way; the others read and, in the backward pass, add up 2·M·K rows.
 DENSE_MAX_EXPERTS = 2048
 # Where the sparse path runs, the dense one is chosen up to so many experts for each of a token's K. On an H100, 16,384
-# tokens, d = e = 1,024, K = 32, forward and backward: dense takes 1.3 ms at N = 1,024, 1.5 at 4,096, 5.0 at 16,384;
-# sparse 2.7 at 1,024 and 2.8 at 65,536; so they meet near 8,192 (benchmarks/cdmoe.py; docs/speed.md).
+# tokens, d = e = 1,024, K = 32, forward and backward: dense took 1.3 ms at N = 1,024, 1.5 at 4,096, 5.0 at 16,384;
+# sparse 2.7 at 1,024 and 2.8 at 65,536; so they met near 8,192. Both have changed since: at 8,192 a later run has dense
+# at 4.6 and sparse at 2.6, so the number is too high; to be measured anew (benchmarks/cdmoe.py; docs/speed.md).
 DENSE_MAX_EXPERTS_FOR_ONE = 256
 # With fewer tokens than this (decoding), the dense path would read all N rows to use K of them a token.
 DENSE_MIN_TOKENS = 32

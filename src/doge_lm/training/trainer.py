@@ -243,9 +243,10 @@ class DogeTrainer(Trainer):
         if not self._graphs:
             return super().training_step(model, *args, **kwargs)
         torch.compiler.cudagraph_mark_step_begin()
-        first = all(parameter.grad is None for parameter in model.parameters())
+        several = self.plan.accumulate_steps > 1
+        first = several and all(parameter.grad is None for parameter in model.parameters())
         loss = super().training_step(model, *args, **kwargs)
-        if first and self.plan.accumulate_steps > 1:
+        if first:
             # The next micro-batch writes its gradients where these lie, and adds them to what it finds here.
             for parameter in model.parameters():
                 if parameter.grad is not None:
