@@ -45,8 +45,7 @@ def test_loss_and_gradients_are_those_without_kernels(
     note(modeling_doge, "fused_inner_value")
     note(modeling_doge, "fused_rotation")
     note(modeling_doge, "fused_add_norm")
-    note(cdmoe, "pick")
-    note(cdmoe, "spread")
+    note(cdmoe, "chosen_hidden")
     note(cdmoe, "fused_product_topk")
     note(cdmoe, "experts_output")
     take(False)
@@ -58,8 +57,8 @@ def test_loss_and_gradients_are_those_without_kernels(
     for layer in model.model.layers:
         layer.feed_forward.path = model.config.cdmoe_path
     found, found_gradients = loss_and_gradients(model, ids)
-    experts = {"experts_output"} if "cdmoe_path" in changes else {"pick", "spread"}
-    assert set(used) == {"fused_inner_value", "fused_rotation", "fused_add_norm", "fused_product_topk", *experts}
+    experts = {"fused_product_topk", "experts_output"} if "cdmoe_path" in changes else {"chosen_hidden"}
+    assert set(used) == {"fused_inner_value", "fused_rotation", "fused_add_norm", *experts}
     assert abs(found - loss) < 1e-5
     assert found_gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():

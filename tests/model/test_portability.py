@@ -97,6 +97,7 @@ def test_checkpoint_carries_its_code(checkpoint: tuple[Path, Path]) -> None:
         "cdmoe",
         "cdmoe_triton",
         "routing_triton",
+        "expert_hidden_triton",
         "inner_value_triton",
         "residual_norm_triton",
         "rotation_triton",

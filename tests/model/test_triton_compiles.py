@@ -56,6 +56,7 @@ def compile_all(dtype: torch.dtype) -> None:
     """Run each operator, forward and backward, with its launches compiled."""
     from doge_lm.model import (  # noqa: PLC0415
         cdmoe_triton,
+        expert_hidden_triton,
         inner_value_triton,
         residual_norm_triton,
         rotation_triton,
@@ -64,7 +65,14 @@ def compile_all(dtype: torch.dtype) -> None:
     )
 
     assert not triton_operator.INTERPRETED
-    for module in (cdmoe_triton, inner_value_triton, residual_norm_triton, rotation_triton, routing_triton):
+    for module in (
+        cdmoe_triton,
+        expert_hidden_triton,
+        inner_value_triton,
+        residual_norm_triton,
+        rotation_triton,
+        routing_triton,
+    ):
         module.launcher = Compiler  # type: ignore[attr-defined]
     m, heads, k, n, f = 32, 2, 4, 1024, 256
 
@@ -89,6 +97,8 @@ def compile_all(dtype: torch.dtype) -> None:
         leaf(m, f), weights.detach().flatten(1), experts, table, table, torch.nn.functional.silu, dtype
     )
     out.sum().backward()
+    hidden, _, _ = expert_hidden_triton.chosen_hidden(leaf(m, n + heads * 64), n, 32, heads, k)
+    hidden.sum().backward()
     cdmoe_triton.spread(leaf(m, k), experts[:, :k], n, dtype).sum().backward()
     cdmoe_triton.pick(leaf(m, n), experts[:, :k]).sum().backward()
 

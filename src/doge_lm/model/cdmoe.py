@@ -22,6 +22,7 @@ from .kernels import HAVE_TRITON, PLAIN, kernels_take
 
 if HAVE_TRITON:
     from .cdmoe_triton import experts_output, is_usable, pick, spread
+    from .expert_hidden_triton import MOST_CHOSEN, MOST_EXPERTS, chosen_hidden
     from .routing_triton import product_topk as fused_product_topk
 
 Activation = Callable[[Tensor], Tensor]
@@ -155,6 +156,36 @@ def cdmoe(
         path = _fastest(c_Me, down_embed.shape[0], weights_MHk.shape[1:].numel())
     weights_MK, experts_MK = weights_MHk.flatten(1), experts_MHk.flatten(1)
     return _PATHS[path](c_Me, weights_MK, experts_MK, down_embed, up_embed, act)
+
+
+def merges(c_Me: Tensor, num_experts: int, chosen: int, path: str) -> bool:
+    """Whether `merged_cdmoe` runs for M tokens that take K = `chosen` of N: where `cdmoe` takes the dense path."""
+    if not kernels_take(c_Me) or chosen > MOST_CHOSEN or num_experts > MOST_EXPERTS:
+        return False
+    return path == "dense" or (path == "auto" and _fastest(c_Me, num_experts, chosen) == "dense")
+
+
+def merged_cdmoe(c_Me: Tensor, keys_HnE: Tensor, down_embed: Tensor, up_embed: Tensor, n1: int, k: int) -> Tensor:
+    """Choose and sum experts by two matrix products and a kernel between them, with SiLU for σ.
+
+    The first product takes c to the keys and to all D at once, so that c is read once, and so is what comes back.
+
+    Args:
+        c_Me: (M, e).
+        keys_HnE: (H, n1 + n2, e), from `folded_keys`.
+        down_embed, up_embed: D, (N, e), and U, (N, d).
+        n1: rows of the first key table.
+        k: experts of a head.
+
+    Returns:
+        (M, d), as `cdmoe`.
+    """
+    num_experts, heads = down_embed.shape[0], keys_HnE.shape[0]
+    weight_CE = torch.cat((down_embed, keys_HnE.flatten(0, 1).to(down_embed.dtype)))
+    # Rows of the product begin at whole 16 bytes, for the matrix units.
+    product_MC = F.linear(c_Me, F.pad(weight_CE, (0, 0, 0, -len(weight_CE) % 8)))
+    hidden_MN, _, _ = chosen_hidden(product_MC, num_experts, n1, heads, k)
+    return F.linear(hidden_MN, up_embed.t())
 
 
 def _fastest(c_Me: Tensor, num_experts: int, chosen: int) -> str:

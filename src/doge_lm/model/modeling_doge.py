@@ -32,7 +32,16 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cdmoe import cdmoe, cdmoe_route, folded_keys, folding_pays, key_table_sizes, product_topk
+from .cdmoe import (
+    cdmoe,
+    cdmoe_route,
+    folded_keys,
+    folding_pays,
+    key_table_sizes,
+    merged_cdmoe,
+    merges,
+    product_topk,
+)
 from .configuration_doge import DogeConfig
 from .document_attention import Layout, document_attention, document_layout
 from .kernels import HAVE_TRITON, PLAIN, kernels_take
@@ -295,11 +304,26 @@ class DogeCDMoE(nn.Module):
         """(B, T, d) to (B, T, d)."""
         c_BTe = self.shared_down_proj(self.act_fn(self.shared_up_proj(hidden_states)))
         c_Me = c_BTe.flatten(0, 1)
-        weights_MHk, experts_MHk = self.route(c_Me)
-        output_Md = cdmoe(
-            c_Me, weights_MHk, experts_MHk, self.down_embed.weight, self.up_embed.weight, self.act_fn, self.path
-        )
+        down, up = self.down_embed.weight, self.up_embed.weight
+        if self._merges(c_Me):
+            keys_HnE = folded_keys(self.queries.weight, self.keys, self.n1)
+            output_Md = merged_cdmoe(c_Me, keys_HnE, down, up, self.n1, self.experts_per_head)
+        else:
+            weights_MHk, experts_MHk = self.route(c_Me)
+            output_Md = cdmoe(c_Me, weights_MHk, experts_MHk, down, up, self.act_fn, self.path)
         return output_Md.view(hidden_states.shape)
+
+    def _merges(self, c_Me: Tensor) -> bool:
+        """Whether `merged_cdmoe` takes the place of `route` and `cdmoe`; not where `route` is watched or replaced."""
+        heads, rows, half = self.keys.shape
+        return (
+            self.folded is None
+            and "route" not in vars(self)
+            and type(self.act_fn) in (nn.SiLU, type(ACT2FN["silu"]))
+            and self.is_foldable()
+            and folding_pays(c_Me.shape[0], 2 * half, rows)
+            and merges(c_Me, self.down_embed.num_embeddings, heads * self.experts_per_head, self.path)
+        )
 
 
 class DogeDecoderLayer(GradientCheckpointingLayer):

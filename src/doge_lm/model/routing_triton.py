@@ -110,9 +110,8 @@ def _topk_backward_kernel(
     tl.store(second_ptr + to, second.to(second_ptr.dtype.element_ty), mask=there[:, None] & (column2 < n2))
 
 
-@operator("doge_lm::product_topk")
-def product_topk(first_MHn: Tensor, second_MHn: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """As `cdmoe.product_topk`, which says what it is, for scores in float32 or a shorter type."""
+def choose(first_MHn: Tensor, second_MHn: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What `product_topk` is as an operator: for use within another one."""
     m, heads, n1 = first_MHn.shape
     n2 = second_MHn.shape[2]
     weights_MHk = first_MHn.new_empty((m, heads, k), dtype=torch.float32)
@@ -128,6 +127,12 @@ def product_topk(first_MHn: Tensor, second_MHn: Tensor, k: int) -> tuple[Tensor,
             *first_MHn.stride()[:2], *second_MHn.stride()[:2], k=k, k1=k1, k2=k2, BM=bm, **blocks,
         )  # fmt: skip
     return weights_MHk, experts_MHk
+
+
+@operator("doge_lm::product_topk")
+def product_topk(first_MHn: Tensor, second_MHn: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As `cdmoe.product_topk`, which says what it is, for scores in float32 or a shorter type."""
+    return choose(first_MHn, second_MHn, k)
 
 
 @operator("doge_lm::product_topk_backward")

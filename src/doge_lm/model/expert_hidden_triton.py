@@ -1,0 +1,180 @@
+"""From the one matrix product of all experts and keys to the experts' hidden values: two Triton kernels, and one back.
+
+The dense path of `cdmoe.cdmoe` scores all experts by a matrix product, and the choice of experts is made from a second
+one with the same input. As one product they read their input once, and so does its gradient; what lies between it and
+the product with U is here.
+
+Shapes, the one legend of this file:
+
+    M  tokens             H  expert heads                       C   columns of the product: N, then H·r, then padding
+    N  experts, n1·n2     k  experts of a head, K = H·k         BM  tokens of a program
+    r  n1 + n2, rows of a head's two key tables                 BN, BR  N and H·r, rounded up to a power of 2
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .routing_triton import choose
+from .triton_operator import by_rows, launcher, operator
+
+MOST_CHOSEN = 64
+"""Experts of a token that the kernels are made for: they are taken one by one, in code that is written out."""
+
+MOST_EXPERTS = 8192
+"""Columns that a program holds in registers."""
+
+_CELLS = 4096  # of the columns that a program holds at a time, where a row is shorter
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
+def _forward_kernel(
+    product_ptr, weights_ptr, experts_ptr, hidden_ptr, M, N, product_stride,
+    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """BM rows: silu(weight · product) at each chosen expert, the sum where two heads chose it, and zeros."""
+    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    n = tl.arange(0, BN)[None, :]
+    hidden = tl.zeros((BM, BN), tl.float32)
+    for i in tl.static_range(K):
+        expert = tl.load(experts_ptr + m * K + i, mask=m < M, other=0)
+        weight = tl.load(weights_ptr + m * K + i, mask=m < M, other=0.0)
+        x = weight * tl.load(product_ptr + m * product_stride + expert, mask=m < M, other=0.0).to(tl.float32)
+        hidden += tl.where(expert.to(tl.int32)[:, None] == n, (x * _sigmoid(x))[:, None], 0.0)
+    mask = (m < M)[:, None] & (n < N)
+    tl.store(hidden_ptr + m[:, None] * N + n, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gradients(grad_ptr, product_ptr, weights_ptr, experts_ptr, m, there, at, N, product_stride):
+    """Of the choices `at`: expert, weight, and the gradients of product and weight, each (BM,)."""
+    expert = tl.load(experts_ptr + at, mask=there, other=0)
+    weight = tl.load(weights_ptr + at, mask=there, other=0.0)
+    product = tl.load(product_ptr + m * product_stride + expert, mask=there, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + m * N + expert, mask=there, other=0.0).to(tl.float32)
+    x = weight * product
+    share = _sigmoid(x)
+    grad *= share * (1 + x * (1 - share))
+    return expert.to(tl.int32), weight, grad * weight, grad * product
+
+
+@triton.jit
+def _backward_kernel(
+    grad_ptr, product_ptr, weights_ptr, experts_ptr, out_ptr, M, N, C, n1, n2, product_stride,
+    H: tl.constexpr, k: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """The gradient of BM rows of the product: of the experts, of the key scores (that of a softmax), and zeros."""
+    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    there = m < M
+    n, r = tl.arange(0, BN)[None, :], tl.arange(0, BR)[None, :]
+    experts = tl.zeros((BM, BN), tl.float32)
+    keys = tl.zeros((BM, BR), tl.float32)
+    for h in tl.static_range(H):
+        mean = tl.zeros((BM,), tl.float32)
+        for i in tl.static_range(k):
+            expert, weight, product_grad, weight_grad = _gradients(
+                grad_ptr, product_ptr, weights_ptr, experts_ptr, m, there, (m * H + h) * k + i, N, product_stride
+            )
+            mean += weight * weight_grad
+            experts += tl.where(expert[:, None] == n, product_grad[:, None], 0.0)
+        for i in tl.static_range(k):
+            expert, weight, product_grad, weight_grad = _gradients(
+                grad_ptr, product_ptr, weights_ptr, experts_ptr, m, there, (m * H + h) * k + i, N, product_stride
+            )
+            score = (weight * (weight_grad - mean))[:, None]
+            begin = h * (n1 + n2)
+            keys += tl.where((begin + expert // n2)[:, None] == r, score, 0.0)
+            keys += tl.where((begin + n1 + expert % n2)[:, None] == r, score, 0.0)
+    to = out_ptr + m[:, None] * C
+    tl.store(to + n, experts.to(out_ptr.dtype.element_ty), mask=there[:, None] & (n < N))
+    tl.store(to + N + r, keys.to(out_ptr.dtype.element_ty), mask=there[:, None] & (r < C - N))
+
+
+def _tile(columns: int) -> tuple[int, int, int]:
+    """BM, the columns rounded up, and the warps of a program."""
+    width = triton.next_power_of_2(columns)
+    return max(1, _CELLS // width), width, 4 if width <= _CELLS else 8
+
+
+@operator("doge_lm::chosen_hidden")
+def chosen_hidden(product_MC: Tensor, num_experts: int, n1: int, heads: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose experts by their keys' scores, and give silu(weight · product) at the chosen ones and 0 elsewhere.
+
+    Args:
+        product_MC: float32 or shorter; the input's products with D, then for each head with its first and its second
+            key table; what stands beyond has no meaning.
+        num_experts: N, at most `MOST_EXPERTS`.
+        n1: rows of the first table; the second has N/n1.
+        heads: H.
+        k: experts of a head; H·k at most `MOST_CHOSEN`.
+
+    Returns:
+        hidden (M, N) in the product's type, and what `cdmoe.product_topk` returns, which has no gradient here.
+    """
+    m, n2 = product_MC.shape[0], num_experts // n1
+    product_MC = by_rows(product_MC)
+    hidden_MN = product_MC.new_empty((m, num_experts))
+    scores_MHr = product_MC[:, num_experts : num_experts + heads * (n1 + n2)].unflatten(1, (heads, n1 + n2))
+    weights_MHk, experts_MHk = choose(scores_MHr[..., :n1], scores_MHr[..., n1:], k)
+    if m:
+        rows, width, warps = _tile(num_experts)
+        launcher(_forward_kernel)[(triton.cdiv(m, rows),)](
+            product_MC, weights_MHk, experts_MHk, hidden_MN, m, num_experts, product_MC.stride(0),
+            K=heads * k, BM=rows, BN=width, num_warps=warps,
+        )  # fmt: skip
+    return hidden_MN, weights_MHk, experts_MHk
+
+
+@operator("doge_lm::chosen_hidden_backward")
+def chosen_hidden_backward(
+    grad_MN: Tensor, product_MC: Tensor, weights_MHk: Tensor, experts_MHk: Tensor, n1: int
+) -> Tensor:
+    """The gradient of the product, (M, C), by that of `hidden`."""
+    (m, columns), (_, heads, k), num_experts = product_MC.shape, weights_MHk.shape, grad_MN.shape[1]
+    out_MC = product_MC.new_empty((m, columns))
+    if m:
+        product_MC = by_rows(product_MC)
+        rows, width, warps = _tile(num_experts)
+        launcher(_backward_kernel)[(triton.cdiv(m, rows),)](
+            grad_MN.contiguous(), product_MC, weights_MHk, experts_MHk, out_MC, m, num_experts, columns,
+            n1, num_experts // n1, product_MC.stride(0),
+            H=heads, k=k, BM=rows, BN=width, BR=triton.next_power_of_2(columns - num_experts), num_warps=warps,
+        )  # fmt: skip
+    return out_MC
+
+
+@chosen_hidden.register_fake
+def _(product_MC: Tensor, num_experts: int, n1: int, heads: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    m = product_MC.shape[0]
+    return (
+        product_MC.new_empty((m, num_experts)),
+        product_MC.new_empty((m, heads, k), dtype=torch.float32),
+        product_MC.new_empty((m, heads, k), dtype=torch.int64),
+    )
+
+
+@chosen_hidden_backward.register_fake
+def _(grad_MN: Tensor, product_MC: Tensor, weights_MHk: Tensor, experts_MHk: Tensor, n1: int) -> Tensor:
+    return product_MC.new_empty(product_MC.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    product_MC, _, ctx.n1, _, _ = inputs
+    _, weights_MHk, experts_MHk = output
+    ctx.save_for_backward(product_MC, weights_MHk, experts_MHk)
+    ctx.mark_non_differentiable(weights_MHk, experts_MHk)
+
+
+def _backward(ctx: Any, grad_MN: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    return chosen_hidden_backward(grad_MN, *ctx.saved_tensors, ctx.n1), None, None, None, None
+
+
+chosen_hidden.register_autograd(_backward, setup_context=_save)
