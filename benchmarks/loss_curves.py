@@ -1,7 +1,7 @@
 """Loss of the same training run by the fast paths and by the plain mathematics.
 
     python benchmarks/loss_curves.py --dataset_path DIR --tokenizer_path DIR --output_dir OUT [--preset doge_25M]
-        [--steps 500] [--set KEY=VALUE …] [--json FILE] [--png FILE]
+        [--steps 500] [--gpus 1] [--set KEY=VALUE …] [--json FILE] [--png FILE]
 
 Three runs of train.py with the same weights, data and order:
 
@@ -11,14 +11,16 @@ Three runs of train.py with the same weights, data and order:
 
 `plain` and `eager` compute the same operations and differ in how PyTorch rounds between them, so their distance is the
 noise that `fast` is held against. Prints the mean of |difference| of the logged losses over quarters of the run, and
-the mean loss of the last quarter.
+the mean loss of the last quarter. With `--gpus 3` they run side by side, each on a GPU of its own.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from doge_lm.training.callbacks import LOG_NAME, read_log
@@ -30,9 +32,11 @@ RUNS: dict[str, tuple[dict[str, str], list[str]]] = {
 }
 
 
-def train(name: str, args: argparse.Namespace) -> dict[int, float]:
-    """The logged losses of one run, by step."""
+def train(name: str, args: argparse.Namespace, gpu: str | None = None) -> dict[int, float]:
+    """The logged losses of one run, by step; on the GPU of that name, as CUDA_VISIBLE_DEVICES has it."""
     environment, changes = RUNS[name]
+    if gpu is not None:
+        environment = {**environment, "CUDA_VISIBLE_DEVICES": gpu}
     place = args.output_dir / name
     settings = [f"per_epoch_max_steps={args.steps}", "num_train_epochs=1", "accumulate_steps=1", "logging_steps=5"]
     settings += ["eval_steps=1000000", "save_steps=1000000", "document_mask=false", *args.overrides, *changes]
@@ -46,6 +50,18 @@ def train(name: str, args: argparse.Namespace) -> dict[int, float]:
     if done.returncode:
         raise RuntimeError(f"the run {name} ended with status {done.returncode}:\n{done.stderr[-3000:]}")
     return {line["step"]: line["loss"] for line in read_log(place / "log" / LOG_NAME) if "loss" in line}
+
+
+def train_all(args: argparse.Namespace) -> dict[str, dict[int, float]]:
+    """The curves of all runs, by name."""
+    names = list(RUNS)
+    gpus: list[str | None] = [str(index) for index in range(args.gpus)] if args.gpus > 1 else [None]
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        # Runs that share a GPU follow each other in one thread.
+        shares = [names[index :: len(gpus)] for index in range(len(gpus))]
+        done = pool.map(lambda share, gpu: [(name, train(name, args, gpu)) for name in share], shares, gpus)
+        curves = dict(itertools.chain.from_iterable(done))
+    return {name: curves[name] for name in names}
 
 
 def quarters(one: dict[int, float], other: dict[int, float]) -> list[float]:
@@ -89,11 +105,12 @@ def main() -> int:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--preset", default="doge_25M")
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--gpus", type=int, default=1, choices=(1, 2, 3), help="runs at a time, each on its own GPU")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path, help="write the curves there")
     parser.add_argument("--png", type=Path, help="draw them there")
     args = parser.parse_args()
-    curves = {name: train(name, args) for name in RUNS}
+    curves = train_all(args)
     print("| | 1st quarter | 2nd | 3rd | 4th |\n|---|---|---|---|---|")
     for name in ("fast", "eager"):
         distances = quarters(curves[name], curves["plain"])

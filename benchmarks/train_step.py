@@ -1,7 +1,7 @@
 """Speed and memory of a training step of Doge and of its peers, through the project's own trainer, in one run.
 
     python benchmarks/train_step.py --dataset_path DIR --tokenizer_path DIR --output_dir OUT
-        [--preset doge_25M …] [--rows doge dense …] [--steps 120] [--json FILE]
+        [--preset doge_25M …] [--rows doge dense …] [--steps 120] [--gpus 1] [--json FILE]
 
 Each row is a process of its own: clean memory and a clean state of the compiler. The rows:
 
@@ -20,7 +20,8 @@ checkpoints are left out. `of matmul` is the share of a matrix product's speed, 
 steps; `MFU` the share of the data sheet's. `first step` counts from the start of the process. Compiled code is kept in
 OUT/compiled (or TORCHINDUCTOR_CACHE_DIR), so a row that is named twice is measured with a warm cache the second time;
 `compile_caches`, in the JSON, counts what of it served.
-`compiled` is the number of graphs compiled in the measured steps, which should be 0.
+`compiled` is the number of graphs compiled in the measured steps, which should be 0. With `--gpus N` as many rows run
+at a time, each on a GPU of its own; `matmul_flops` in the JSON says how far the cards are alike.
 
 Work is counted as the plan of a run counts it (`peers.flops_per_token`), so `doge / dense, by work` is how well the
 one uses the device over how well the other does: 1 where experts cost no more than their arithmetic.
@@ -32,13 +33,15 @@ import itertools
 import json
 import math
 import os
+import queue
 import shlex
 import statistics
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -276,8 +279,10 @@ def child(text: str) -> None:
 # In the process that the user starts
 
 
-def run_row(row: Row, timeout: float) -> Figures:
+def run_row(row: Row, timeout: float, gpu: str | None = None) -> Figures:
     """Measure a row in a process of its own; whatever goes wrong there becomes the `error` of its figures.
+
+    The process sees the GPU of that name alone, as CUDA_VISIBLE_DEVICES names it, or with None what this one sees.
 
     The process has no main file: the workers of the data loader would import that anew, with all that it imports.
     """
@@ -289,6 +294,8 @@ def run_row(row: Row, timeout: float) -> Figures:
     caches = {"TORCHINDUCTOR_CACHE_DIR": "compiled", "TRITON_CACHE_DIR": "compiled/triton"}
     environment = {name: str(place.parent.resolve() / cache) for name, cache in caches.items()} | os.environ
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     with (place / OUTPUT_NAME).open("w", encoding="utf-8") as output:
         try:
             status = subprocess.run(
@@ -300,6 +307,28 @@ def run_row(row: Row, timeout: float) -> Figures:
         return json.loads((place / RESULT_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {"error": f"the process ended with status {status}; see {place / OUTPUT_NAME}"}
+
+
+def run_rows(rows: Sequence[Row], timeout: float, gpus: int) -> Iterator[Figures]:
+    """The figures of all rows, as they are done; with several GPUs, each runs as many rows one after the other."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [None] if gpus == 1 else visible.split(",")[:gpus] if visible else [str(index) for index in range(gpus)]
+    free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for name in names:
+        free.put(name)
+
+    def run(row: Row) -> Figures:
+        gpu, begun = free.get(), time.perf_counter()
+        try:
+            figures = run_row(row, timeout, gpu)
+        finally:
+            free.put(gpu)
+        head = {"preset": Path(row.preset).stem, "row": row.kind, "micro_batch": row.micro_batch}
+        return {**head, "seconds": round(time.perf_counter() - begun, 1), **figures}
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        for done in as_completed([pool.submit(run, row) for row in rows]):
+            yield done.result()
 
 
 def make_row(args: argparse.Namespace, preset: str, kind: str, number: int, rows_of_data: int) -> Row:
@@ -462,6 +491,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peer_micro_batch", type=int, help=f"the same for {' and '.join(QUARTER_BATCH)}")
     parser.add_argument("--document_mask", action="store_true", help="keep attention within documents")
     parser.add_argument("--memory_cap_gib", type=float, help="memory that PyTorch may take on the GPU")
+    parser.add_argument("--gpus", type=int, default=1, help="rows that run at a time, each on a GPU of its own")
     parser.add_argument("--row_timeout", type=float, default=600.0, help="seconds until a row is given up")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="a setting")
     parser.add_argument("--json", type=Path, help="default: OUT/train_step.json")
@@ -476,9 +506,11 @@ def check_arguments(args: argparse.Namespace) -> int:
     """
     if args.steps < 2 * WARM_UP_LINES:
         raise UserError(f"--steps {args.steps}: the first are not measured; give at least {2 * WARM_UP_LINES}")
-    for name in ("micro_batch", "peer_micro_batch", "memory_cap_gib", "row_timeout"):
+    for name in ("micro_batch", "peer_micro_batch", "memory_cap_gib", "row_timeout", "gpus"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name)}: it must be above 0")
+    if args.gpus > max(1, torch.cuda.device_count()):
+        raise UserError(f"--gpus {args.gpus}: there are {torch.cuda.device_count()}")
     for preset in args.preset:
         load_settings(preset, args.overrides).model_config()
     data = load_prepared(Path(args.dataset_path))
@@ -498,16 +530,15 @@ def main() -> int:
     path = args.json or args.output_dir / "train_step.json"
     results: list[Figures] = []
     about = circumstances()
-    for preset in args.preset:
-        for number, kind in enumerate(args.rows):
-            row = make_row(args, preset, kind, number, rows_of_data)
-            begun = time.perf_counter()
-            figures = run_row(row, args.row_timeout)
-            seconds = round(time.perf_counter() - begun, 1)
-            head = {"preset": Path(preset).stem, "row": kind, "micro_batch": row.micro_batch, "seconds": seconds}
-            results.append({**head, **figures})
-            print(json.dumps(results[-1]), flush=True)
-            write_whole(path, {**about, "rows": results, "comparisons": compare(results)})
+    rows = [
+        make_row(args, preset, kind, number, rows_of_data)
+        for preset in args.preset
+        for number, kind in enumerate(args.rows)
+    ]
+    for figures in run_rows(rows, args.row_timeout, args.gpus):
+        results.append(figures)
+        print(json.dumps(figures), flush=True)
+        write_whole(path, {**about, "rows": results, "comparisons": compare(results)})
     print(f"\n{results_table(results)}\n\n{comparison_table(compare(results))}\n\n{path}")
     return 0
 

@@ -59,7 +59,43 @@ def test_loss_and_gradients_are_those_without_kernels(
     found, found_gradients = loss_and_gradients(model, ids)
     experts = {"fused_product_topk", "experts_output"} if "cdmoe_path" in changes else {"chosen_hidden"}
     assert set(used) == {"fused_inner_value", "fused_rotation", "fused_add_norm", *experts}
+    # In each layer after the attention, and between two layers.
+    assert used.count("fused_add_norm") == 2 * len(model.model.layers) - 1
     assert abs(found - loss) < 1e-5
     assert found_gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():
         assert relative_error(found_gradients[name], gradient) < 2e-4, name
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["the layer before", "the layer after"])
+def test_a_hook_between_layers_is_heeded(monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    """The norm between two layers is of what the second one is given, whoever changes that."""
+    model = tiny_model(max_position_embeddings=LENGTH).to(DEVICE).eval()
+    layer, ids = model.model.layers[place], random_ids(BATCH, LENGTH).to(DEVICE)
+    unchanged = model(input_ids=ids, use_cache=False).logits
+    if place == 0:
+        layer.register_forward_hook(lambda module, args, output: output * 2)
+    else:
+        layer.register_forward_pre_hook(lambda module, args: (args[0] * 2, *args[1:]))
+    expected = model(input_ids=ids, use_cache=False).logits
+    assert relative_error(unchanged, expected) > 1e-2
+    for module in (cdmoe, modeling_doge):
+        monkeypatch.setattr(module, "kernels_take", lambda x: x.dtype != torch.float64)
+    assert relative_error(model(input_ids=ids, use_cache=False).logits, expected) < 1e-4
+
+
+def test_hidden_states_and_checkpointing_are_those_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(max_position_embeddings=LENGTH).to(DEVICE).train()
+    ids = random_ids(BATCH, LENGTH).to(DEVICE)
+    expected = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+    _, gradients = loss_and_gradients(model, ids)
+    for module in (cdmoe, linear_cross_entropy, modeling_doge):
+        monkeypatch.setattr(module, "kernels_take", lambda x: x.dtype != torch.float64)
+    found = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+    assert len(found) == len(expected) == len(model.model.layers) + 1
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert relative_error(one, other) < 1e-4
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for name, gradient in loss_and_gradients(model, ids)[1].items():
+        assert relative_error(gradient, gradients[name]) < 2e-4, name

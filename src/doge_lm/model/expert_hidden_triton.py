@@ -36,7 +36,7 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _forward_kernel(
+def _hidden_kernel(
     product_ptr, weights_ptr, experts_ptr, hidden_ptr, M, N, product_stride,
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +67,7 @@ def _gradients(grad_ptr, product_ptr, weights_ptr, experts_ptr, m, there, at, N,
 
 
 @triton.jit
-def _backward_kernel(
+def _hidden_backward_kernel(
     grad_ptr, product_ptr, weights_ptr, experts_ptr, out_ptr, M, N, C, n1, n2, product_stride,
     H: tl.constexpr, k: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +126,7 @@ def chosen_hidden(product_MC: Tensor, num_experts: int, n1: int, heads: int, k: 
     weights_MHk, experts_MHk = choose(scores_MHr[..., :n1], scores_MHr[..., n1:], k)
     if m:
         rows, width, warps = _tile(num_experts)
-        launcher(_forward_kernel)[(triton.cdiv(m, rows),)](
+        launcher(_hidden_kernel)[(triton.cdiv(m, rows),)](
             product_MC, weights_MHk, experts_MHk, hidden_MN, m, num_experts, product_MC.stride(0),
             K=heads * k, BM=rows, BN=width, num_warps=warps,
         )  # fmt: skip
@@ -143,7 +143,7 @@ def chosen_hidden_backward(
     if m:
         product_MC = by_rows(product_MC)
         rows, width, warps = _tile(num_experts)
-        launcher(_backward_kernel)[(triton.cdiv(m, rows),)](
+        launcher(_hidden_backward_kernel)[(triton.cdiv(m, rows),)](
             grad_MN.contiguous(), product_MC, weights_MHk, experts_MHk, out_MC, m, num_experts, columns,
             n1, num_experts // n1, product_MC.stride(0),
             H=heads, k=k, BM=rows, BN=width, BR=triton.next_power_of_2(columns - num_experts), num_warps=warps,

@@ -39,7 +39,7 @@ def _choice(scores_ptr, m, there, n, score_stride, BN: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _inner_value_kernel(
     x_ptr, scores_ptr, table_ptr, out_ptr, M, d, n, x_stride, score_stride,
     BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +54,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _inner_value_backward_kernel(
     grad_ptr, x_ptr, scores_ptr, table_ptr, x_grad_ptr, score_grad_ptr, table_parts_ptr, M, d, n,
     grad_stride, x_stride, score_stride,
     BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, WIDE: tl.constexpr,
@@ -122,7 +122,7 @@ def inner_value(x_Md: Tensor, scores_Mn: Tensor, table_nd: Tensor) -> Tensor:
     if out_Md.numel():
         x_Md, scores_Mn = by_rows(x_Md), by_rows(scores_Mn)
         n = scores_Mn.shape[1]
-        launcher(_forward_kernel)[(triton.cdiv(m, _BM),)](
+        launcher(_inner_value_kernel)[(triton.cdiv(m, _BM),)](
             x_Md, scores_Mn, table_nd.contiguous(), out_Md, m, d, n, x_Md.stride(0), scores_Mn.stride(0),
             BM=_BM, BN=triton.next_power_of_2(n), BF=_BF,
         )  # fmt: skip
@@ -140,7 +140,7 @@ def inner_value_backward(
     parts_pnd = table_nd.new_empty((programs, n, d), dtype=torch.float32)
     if m * d:
         grad_Md, x_Md, scores_Mn = by_rows(grad_Md), by_rows(x_Md), by_rows(scores_Mn)
-        launcher(_backward_kernel)[(programs,)](
+        launcher(_inner_value_backward_kernel)[(programs,)](
             grad_Md, x_Md, scores_Mn, table_nd.contiguous(), x_grad_Md, score_grad_Mn, parts_pnd, m, d,
             n, grad_Md.stride(0), x_Md.stride(0), scores_Mn.stride(0),
             BM=_BM_BACKWARD, BN=max(_LEAST_OF_A_PRODUCT, triton.next_power_of_2(n)), BF=_BF_BACKWARD,

@@ -151,7 +151,7 @@ def _add_product(sum_: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == sum_.dtype:
         sum_.addmm_(a, b)
     elif a.is_cuda:
-        sum_.add_(torch.mm(a, b, out_dtype=sum_.dtype))
+        torch.addmm(sum_, a, b, out_dtype=sum_.dtype, out=sum_)
     else:
         sum_.addmm_(a.to(sum_.dtype), b.to(sum_.dtype))
 

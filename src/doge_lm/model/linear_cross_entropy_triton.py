@@ -19,7 +19,7 @@ takes 0.37)."""
 
 
 @triton.jit
-def _row_kernel(
+def _softmax_kernel(
     logits_ptr, targets_ptr, losses_ptr, V, row_stride, ignore_index,
     GRADIENT: tl.constexpr, ONE_PASS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +72,7 @@ def losses_and_gradient_by_kernel_(
         whole = v <= one_pass
         block = triton.next_power_of_2(v if whole else one_pass)
         warps = block // 1024
-        _row_kernel[(rows,)](
+        _softmax_kernel[(rows,)](
             logits_RV, targets_R.contiguous(), losses_R, v, logits_RV.stride(0), ignore_index,
             GRADIENT=gradient, ONE_PASS=whole, BLOCK=block, num_warps=min(max(warps, 4), 16),
         )  # fmt: skip

@@ -337,12 +337,35 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         self.in_ff_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.feed_forward = DogeCDMoE(config)
 
-    def forward(self, hidden_states: Tensor, **kwargs: object) -> Tensor:
-        """(B, T, d) to (B, T, d); the keyword arguments are those of `DogeInnerFuncAttn.forward`."""
-        branch, _ = self.attn(self.in_attn_layernorm(hidden_states), **kwargs)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        normed: Tensor | None = None,
+        next_norm: nn.Module | None = None,
+        **kwargs: object,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, T, d) to (B, T, d).
+
+        Args:
+            normed: what `in_attn_layernorm` makes of `hidden_states`, where the layer before has it at hand.
+            next_norm: the norm that follows this layer. Where its kernel runs, the result comes with it, as two.
+
+        The other keyword arguments are those of `DogeInnerFuncAttn.forward`.
+        """
+        if normed is None:
+            normed = self.in_attn_layernorm(hidden_states)
+        branch, _ = self.attn(normed, **kwargs)
         hidden_states, normed = add_norm(hidden_states, self._dropout(branch), self.in_ff_layernorm)
-        branch = self.feed_forward(normed)
-        return hidden_states + self._dropout(branch)
+        branch = self._dropout(self.feed_forward(normed))
+        if next_norm is not None and adds_and_norms(hidden_states, branch, next_norm):
+            return add_norm(hidden_states, branch, next_norm)
+        return hidden_states + branch
+
+    def may_return_two(self) -> bool:
+        """Whether nobody but the model looks at what `forward` takes and returns."""
+        return "forward" not in vars(self) and not (
+            self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        )
 
     def _dropout(self, branch: Tensor) -> Tensor:
         return nn.functional.dropout(branch, p=self.hidden_dropout, training=self.training)
@@ -474,9 +497,12 @@ class DogeModel(DogePreTrainedModel):
             start = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(x_BTd.shape[1], device=x_BTd.device) + start).unsqueeze(0)
         position_embeddings = self.rotary_emb(x_BTd, position_ids)
-        for layer in self.layers:
-            x_BTd = layer(
+        normed_BTd = None
+        for layer, next_norm in zip(self.layers, self._next_norms(), strict=True):
+            result = layer(
                 x_BTd,
+                normed=normed_BTd,
+                next_norm=next_norm,
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
                 position_ids=position_ids,
@@ -485,7 +511,22 @@ class DogeModel(DogePreTrainedModel):
                 documents=documents,
                 **kwargs,
             )
+            x_BTd, normed_BTd = result if isinstance(result, tuple) else (result, None)
         return BaseModelOutputWithPast(last_hidden_state=self.final_layernorm(x_BTd), past_key_values=past_key_values)
+
+    def _next_norms(self) -> list[nn.Module | None]:
+        """For each layer the first norm of the next one, if it may compute that; for the last layer None.
+
+        Not with gradient checkpointing, which would keep the norm beside the sum, nor where a layer is watched or
+        changed from outside: the norm must be of what the next layer is given.
+        """
+        norms: list[nn.Module | None] = [None] * len(self.layers)
+        if PLAIN or any(layer.gradient_checkpointing and self.training for layer in self.layers):
+            return norms
+        for index, (layer, following) in enumerate(zip(self.layers, self.layers[1:], strict=False)):
+            if type(layer) is type(following) is DogeDecoderLayer and layer.may_return_two():
+                norms[index] = following.in_attn_layernorm if following.may_return_two() else None
+        return norms
 
     def _documents(self, x_BTd: Tensor, position_ids: Tensor, starts: object) -> Layout | None:
         """The documents of a packed batch for attention without a mask; None where the backend has its own way."""
@@ -600,20 +641,25 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
         return linear_cross_entropy(hidden_BTd.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), divisor)
 
 
-def add_norm(x_BTd: Tensor, branch_BTd: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """x + branch and its norm.
-
-    From the kernel, the norm has the branch's type, in which what follows computes: under autocast, rounded here
-    instead of there.
-    """
-    if (
+def adds_and_norms(x_BTd: Tensor, branch_BTd: Tensor, norm: nn.Module) -> bool:
+    """Whether `add_norm` takes its kernel."""
+    return (
         kernels_take(x_BTd)
         and x_BTd.shape[:-1].numel() >= MERGE_MIN_TOKENS  # in decoding, its launch would take longer
         and is_plain(norm, nn.RMSNorm)
         and norm.eps is not None
         and x_BTd.shape[-1] <= MOST_FEATURES
         and torch.promote_types(x_BTd.dtype, branch_BTd.dtype) == x_BTd.dtype
-    ):
+    )
+
+
+def add_norm(x_BTd: Tensor, branch_BTd: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """x + branch and its norm.
+
+    From the kernel, the norm has the branch's type, in which what follows computes: under autocast, rounded here
+    instead of there.
+    """
+    if adds_and_norms(x_BTd, branch_BTd, norm):
         x_Md, branch_Md = x_BTd.flatten(0, 1), branch_BTd.flatten(0, 1)
         sum_Md, normed_Md = fused_add_norm(x_Md, branch_Md, norm.weight, norm.eps)
         return sum_Md.view(x_BTd.shape), normed_Md.view(x_BTd.shape)

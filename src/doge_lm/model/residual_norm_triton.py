@@ -38,7 +38,7 @@ def _inverse_rms(x, there, eps: tl.constexpr, d: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _add_norm_kernel(
     residual_ptr, branch_ptr, weight_ptr, sum_ptr, normed_ptr, M, residual_stride, branch_stride,
     eps: tl.constexpr, d: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +57,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _add_norm_backward_kernel(
     sum_grad_ptr, normed_grad_ptr, x_ptr, weight_ptr, residual_grad_ptr, branch_grad_ptr, weight_parts_ptr, M,
     sum_grad_stride, normed_grad_stride,
     eps: tl.constexpr, d: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, SUM_GRAD: tl.constexpr,
@@ -118,7 +118,7 @@ def add_norm(
     if sum_Md.numel():
         residual_Md, branch_Md = by_rows(residual_Md), by_rows(branch_Md)
         rows, width, warps = _tile(d, _FORWARD_TILE)
-        launcher(_forward_kernel)[(triton.cdiv(m, rows),)](
+        launcher(_add_norm_kernel)[(triton.cdiv(m, rows),)](
             residual_Md, branch_Md, weight_d.contiguous(), sum_Md, normed_Md, m,
             residual_Md.stride(0), branch_Md.stride(0), eps=eps, d=d, BM=rows, BF=width, num_warps=warps,
         )  # fmt: skip
@@ -142,7 +142,7 @@ def add_norm_backward(
     given = sum_grad_Md is not None
     sum_grad_Md = normed_grad_Md if sum_grad_Md is None else by_rows(sum_grad_Md)  # some pointer, never read
     rows, width, warps = _tile(d, _BACKWARD_TILE)
-    launcher(_backward_kernel)[(_PROGRAMS,)](
+    launcher(_add_norm_backward_kernel)[(_PROGRAMS,)](
         sum_grad_Md, normed_grad_Md, sum_Md, weight_d.contiguous(), residual_grad_Md, branch_grad_Md, parts_pd, m,
         sum_grad_Md.stride(0), normed_grad_Md.stride(0), eps=eps,
         d=d, BM=rows, BF=width, SUM_GRAD=given, num_warps=warps,

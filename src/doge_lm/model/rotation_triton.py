@@ -32,7 +32,7 @@ def _angles(cos_ptr, sin_ptr, row, half, mask, BF: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _rotation_kernel(
     product_ptr, cos_ptr, sin_ptr, query_ptr, key_ptr, scores_ptr, M, angle_rows, product_stride, h, half, n,
     BM: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -63,12 +63,12 @@ def _turn_back(grad_ptr, to_ptr, half, mask, cos1, cos2, sin1, sin2):
 
 
 @triton.jit
-def _backward_kernel(
+def _rotation_backward_kernel(
     query_ptr, key_ptr, scores_ptr, cos_ptr, sin_ptr, out_ptr, M, T, angle_rows, h, half, n, C,
     query_b, query_t, query_h, key_b, key_t, key_h, scores_stride,
     BM: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the columns that `_forward_kernel` reads in the same program; of the rest, zeros."""
+    """The gradient of the columns that `_rotation_kernel` reads in the same program; of the rest, zeros."""
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     f = tl.arange(0, BF)[None, :]
     mask = (m < M)[:, None] & (f < half)
@@ -105,7 +105,7 @@ def rotated_projections(
     scores_BTn = product_BTC.new_empty((b, t, values))
     if b * t:
         product_MC = by_rows(product_BTC.flatten(0, 1))
-        launcher(_forward_kernel)[(triton.cdiv(b * t, _BM),)](
+        launcher(_rotation_kernel)[(triton.cdiv(b * t, _BM),)](
             product_MC, cos_BTf, sin_BTf, query_BThf, key_BThf, scores_BTn, b * t, cos_BTf.shape[0] * t,
             product_MC.stride(0), heads, f // 2, values,
             BM=_BM, BF=triton.next_power_of_2(f // 2), BN=triton.next_power_of_2(values),
@@ -122,7 +122,7 @@ def rotated_projections_backward(
     out_BTC = query_BThf.new_empty((b, t, columns))
     if b * t:
         query_BThf, key_BThf, scores_Mn = by_rows(query_BThf), by_rows(key_BThf), by_rows(scores_BTn.flatten(0, 1))
-        launcher(_backward_kernel)[(triton.cdiv(b * t, _BM),)](
+        launcher(_rotation_backward_kernel)[(triton.cdiv(b * t, _BM),)](
             query_BThf, key_BThf, scores_Mn, cos_BTf, sin_BTf, out_BTC, b * t, t, cos_BTf.shape[0] * t, h, f // 2,
             scores_Mn.shape[1], columns, *query_BThf.stride()[:3], *key_BThf.stride()[:3], scores_Mn.stride(0),
             BM=_BM, BF=triton.next_power_of_2(f // 2), BN=triton.next_power_of_2(columns - 2 * h * f),
