@@ -21,7 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from doge_lm.data.dataset import PackedCollator, PreparedSet, load_prepared
+from doge_lm.data.dataset import PackedCollator, PreparedSet, TrainingRows, load_prepared
 from doge_lm.data.manifest import MANIFEST_NAME, OutputFile
 from doge_lm.data.mix import parse_tokens
 from doge_lm.data.storage import (
@@ -121,9 +121,10 @@ def collated(prepared: PreparedSet, rows: int, batches: int) -> Iterator[dict[st
     collator = PackedCollator(
         tokenizer.pad_token_id, prepared.manifest.sequence_length, vocab_size=tokenizer.vocab_size
     )
+    training = TrainingRows(prepared.train)
     order = iter(StreamSampler(prepared.train_shards, rows * batches, _SEED))
     while numbers := list(islice(order, rows)):
-        yield collator(prepared.train.__getitems__(numbers))
+        yield collator(training.__getitems__(numbers))
 
 
 def forget(folder: Path) -> None:

@@ -19,7 +19,7 @@ each the mean over the steps since the line before (a line waits for the device,
 checkpoints are left out. `of matmul` is the share of a matrix product's speed, measured in the same process after the
 steps; `MFU` the share of the data sheet's. `first step` counts from the start of the process. Compiled code is kept in
 OUT/compiled (or TORCHINDUCTOR_CACHE_DIR), so a row that is named twice is measured with a warm cache the second time;
-`compile_caches`, in the JSON, counts what of it served.
+`compile_caches`, in the JSON, counts what of it served, and `start_seconds` says what went before the first step.
 `compiled` is the number of graphs compiled in the measured steps, which should be 0. With `--gpus N` as many rows run
 at a time, each on a GPU of its own; `matmul_flops` in the JSON says how far the cards are alike.
 
@@ -110,6 +110,11 @@ class Row:
 # In the process of a row
 
 
+def _age() -> float:
+    """Seconds since this process began."""
+    return round(time.time() - psutil.Process().create_time(), 2)
+
+
 class Watch(TrainerCallback):
     """Notes the time of the first step and what is compiled after the warm-up; keeps evaluation and saving out."""
 
@@ -118,6 +123,20 @@ class Watch(TrainerCallback):
         self._device = device
         self._graphs = 0
         self.first_step_seconds = math.nan
+        self.start: dict[str, float] = {"imported": _age()}
+        """Seconds of the process when all is imported, when training begins and when the first batch is there."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Model, data and optimizer are there."""
+        self.start["begun"] = _age()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The first batch is there."""
+        self.start.setdefault("first_batch", _age())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A step of the trainer is done."""
@@ -128,7 +147,7 @@ class Watch(TrainerCallback):
         """Look at the clock after step 1 and at the compiler after the warm-up."""
         if step == 1:
             synchronize(self._device)
-            self.first_step_seconds = time.time() - psutil.Process().create_time()
+            self.first_step_seconds = _age()
         if step == self._warm_up:
             self._graphs = counters["stats"]["unique_graphs"]
 
@@ -228,7 +247,8 @@ def measure(row: Row) -> Figures:
     figures |= summarize(lines, row.micro_batch * length)
     work = figures["flops_per_token"] * figures["tokens_per_second"]
     return figures | {
-        "first_step_seconds": round(watch.first_step_seconds, 2),
+        "first_step_seconds": watch.first_step_seconds,
+        "start_seconds": watch.start,
         "compilations": watch.compilations,
         "compile_caches": compile_caches(),
         "matmul_flops": ceiling,

@@ -9,10 +9,11 @@ import pytest
 
 from doge_lm.cli import COMMANDS
 from doge_lm.data.storage import row_schema
-from doge_lm.training.settings import TrainSettings
+from doge_lm.model.cdmoe import PATHS
+from doge_lm.training.settings import Settings, TrainSettings, apply_override
 from tests.conftest import REPOSITORY
 
-PAGES = ("docs/data.md", "docs/packing.md")
+PAGES = ("docs/data.md", "docs/packing.md", "docs/speed.md")
 
 
 def read(page: str) -> str:
@@ -38,6 +39,19 @@ def test_flags_and_settings_that_are_named_are_there(page: str) -> None:
     text = read(page)
     assert set(re.findall(r"(?<![\w-])--([a-z]\w+)", text)) <= known | {"data"}  # `--data` is of a benchmark
     assert set(re.findall(r"--set (\w+)=", text)) <= set(vars(TrainSettings()))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_settings_take_the_values_that_are_named(page: str) -> None:
+    for key, value in re.findall(r"`(\w+): (\w+)`", read(page)):
+        settings = Settings()
+        apply_override(settings, f"{key}={value}")
+        settings.model_config()
+
+
+def test_the_paths_of_the_experts_are_listed() -> None:
+    section = read("docs/speed.md").partition("\n## The experts: ")[2].partition("\n## ")[0]
+    assert {"auto", *re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)} == set(PATHS)
 
 
 @pytest.mark.parametrize("page", PAGES)

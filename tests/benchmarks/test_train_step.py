@@ -160,7 +160,7 @@ def test_llama_without_a_mask_has_the_same_loss(documents, monkeypatch) -> None:
     assert len(masks) == 2
     monkeypatch.setattr(modeling_llama, "create_causal_mask", plain)
     llama.set_attn_implementation("eager")  # which always writes the mask out
-    assert abs(llama(**batch).loss - loss) < 1e-9
+    assert abs(llama(**batch).loss - loss) < 1e-6  # the loss is in float32
 
 
 def test_llama_compiles_without_a_mask() -> None:

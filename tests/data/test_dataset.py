@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from doge_lm.data import merge as merge_module
 from doge_lm.data import storage
-from doge_lm.data.dataset import PackedCollator, count_targets, count_tokens, load_prepared
+from doge_lm.data.dataset import PackedCollator, TrainingRows, count_targets, count_tokens, load_prepared
 from doge_lm.data.manifest import FORMAT_VERSION, Manifest
 from doge_lm.data.merge import merge
 from doge_lm.errors import UserError
@@ -228,3 +228,29 @@ def test_files_that_are_gone_or_broken(prepared: Path) -> None:
     arrow.unlink()
     with pytest.raises(UserError, match=r"data-00000\.arrow is missing"):
         load_prepared(prepared / "pretrain")
+
+
+def test_training_rows_are_the_rows_of_the_set(prepared: Path) -> None:
+    train = load_prepared(prepared / "finetune").train
+    rows = TrainingRows(train)
+    assert len(rows) == len(train) > 10
+    numbers = np.random.default_rng(1).integers(0, len(train), 25).tolist()  # some twice
+    for found, expected in zip([*rows.__getitems__(numbers), rows[3]], [train[n] for n in [*numbers, 3]], strict=True):
+        assert set(found) == set(TrainingRows.COLUMNS)
+        for name, values in found.items():
+            assert np.array_equal(values, expected[name])
+    with pytest.raises(IndexError):
+        rows[len(rows)]
+
+
+def test_training_rows_through_workers_are_those_of_one_process(prepared: Path) -> None:
+    rows = TrainingRows(load_prepared(prepared / "pretrain").train)
+    collate = PackedCollator(0, LENGTH, document_mask=True)
+    one, two = (
+        list(DataLoader(rows, 4, collate_fn=collate, num_workers=n, multiprocessing_context="spawn" if n else None))
+        for n in (0, 1)
+    )
+    assert len(one) == len(two) > 1
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)

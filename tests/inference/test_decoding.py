@@ -7,14 +7,24 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    CLIPVisionConfig,
+    CodeGenConfig,
+    CodeGenForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LogitsProcessorList,
     MistralConfig,
     MistralForCausalLM,
@@ -103,16 +113,97 @@ def test_a_kept_cache_leaves_nothing_behind() -> None:
         assert decoder.generate(prompts, sampling) == Decoder(model).generate(prompts, sampling)
 
 
-def test_a_llama_decodes_as_well() -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
+def tiny_llama_config(**changes: Any) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=61, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.5,
+        num_key_value_heads=1, initializer_range=0.5, **{"max_position_embeddings": 64, **changes},
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+
+
+def assert_decodes(model: Any) -> None:
+    """A batch of prompts gives what each gives alone, without a cache."""
     prompts = prompts_of([6, 1, 3])
     for prompt, row in zip(prompts, Decoder(model).generate(prompts, Sampling(10)), strict=True):
         assert row == uncached(uncached_model(model), prompt, 10)
+
+
+def test_a_llama_decodes_as_well() -> None:
+    torch.manual_seed(0)
+    assert_decodes(LlamaForCausalLM(tiny_llama_config()).eval())
+
+
+def test_a_wrapped_forward_decodes_as_well() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_llama_config()).eval()
+    forward, calls = model.forward, []
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return forward(*args, **kwargs)
+
+    model.forward = wrapped
+    assert_decodes(model)
+    assert any("position_ids" in each for each in calls)
+
+
+@pytest.mark.parametrize("pad", [-1, None, 61])
+def test_an_id_of_padding_that_the_model_lacks(pad: int | None) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_llama_config()).eval()
+    model.config.pad_token_id = pad
+    assert_decodes(model)
+    prompts, seen = prompts_of([6, 1]), []
+    free = Decoder(model).generate(prompts, Sampling(8))
+    Decoder(model).generate(prompts, Sampling(8), eos_token_id=free[0][0], on_tokens=seen.append)
+    assert {row[0] for row in seen[1:]} <= {0}
+
+
+def test_a_configuration_that_names_no_padding() -> None:
+    torch.manual_seed(0)
+    config = CodeGenConfig(vocab_size=61, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, initializer_range=0.5)
+    assert not hasattr(config, "pad_token_id")
+    assert_decodes(CodeGenForCausalLM(config).eval())
+
+
+def test_a_configuration_of_several_parts() -> None:
+    """The limit of positions and their scaling are those of the part that makes text."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    config = LlavaConfig(text_config=tiny_llama_config(), vision_config=vision, image_token_index=60)
+    assert not hasattr(config, "max_position_embeddings")
+    model = LlavaForConditionalGeneration(config).eval()
+    assert_decodes(model)
+    with pytest.raises(ValueError, match="64 positions"):
+        Decoder(model).generate(prompts_of([60]), Sampling(10))
+
+
+@pytest.mark.parametrize("limit", [None, -1])
+def test_a_model_without_a_limit_of_positions(limit: int | None) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_llama_config()).eval()
+    vars(model.config)["max_position_embeddings"] = limit
+    assert_decodes(model)
+
+
+def test_a_model_in_training_mode_decodes_without_dropout() -> None:
+    """Each module is in its own mode again after the call, also after an error."""
+    model, prompts = tiny_model(hidden_dropout=0.5), prompts_of([9, 2])
+    decoder = Decoder(model)
+    expected = decoder.generate(prompts, Sampling(20))
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    assert decoder.generate(prompts, Sampling(20)) == Decoder(model).generate(prompts, Sampling(20)) == expected
+    assert [module.training for module in model.modules()] == modes
+
+    def fail(_: list[int]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        decoder.generate(prompts, Sampling(20), on_tokens=fail)
+    assert [module.training for module in model.modules()] == modes
 
 
 @pytest.mark.parametrize("rope_type", ["linear", "dynamic"])
@@ -593,6 +684,77 @@ def test_a_model_with_an_encoder_is_an_error() -> None:
     config = T5Config(vocab_size=61, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     with pytest.raises(ValueError, match="encoder"):
         Decoder(T5ForConditionalGeneration._from_config(config, attn_implementation="eager"))
+
+
+def test_positions_that_padding_would_shift_are_an_error() -> None:
+    sizes = {"vocab_size": 61, "hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    for model in (FalconForCausalLM(FalconConfig(**sizes, alibi=True)), BloomForCausalLM(BloomConfig(**sizes))):
+        with pytest.raises(ValueError, match=r"alibi.*its own generate"):
+            Decoder(model)
+    Decoder(FalconForCausalLM(FalconConfig(**sizes)))
+
+
+def test_a_model_without_a_head_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no head for tokens"):
+        Decoder(tiny_model().model)
+
+
+@pytest.mark.parametrize("model", ["Doge-25M", torch.nn.Linear(2, 2)])
+def test_what_is_no_model_is_an_error(model: Any) -> None:
+    with pytest.raises(TypeError, match="it must be a loaded model"):
+        Decoder(model)
+
+
+@pytest.mark.parametrize(
+    "prompts", ["text", ["text", "text"], [3, 4], 5, {"input_ids": [[3]]}, [[3.0]], torch.ones(1, 2), [[[3]]]], ids=str
+)
+def test_prompts_of_a_wrong_kind_are_an_error(prompts: Any) -> None:
+    with pytest.raises(TypeError, match="prompts must be lists of ids"):
+        Decoder(tiny_model()).generate(prompts, Sampling(1))
+
+
+@pytest.mark.parametrize("token", [-1, TINY["vocab_size"]])
+def test_an_id_that_the_model_lacks_is_an_error(token: int) -> None:
+    """On a GPU it would make the device unusable for the process."""
+    with pytest.raises(ValueError, match=f"at least 0 and below {TINY['vocab_size']}"):
+        Decoder(tiny_model()).generate([[3], [4, token]], Sampling(1))
+
+
+def test_prompts_and_ends_may_be_arrays_and_tensors() -> None:
+    decoder, prompts = Decoder(tiny_model()), prompts_of([5, 5])
+    free = decoder.generate(prompts, Sampling(6))
+    assert decoder.generate(torch.tensor(prompts), Sampling(6)) == free
+    assert decoder.generate([torch.tensor(prompts[0]), np.array(prompts[1])], Sampling(6)) == free
+    expected = decoder.generate(prompts, Sampling(6), eos_token_id=free[0][1])
+    for end in (np.int64(free[0][1]), torch.tensor(free[0][1]), np.array([free[0][1]])):
+        assert decoder.generate(prompts, Sampling(6), eos_token_id=end) == expected
+
+
+@pytest.mark.parametrize("end", ["2", 2.0, [2.0], [None]])
+def test_an_end_of_a_wrong_kind_is_an_error(end: Any) -> None:
+    with pytest.raises(TypeError, match=r"eos_token_id is .* it must be an id"):
+        Decoder(tiny_model()).generate([[3]], Sampling(1), eos_token_id=end)
+
+
+def test_settings_of_a_wrong_kind_are_an_error() -> None:
+    wrong: Any = 20
+    with pytest.raises(TypeError, match="sampling is 20; it must be a Sampling"):
+        Decoder(tiny_model()).generate([[3]], wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({name: value} for name in ("max_new_tokens", "top_k", "seed") for value in (3.0, "3", True)),
+        *({name: value} for name in ("temperature", "top_p", "repetition_penalty") for value in ("1", True, None)),
+        {"max_new_tokens": None},
+    ],
+    ids=str,
+)
+def test_a_setting_of_a_wrong_kind_is_named(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(TypeError, match=f"{name} is .* it must be a (whole )?number"):
+        Sampling(**wrong)
 
 
 def test_a_hook_or_a_module_on_the_same_weights_is_seen_after_the_first_call() -> None:

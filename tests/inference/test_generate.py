@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from doge_lm import DogeConfig, DogeForCausalLM
 from doge_lm.cli import main
@@ -99,6 +99,22 @@ def test_a_model_of_transformers_is_continued_too(llama_dir: Path, capsys: pytes
     assert run(capsys, str(llama_dir), "Once", "Twice", *options)[1] == out
 
 
+def test_a_model_without_a_limit_of_positions_is_continued(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=DogeConfig().vocab_size)
+    BloomForCausalLM(config).save_pretrained(copied(model_dir, tmp_path))
+    status, out, err = run(capsys, str(tmp_path), "Once", "--max_new_tokens", "5", "--seed", "1")
+    assert status == 0, err
+    assert out.startswith("Once")
+
+
+def test_compile_is_refused_for_other_models(llama_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, str(llama_dir), "Once", "--compile")
+    assert (status, out) == (1, "")
+    assert f"--compile is for Doge models, and {llama_dir} holds a LlamaForCausalLM" in err
+
+
 @pytest.mark.parametrize("kind", ["model_dir", "llama_dir"])
 def test_text_is_shown_while_it_grows(
     kind: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -162,6 +178,17 @@ def test_the_prompt_can_come_from_standard_input(
     _, piped, _ = run(capsys, str(model_dir), "-", *options)
     _, given, _ = run(capsys, str(model_dir), "from a pipe\nand more", *options)
     assert piped == given  # the newline that ends the last line is not part of the text
+
+
+def test_standard_input_is_asked_for_once(
+    model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    piped = io.StringIO("from a pipe\n")
+    monkeypatch.setattr("sys.stdin", piped)
+    status, out, err = run(capsys, str(model_dir), "-", "x", "-", "--max_new_tokens", "1")
+    assert (status, out) == (1, "")
+    assert "- is given more than once" in err
+    assert piped.read() == "from a pipe\n"
 
 
 def test_text_that_is_not_utf8_is_an_error(

@@ -101,6 +101,7 @@ def test_checkpoint_carries_its_code(checkpoint: tuple[Path, Path]) -> None:
         "inner_value_triton",
         "residual_norm_triton",
         "rotation_triton",
+        "silu_product_triton",
     ]
     modules += [
         "kernels",

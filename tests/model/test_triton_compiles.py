@@ -34,7 +34,7 @@ class Compiler:
     def __call__(self, *args: object, **options: object) -> None:
         import triton  # noqa: PLC0415
 
-        warps = options.pop("num_warps", 4)
+        tuned = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
         arguments = {**dict(zip(self.kernel.arg_names, args, strict=False)), **options}
         constants = {p.name for p in self.kernel.params if p.is_constexpr}
         signature, constexprs = {}, {}
@@ -47,7 +47,7 @@ class Compiler:
                 # A Python float is one of 64 bits to `torch.compile`.
                 signature[name] = "fp64" if isinstance(value, float) else "i32"
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constexprs)
-        binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+        binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=tuned)
         assert binary.asm["cubin"]
         self.compiled.append(self.kernel.__name__)
 
@@ -61,6 +61,7 @@ def compile_all(dtype: torch.dtype) -> None:
         residual_norm_triton,
         rotation_triton,
         routing_triton,
+        silu_product_triton,
         triton_operator,
     )
 
@@ -72,6 +73,7 @@ def compile_all(dtype: torch.dtype) -> None:
         residual_norm_triton,
         rotation_triton,
         routing_triton,
+        silu_product_triton,
     ):
         module.launcher = Compiler  # type: ignore[attr-defined]
     m, heads, k, n, f = 32, 2, 4, 1024, 256
@@ -99,6 +101,9 @@ def compile_all(dtype: torch.dtype) -> None:
     out.sum().backward()
     hidden, _, _ = expert_hidden_triton.chosen_hidden(leaf(m, n + heads * 64), n, 32, heads, k)
     hidden.sum().backward()
+    silu_product_triton.silu_product(leaf(m, 128), leaf(f, 128)).sum().backward()
+    if dtype == torch.bfloat16:
+        silu_product_triton.fused_product(leaf(m, 128), leaf(f, 128))
     cdmoe_triton.spread(leaf(m, k), experts[:, :k], n, dtype).sum().backward()
     cdmoe_triton.pick(leaf(m, n), experts[:, :k]).sum().backward()
 
@@ -112,7 +117,10 @@ def test_every_kernel_compiles(dtype: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr[-3000:]
-    assert set(found.stdout.split()) == {
-        "_topk_kernel", "_topk_backward_kernel", "_forward_kernel", "_backward_kernel", "_dots_kernel", "_bag_kernel",
-        "_scatter_kernel", "_join_kernel", "_spread_kernel",
+    kernels = {
+        "_add_norm_kernel", "_add_norm_backward_kernel", "_inner_value_kernel", "_inner_value_backward_kernel",
+        "_rotation_kernel", "_rotation_backward_kernel", "_topk_kernel", "_topk_backward_kernel", "_hidden_kernel",
+        "_hidden_backward_kernel", "_dots_kernel", "_bag_kernel", "_scatter_kernel", "_join_kernel", "_spread_kernel",
+        "_silu_kernel", "_silu_backward_kernel",
     }  # fmt: skip
+    assert set(found.stdout.split()) == kernels | ({"_silu_product_kernel"} if dtype == "bfloat16" else set())

@@ -96,7 +96,7 @@ def test_sequences_a_step_follow_from_the_published_keys():
 @pytest.mark.parametrize(
     ("world", "train", "message"),
     [
-        (1, {"per_device_train_batch_size": 3}, r"sequences_per_step 8 is not.*3 x .*the other to 1 or 2 or 4 or 8"),
+        (1, {"per_device_train_batch_size": 3}, r"batch_size 3 does not.*set it to auto or 1 or 2 or 4 or 8"),
         (3, {}, r"sequences_per_step 8 cannot be shared by 3 devices; 6 or 9 would do"),
         (16, {}, r"cannot be shared by 16 devices; 16 would do"),
         (1, {"sequences_per_step": "auto"}, r"sequences_per_step is auto.*give both"),
@@ -106,6 +106,26 @@ def test_sequences_a_step_follow_from_the_published_keys():
 def test_what_does_not_come_out_even_names_values_that_do(world, train, message):
     with pytest.raises(UserError, match=message):
         plan_of(make_settings(**train), world_size=world)
+
+
+@pytest.mark.parametrize("value", [3, 16])
+@pytest.mark.parametrize("key", ["per_device_train_batch_size", "accumulate_steps"])
+def test_only_keys_that_were_set_are_named(key, value):
+    settings = make_settings(**{"per_device_train_batch_size": "auto", "accumulate_steps": "auto", key: value})
+    with pytest.raises(UserError) as error:
+        plan_of(settings, world_size=2)
+    assert str(error.value) == (
+        f"{key} {value} does not divide the 4 sequences of each device (sequences_per_step 8, devices 2); "
+        "set it to auto or 1 or 2 or 4"
+    )
+
+
+def test_both_keys_are_named_where_both_were_set():
+    settings = {"per_device_train_batch_size": 2, "accumulate_steps": 1}
+    said = r"^per_device_train_batch_size 2 x accumulate_steps 1 is 2, not the 4 .* set sequences_per_step to 4, or"
+    with pytest.raises(UserError, match=said):
+        plan_of(make_settings(**settings), world_size=2)
+    assert plan_of(make_settings(**settings, sequences_per_step=4), world_size=2).accumulate_steps == 1
 
 
 def test_auto_fills_a_gpu_but_not_over_the_estimate():

@@ -16,15 +16,17 @@ A prompt shorter than T begins `padding` columns later, so that all end in the s
 position c - padding, and it sees the columns from `padding` to c.
 """
 
+import inspect
+import operator
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from itertools import chain
 from math import inf
 from threading import Lock
-from typing import Any, TypeAlias
+from typing import Any, SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor
@@ -60,6 +62,7 @@ class Sampling:
         seed: of the draws, the same on every device; None takes PyTorch's global generator on the CPU.
 
     Raises:
+        TypeError: for a value of another kind.
         ValueError: for a value out of range.
     """
 
@@ -71,6 +74,11 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, default = getattr(self, field.name), field.default
+            kind, wanted = (int | float, "a number") if isinstance(default, float) else (int, "a whole number")
+            if value is not default and (isinstance(value, bool) or not isinstance(value, kind)):
+                raise TypeError(f"{field.name} is {value!r}; it must be {wanted}")
         ranges = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "temperature": (self.temperature == 0 or 1e-6 <= self.temperature < inf, "0, or a number of at least 1e-6"),
@@ -91,16 +99,20 @@ class Decoder:
     call notices and begins anew.
 
     Args:
-        model: in evaluation mode, on its device, with the attention `sdpa` or `eager`. What its modules do must stay
-            as it is: of hooks that come later, a captured step sees those alone that forbid a product of weights (on
-            the projections of queries and keys, and on the experts' queries).
+        model: on its device, with the attention `sdpa` or `eager`. It decodes in evaluation mode, and goes back into
+            its own after each call. What its modules do must stay as it is: of hooks that come later, a captured step
+            sees those alone that forbid a product of weights (on the projections of queries and keys, and on the
+            experts' queries).
         compiled: run the decoding step through `torch.compile`. On a GPU that makes a step with fewer kernels, but
-            takes half a minute for each batch size and cache length.
+            takes half a minute for each batch size and cache length. Neither this nor `graphs` is done where the
+            frequencies of the positions follow the length (`dynamic`, `longrope`).
         graphs: run the step as a CUDA graph where all of the model is on one NVIDIA GPU. A step that makes the host
             wait cannot be captured: it runs plainly, with a warning.
 
     Raises:
-        ValueError: for an attention that takes no mask, and for a model with other layers than full attention.
+        TypeError: for what is no model.
+        ValueError: for an attention that takes no mask, for a model with other layers than full attention or without a
+            head for tokens, and for one that counts its positions itself.
     """
 
     _state: "_State | None"
@@ -111,7 +123,7 @@ class Decoder:
         _refuse_other_models(model)
         self._model = model
         self._free = Lock()
-        fixed_frequencies = not _rope_types(model.config) & _ROPE_BY_LENGTH
+        fixed_frequencies = not _rope_types(_text_config(model)) & _ROPE_BY_LENGTH
         self._logits = self._next_logits
         self._compiled = compiled and fixed_frequencies
         self._graphs = graphs and fixed_frequencies
@@ -122,34 +134,36 @@ class Decoder:
     @torch.no_grad()
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Iterable[Iterable[SupportsIndex]],
         sampling: Sampling,
         *,
-        eos_token_id: int | Sequence[int] | None = None,
+        eos_token_id: SupportsIndex | Iterable[SupportsIndex] | None = None,
         on_tokens: Callable[[list[int]], None] | None = None,
     ) -> list[list[int]]:
         """Continue each prompt.
 
         Args:
-            prompts: the ids of each, at least one.
+            prompts: the ids of each, at least one, in lists, arrays or tensors.
             sampling: how tokens are chosen.
             eos_token_id: what ends a row; None: nothing does.
             on_tokens: is called with the B newest ids as soon as they are there, at the price of waiting for each.
-                Rows that have ended get the id of padding.
+                Rows that have ended get the id of padding, or 0 where the model has none.
 
         Returns:
             The new ids of each prompt, with the one that ended it.
 
         Raises:
-            ValueError: for no prompt, an empty one, or more tokens than the model has positions.
+            TypeError: for prompts, settings or ends of another kind.
+            ValueError: for no prompt, an empty one, an id that the model lacks, or more tokens than it has positions.
             RuntimeError: if it is called while it works, from `on_tokens` or another thread.
         """
         if not self._free.acquire(blocking=False):
             raise RuntimeError("this decoder is at work; it has one cache, so use one decoder a thread")
         try:
-            state = self._prepared(prompts, sampling, _as_list(eos_token_id))
-            with _lent(state.folded):
-                return self._run(state, sampling, on_tokens)
+            with _evaluating(self._model):
+                state = self._prepared(_as_rows(prompts), sampling, _as_list(eos_token_id))
+                with _lent(state.folded):
+                    return self._run(state, sampling, on_tokens)
         finally:
             self._free.release()
 
@@ -173,12 +187,19 @@ class Decoder:
         rows = state.tokens_BS[:, begin : begin + done].tolist()
         return [_until_end(row, state.ends) for row in rows]
 
-    def _prepared(self, prompts: Sequence[Sequence[int]], sampling: Sampling, ends: list[int]) -> "_State":
+    def _prepared(self, prompts: list[list[int]], sampling: Sampling, ends: list[int]) -> "_State":
         """A state with the prompts in it, the last one's where it fits."""
+        if not isinstance(sampling, Sampling):
+            raise TypeError(f"sampling is {sampling!r}; it must be a Sampling, e.g. Sampling(max_new_tokens=20)")
         if not prompts or not all(prompts):
             raise ValueError("give at least one prompt, and at least one id in each")
+        vocabulary = _vocabulary(self._model)
+        if min(map(min, prompts)) < 0 or max(map(max, prompts)) >= vocabulary:
+            raise ValueError(
+                f"the ids of the prompts must be at least 0 and below {vocabulary}, the model's vocabulary"
+            )
         longest = max(map(len, prompts))
-        needed, limit = longest + sampling.max_new_tokens, self._model.config.max_position_embeddings
+        needed, limit = longest + sampling.max_new_tokens, position_limit(self._model)
         if needed > limit:
             raise ValueError(
                 f"the longest prompt has {longest} tokens; with max_new_tokens {sampling.max_new_tokens} that is more "
@@ -274,10 +295,11 @@ class _State:
     """The tensors that a step reads and writes; they stay where they are for as long as the state lives."""
 
     def __init__(self, model: PreTrainedModel, batch: int, slots: int, sampling: Sampling, ends: list[int]) -> None:
-        device, vocabulary = model.device, model.get_output_embeddings().weight.shape[0]
+        device, vocabulary = model.device, _vocabulary(model)
         self.cache = StaticCache(config=model.config, max_cache_len=slots)
         self._mask_type = model.dtype
-        self._pad = model.config.pad_token_id or 0
+        pad = getattr(_text_config(model), "pad_token_id", None)
+        self._pad = pad if pad is not None and 0 <= pad < vocabulary else 0  # some give -1, or an id they lack
         self.tokens_BS = torch.zeros(batch, slots, dtype=torch.long, device=device)
         self.padding_B1 = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.column = torch.zeros(1, dtype=torch.long, device=device)
@@ -309,14 +331,14 @@ class _State:
         self.column.zero_()
         self.ended_B.zero_()
 
-    def begin(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    def begin(self, prompts: list[list[int]], sampling: Sampling) -> None:
         """Put new prompts in, in place."""
         longest, device = max(map(len, prompts)), self.tokens_BS.device
         self.clear()
         self.column.fill_(longest - 1)
         padding = [longest - len(prompt) for prompt in prompts]
         self.padding_B1.copy_(torch.tensor(padding)[:, None])
-        rows = [[self._pad] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
+        rows = [[self._pad] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
         ids_BT = torch.tensor(rows, device=device)
         self.tokens_BS.fill_(self._pad)
         self.tokens_BS[:, :longest] = ids_BT
@@ -404,12 +426,42 @@ def _lent(folded: "dict[_Foldable, Tensor]") -> Iterator[None]:
             module.folded = product_before
 
 
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Keep dropout out, and leave each module in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def _no_step() -> None:
     raise AssertionError("there is no state to step on")
 
 
+def position_limit(model: PreTrainedModel) -> float:
+    """How many tokens a model can see at once: infinity where it does not say, or says -1."""
+    limit = getattr(_text_config(model), "max_position_embeddings", None)
+    return inf if limit is None or limit < 0 else limit
+
+
+def _text_config(model: PreTrainedModel) -> Any:
+    """The configuration of the part that makes text, where a model has several."""
+    return model.config.get_text_config(decoder=True)
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return model.get_output_embeddings().weight.shape[0]
+
+
 def _refuse_other_models(model: PreTrainedModel) -> None:
-    """Raises ValueError for what the mask or the cache of a decoder does not fit."""
+    """Raises TypeError for no model, and ValueError for what the mask or the cache of a decoder does not fit."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"the model is {model!r:.80}; it must be a loaded model, or the one within a wrapper")
     attention = model.config._attn_implementation
     if attention not in ("sdpa", "eager"):
         raise ValueError(f"the attention {attention!r} takes no mask; load the model with sdpa or eager")
@@ -419,6 +471,14 @@ def _refuse_other_models(model: PreTrainedModel) -> None:
             "the model has an encoder, or layers that are not full attention (a sliding window, a recurrence); "
             "use its own generate"
         )
+    takes = inspect.signature(type(model).forward).parameters  # that of the instance may be wrapped
+    if getattr(_text_config(model), "alibi", False) or not {"position_ids", "past_key_values"} <= set(takes):
+        raise ValueError(
+            "the model counts its positions itself (as with alibi), which padding and a static cache "
+            "would shift; use its own generate"
+        )
+    if model.get_output_embeddings() is None:
+        raise ValueError("the model has no head for tokens; load it as a causal language model")
 
 
 def _rope_types(config: Any) -> set[str]:
@@ -525,10 +585,23 @@ def _rule(sampling: Sampling) -> Sampling:
     )
 
 
-def _as_list(ids: int | Sequence[int] | None) -> list[int]:
+def _as_rows(prompts: Iterable[Iterable[SupportsIndex]]) -> list[list[int]]:
+    try:
+        return [[operator.index(token) for token in prompt] for prompt in prompts]
+    except TypeError as error:
+        raise TypeError(
+            f"prompts must be lists of ids, one for each text, with the texts tokenized: {error}"
+        ) from error
+
+
+def _as_list(ids: Any) -> list[int]:
     if ids is None:
         return []
-    return [ids] if isinstance(ids, int) else list(ids)
+    is_one = isinstance(ids, int) or getattr(ids, "ndim", 1) == 0
+    try:
+        return [operator.index(token) for token in ([ids] if is_one else ids)]
+    except TypeError as error:
+        raise TypeError(f"eos_token_id is {ids!r}; it must be an id, a list of ids, or None") from error
 
 
 def _until_end(row: list[int], ends: list[int]) -> list[int]:

@@ -17,7 +17,7 @@ from ..data.tokenizer import StreamDecoder, encode_text, load_tokenizer
 from ..errors import UserError
 from ..model import DogeForCausalLM  # importing it registers doge_ifa with the Auto classes
 from ..model.modeling_doge import DogeCDMoE
-from .decoding import Decoder, Sampling
+from .decoding import Decoder, Sampling, position_limit
 
 # Logits over less than this overflow; 0 is greedy.
 MIN_TEMPERATURE = 0.01
@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "texts",
         nargs="+",
         metavar="text",
-        help="the beginning to continue, - reads it from standard input; several are continued at once, each printed "
-        "when all are whole",
+        help="the beginning to continue, - (once) reads it from standard input; several are continued at once, each "
+        "printed when all are whole",
     )
     parser.add_argument("--max_new_tokens", type=int, default=128, help="stop after so many tokens (default 128)")
     parser.add_argument(
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="compile the decoding step first: half a minute or more, made up for by many thousand tokens",
+        help="compile the decoding step of a Doge first: half a minute or more, made up for by many thousand tokens",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps, …")
     parser.add_argument(
@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A redirected Windows console has a code page that lacks Chinese.
         sys.stdout.reconfigure(encoding="utf-8")
+    if args.texts.count("-") > 1:
+        raise UserError("the text - is given more than once, but standard input can be read only once; give one -")
     texts = [read_text(text) for text in args.texts]
     device = pick_device(args.device)
     logging.disable_progress_bar()  # the output is the text
@@ -162,11 +164,16 @@ def generate(
     A single text is printed as it grows (`stream`).
 
     Raises:
-        UserError: if a text is longer than the model's positions.
+        UserError: if a text is longer than the model's positions, and for `compiled` with a model that is no Doge.
     """
+    is_doge = isinstance(model, DogeForCausalLM)
+    if compiled and not is_doge:
+        raise UserError(
+            f"--compile is for Doge models, and {tokenizer_path} holds a {type(model).__name__}; leave --compile out"
+        )
     tokenizer = load_tokenizer(tokenizer_path)
     prompts = [[tokenizer.bos_token_id, *encode_text(tokenizer, text)] for text in texts]
-    longest, limit = max(map(len, prompts)), model.config.max_position_embeddings
+    longest, limit = max(map(len, prompts)), position_limit(model)
     if longest + settings.max_new_tokens > limit:
         raise UserError(
             f"the text has {longest} tokens; with --max_new_tokens {settings.max_new_tokens} that is more than "
@@ -174,7 +181,7 @@ def generate(
         )
     end = tokenizer.eos_token_id
     printer = Printer(tokenizer) if stream and len(prompts) == 1 else None
-    if isinstance(model, DogeForCausalLM):
+    if is_doge:
         rows = _continue_by_decoder(Decoder(model, compiled=compiled), prompts, settings, end, printer)
     else:
         rows = _continue_by_transformers(model, prompts, settings, end, printer)

@@ -53,6 +53,7 @@ if HAVE_TRITON:
     from .residual_norm_triton import MOST_FEATURES
     from .residual_norm_triton import add_norm as fused_add_norm
     from .rotation_triton import rotated_projections as fused_rotation
+    from .silu_product_triton import silu_product
 
 INNER_VALUE_STD = 0.02
 # With fewer tokens (decoding), putting matrices together would move more bytes than it saves.
@@ -265,6 +266,9 @@ class DogeCDMoE(nn.Module):
     folded: Tensor | None = None
     """What `fold` made, for as long as a decoder lends it: no queries are needed."""
 
+    recomputes_activation = False
+    """Whether training keeps σ(W_up x) for the backward pass or computes it again, where its kernel runs."""
+
     def __init__(self, config: DogeConfig):
         super().__init__()
         d, e, bias = config.hidden_size, config.private_expert_intermediate_size, config.hidden_bias
@@ -302,8 +306,7 @@ class DogeCDMoE(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, T, d) to (B, T, d)."""
-        c_BTe = self.shared_down_proj(self.act_fn(self.shared_up_proj(hidden_states)))
-        c_Me = c_BTe.flatten(0, 1)
+        c_Me = self.shared(hidden_states).flatten(0, 1)
         down, up = self.down_embed.weight, self.up_embed.weight
         if self._merges(c_Me):
             keys_HnE = folded_keys(self.queries.weight, self.keys, self.n1)
@@ -313,13 +316,31 @@ class DogeCDMoE(nn.Module):
             output_Md = cdmoe(c_Me, weights_MHk, experts_MHk, down, up, self.act_fn, self.path)
         return output_Md.view(hidden_states.shape)
 
+    def shared(self, hidden_states: Tensor) -> Tensor:
+        """c = W_down σ(W_up x), (B, T, d) to (B, T, e)."""
+        wide_BTK = self.shared_up_proj(hidden_states)
+        down = self.shared_down_proj
+        if (
+            self.recomputes_activation
+            and torch.is_grad_enabled()
+            and kernels_take(wide_BTK)
+            and self._is_silu()
+            and is_plain(down)
+        ):
+            c_Me = silu_product(wide_BTK.flatten(0, 1), down.weight.to(wide_BTK.dtype))
+            return c_Me.view(*hidden_states.shape[:-1], -1)
+        return down(self.act_fn(wide_BTK))
+
+    def _is_silu(self) -> bool:
+        return type(self.act_fn) in (nn.SiLU, type(ACT2FN["silu"]))
+
     def _merges(self, c_Me: Tensor) -> bool:
         """Whether `merged_cdmoe` takes the place of `route` and `cdmoe`; not where `route` is watched or replaced."""
         heads, rows, half = self.keys.shape
         return (
             self.folded is None
             and "route" not in vars(self)
-            and type(self.act_fn) in (nn.SiLU, type(ACT2FN["silu"]))
+            and self._is_silu()
             and self.is_foldable()
             and folding_pays(c_Me.shape[0], 2 * half, rows)
             and merges(c_Me, self.down_embed.num_embeddings, heads * self.experts_per_head, self.path)

@@ -59,6 +59,7 @@ _FREE = {
         "cuda_graphs",
         "attn_implementation",
         "gradient_checkpointing",
+        "recompute_activation",
         "dataloader_num_workers",
         "logging_steps",
         "eval_steps",

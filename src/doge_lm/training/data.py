@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from datasets import Dataset
 
-from doge_lm.data.dataset import load_prepared
+from doge_lm.data.dataset import TrainingRows, load_prepared
 from doge_lm.data.encoders import choose_backend
 from doge_lm.data.streaming import (
     HeldOut,
@@ -50,7 +50,7 @@ class TrainingData:
         stream: the training set, if it is a stream.
     """
 
-    train: Dataset | RowStream
+    train: TrainingRows | RowStream
     test: Dataset
     sha256: str
     tokenizer_sha256: str
@@ -98,7 +98,7 @@ def load_prepared_data(train: TrainSettings, tokenizer_path: Path) -> TrainingDa
         )
     files = [[file.path, file.sha256] for file in data.manifest.files]
     sha256 = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-    return TrainingData(data.train, data.test, sha256, made_with.sha256, shards)
+    return TrainingData(TrainingRows(data.train), data.test, sha256, made_with.sha256, shards)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ them:
 so the number of tokens, the rows of every step and the learning rate at every step do not depend on the machine.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -96,13 +97,15 @@ def estimate_memory(
     in the type of the computation: the inputs and outputs of the linear maps, queries, keys, values and output of
     attention, the hidden layer of the shared part twice, and the N expert scores; the residual stream, the norms
     and the inner values are float32. With `kernels`, compiled for a GPU, norms and queries are kept once or not at
-    all, and the inner values are not written out. Of the logits one chunk exists at a time (`linear_cross_entropy`),
-    with the gradients of the head's input and of its matrix.
+    all, the inner values are not written out, and with `recompute_activation` that hidden layer is kept once. Of the
+    logits one chunk exists at a time (`linear_cross_entropy`), with the gradients of the head's input and of its
+    matrix.
     """
     tokens = micro_batch * train.sequence_length
     d, e, width = config.hidden_size, config.private_expert_intermediate_size, 2 if bf16 else 4
     experts, heads = config.num_cdmmoe_experts, config.num_cdmmoe_heads
-    in_type = (6 if kernels else 10) * d + 2 * config.cross_domain_intermediate_size + e + 2 * experts
+    hidden = (1 if kernels and train.recompute_activation else 2) * config.cross_domain_intermediate_size
+    in_type = (6 if kernels else 10) * d + hidden + e + 2 * experts
     layer = width * (in_type if kernels else in_type + heads * e) + 4 * (2 if kernels else 6) * d
     layers = config.num_hidden_layers
     kept = layers * 4 * d + layer if train.gradient_checkpointing else layers * layer
@@ -346,17 +349,30 @@ def _resolve_batch(
             f"{_multiples(sequences, world_size)} would do"
         )
     share = sequences // world_size
+    _refuse_uneven(train, sequences, share, world_size)
     if micro == "auto":
         micro = share // accumulate if accumulate != "auto" else _auto_micro_batch(share, train, hardware, memory_of)
     if accumulate == "auto":
         accumulate = share // micro
-    if micro * accumulate * world_size != sequences:
-        raise UserError(
-            f"sequences_per_step {sequences} is not per_device_train_batch_size {micro} x accumulate_steps "
-            f"{accumulate} x {world_size} devices; set one of the first two to auto, the other to "
-            f"{' or '.join(map(str, _divisors(share)))}"
-        )
     return sequences, micro, accumulate
+
+
+def _refuse_uneven(train: TrainSettings, sequences: int, share: int, world_size: int) -> None:
+    """Raises UserError, naming the keys that were set, where a device's share is not the product they give."""
+    keys = ("per_device_train_batch_size", "accumulate_steps")
+    given = {key: getattr(train, key) for key in keys if getattr(train, key) != "auto"}
+    product = math.prod(given.values())
+    if share == product or (len(given) < len(keys) and share % product == 0):
+        return
+    factors = " x ".join(f"{key} {value}" for key, value in given.items())
+    wanted = f"the {_count(share, 'sequence')} of each device (sequences_per_step {sequences}, devices {world_size})"
+    choices = " or ".join(map(str, _divisors(share)))
+    if len(given) < len(keys):
+        raise UserError(f"{factors} does not divide {wanted}; set it to auto or {choices}")
+    raise UserError(
+        f"{factors} is {product}, not {wanted}; set sequences_per_step to {product * world_size}, or one of the "
+        f"first two to auto and the other to {choices}"
+    )
 
 
 def _auto_micro_batch(

@@ -96,6 +96,7 @@ class TrainSettings:
     cuda_graphs: bool | Auto = "auto"
     attn_implementation: Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] = "sdpa"
     gradient_checkpointing: bool = False
+    recompute_activation: bool = False
     dataloader_num_workers: int = 0
     # What is reported and kept
     logging_steps: int = 10

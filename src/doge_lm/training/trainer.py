@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from doge_lm.data.streaming import StreamState
 from doge_lm.errors import UserError
 from doge_lm.evaluation.bits_per_byte import Evaluation, evaluate
+from doge_lm.model.modeling_doge import DogeCDMoE
 from doge_lm.training import checkpoints
 from doge_lm.training.callbacks import StepSchedule
 from doge_lm.training.checkpoints import RunRecord
@@ -98,7 +99,7 @@ def training_arguments(train: TrainSettings, plan: Plan, output_dir: Path) -> Tr
 
 
 def prepare_model(model: PreTrainedModel, train: TrainSettings, compiled: bool, graphs: bool = False) -> None:
-    """Switch on gradient checkpointing and compilation as the settings ask for them, in place.
+    """Switch on recomputation and compilation as the settings ask for them, in place.
 
     With `graphs` each pass of the compiled model is recorded as a CUDA graph: the host starts it in one call, where
     it takes longer to start some 800 kernels than a small model takes to run them. Activations and gradients then lie
@@ -112,6 +113,9 @@ def prepare_model(model: PreTrainedModel, train: TrainSettings, compiled: bool, 
             "attn_implementation: flex_attention with document_mask: true gives wrong attention when compiled; set "
             "attn_implementation: sdpa, which keeps documents apart as well, or torch_compile: false"
         )
+    for module in model.modules():
+        if isinstance(module, DogeCDMoE):
+            module.recomputes_activation = train.recompute_activation
     if train.gradient_checkpointing:
         # transformers 5.23 renamed it.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
