@@ -14,8 +14,14 @@ from doge_lm.model.modeling_doge import DogeForCausalLM
 from .support import random_ids, relative_error, tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# More tokens than MERGE_MIN_TOKENS, so that all products are merged.
-BATCH, LENGTH = 3, 96
+BATCH, LENGTH = 3, 12
+
+
+@pytest.fixture(autouse=True)
+def few_tokens_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All products are merged and all kernels taken for as few tokens as the interpreter is quick with."""
+    monkeypatch.setattr(modeling_doge, "MERGE_MIN_TOKENS", BATCH * LENGTH)
+    monkeypatch.setattr(cdmoe, "DENSE_MIN_TOKENS", BATCH * LENGTH)
 
 
 def loss_and_gradients(model: DogeForCausalLM, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -29,8 +35,7 @@ def loss_and_gradients(model: DogeForCausalLM, ids: Tensor) -> tuple[Tensor, dic
 def test_loss_and_gradients_are_those_without_kernels(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
 ) -> None:
-    assert BATCH * LENGTH >= modeling_doge.MERGE_MIN_TOKENS
-    model = tiny_model(**{**changes, "max_position_embeddings": LENGTH}).to(DEVICE).train()
+    model = tiny_model(**changes).to(DEVICE).train()
     ids = random_ids(BATCH, LENGTH).to(DEVICE)
     used = []
 
@@ -70,7 +75,7 @@ def test_loss_and_gradients_are_those_without_kernels(
 @pytest.mark.parametrize("place", [0, 1], ids=["the layer before", "the layer after"])
 def test_a_hook_between_layers_is_heeded(monkeypatch: pytest.MonkeyPatch, place: int) -> None:
     """The norm between two layers is of what the second one is given, whoever changes that."""
-    model = tiny_model(max_position_embeddings=LENGTH).to(DEVICE).eval()
+    model = tiny_model().to(DEVICE).eval()
     layer, ids = model.model.layers[place], random_ids(BATCH, LENGTH).to(DEVICE)
     unchanged = model(input_ids=ids, use_cache=False).logits
     if place == 0:
@@ -81,11 +86,15 @@ def test_a_hook_between_layers_is_heeded(monkeypatch: pytest.MonkeyPatch, place:
     assert relative_error(unchanged, expected) > 1e-2
     for module in (cdmoe, modeling_doge):
         monkeypatch.setattr(module, "kernels_take", lambda x: x.dtype != torch.float64)
+    used: list[torch.nn.Module] = []
+    plain = modeling_doge.add_norm
+    monkeypatch.setattr(modeling_doge, "add_norm", lambda *args: (used.append(args[2]), plain(*args))[1])
     assert relative_error(model(input_ids=ids, use_cache=False).logits, expected) < 1e-4
+    assert model.model.layers[1].in_attn_layernorm not in used  # a module is equal to itself alone
 
 
 def test_hidden_states_and_checkpointing_are_those_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model(max_position_embeddings=LENGTH).to(DEVICE).train()
+    model = tiny_model().to(DEVICE).train()
     ids = random_ids(BATCH, LENGTH).to(DEVICE)
     expected = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
     _, gradients = loss_and_gradients(model, ids)
