@@ -23,6 +23,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from train_step import gpu_names
+
 from doge_lm.training.callbacks import LOG_NAME, read_log
 
 RUNS: dict[str, tuple[dict[str, str], list[str]]] = {
@@ -55,7 +57,7 @@ def train(name: str, args: argparse.Namespace, gpu: str | None = None) -> dict[i
 def train_all(args: argparse.Namespace) -> dict[str, dict[int, float]]:
     """The curves of all runs, by name."""
     names = list(RUNS)
-    gpus: list[str | None] = [str(index) for index in range(args.gpus)] if args.gpus > 1 else [None]
+    gpus = gpu_names(args.gpus)
     with ThreadPoolExecutor(len(gpus)) as pool:
         # Runs that share a GPU follow each other in one thread.
         shares = [names[index :: len(gpus)] for index in range(len(gpus))]

@@ -19,46 +19,26 @@ from typing import Any
 
 import torch
 from torch.profiler import DeviceType, ProfilerActivity, profile
-from train_step import BUILDERS, MICRO_BATCHES, circumstances, markdown, write_whole
+from train_step import BUILDERS, MICRO_BATCHES, bare_step, circumstances, markdown, write_whole
 
 from doge_lm.errors import UserError
-from doge_lm.training import pretrain
-from doge_lm.training.hardware import detect_hardware, measure_matmul
+from doge_lm.training.hardware import measure_matmul
 from doge_lm.training.settings import load_settings
-from doge_lm.training.trainer import prepare_model
 
 STEPS, WARM_UP = 10, 5
 SHOWN = 45
 
 
-def step_function(args: argparse.Namespace, graphs: bool) -> tuple[Callable[[], None], torch.nn.Module]:
-    """A call that takes one training step, and its model."""
-    settings, hardware = load_settings(args.preset, args.overrides), detect_hardware()
-    train, device = settings.train, hardware.device
-    machine = pretrain.Machine.settle(settings, hardware)
-    torch.set_float32_matmul_precision("high")
-    torch.manual_seed(train.seed)
-    model = BUILDERS[args.row](settings.model_config(), train).to(device).train()
-    model.config.use_cache = False
-    prepare_model(model, train, machine.compiled, machine.graphs and graphs)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=train.learning_rate, fused=True)
-    shape = args.micro_batch, train.sequence_length
-    ids = torch.randint(3, settings.model_config().vocab_size, shape, device=device)
-
-    def step() -> None:
-        if machine.graphs and graphs:
-            torch.compiler.cudagraph_mark_step_begin()
-        with torch.autocast(device.type, torch.bfloat16, enabled=machine.bf16):
-            loss = model(input_ids=ids, labels=ids, skip_logits=True).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step, model
+def step_function(args: argparse.Namespace, graphs: bool) -> tuple[Callable[[], object], torch.nn.Module]:
+    """A call that takes one training step on random tokens, and its model."""
+    settings = load_settings(args.preset, args.overrides)
+    step, model = bare_step(BUILDERS[args.row], settings, graphs)
+    shape = args.micro_batch, settings.train.sequence_length
+    ids = torch.randint(3, model.config.vocab_size, shape, device=model.device)
+    return lambda: step({"input_ids": ids, "labels": ids}), model
 
 
-def kernels_of(step: Callable[[], None]) -> dict[str, tuple[float, float]]:
+def kernels_of(step: Callable[[], object]) -> dict[str, tuple[float, float]]:
     """Of each kernel: milliseconds and launches a step."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         for _ in range(STEPS):
@@ -73,7 +53,7 @@ def kernels_of(step: Callable[[], None]) -> dict[str, tuple[float, float]]:
     return {name: (total / 1000 / STEPS, launches[name] / STEPS) for name, total in totals.most_common()}
 
 
-def saved_by(step: Callable[[], None], model: torch.nn.Module) -> dict[str, tuple[int, float]]:
+def saved_by(step: Callable[[], object], model: torch.nn.Module) -> dict[str, tuple[int, float]]:
     """Of each dtype and shape: how many tensors autograd keeps for the backward pass, and their MiB."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     seen: set[int] = set()

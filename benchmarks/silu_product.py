@@ -24,11 +24,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from train_step import MICRO_BATCHES, circumstances, markdown, write_whole
 
 from doge_lm.errors import UserError
-from doge_lm.model.silu_product_triton import _silu_backward_kernel, _silu_product_kernel
+from doge_lm.model.silu_product_triton import _silu_backward_kernel, fused_product
 from doge_lm.training.settings import load_settings
 
 TILES = ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (64, 256, 64, 4, 3), (128, 128, 64, 4, 4))
@@ -44,17 +43,6 @@ def _silu_gradient_kernel(h_ptr, grad_ptr, BLOCK: tl.constexpr):
     h, grad = tl.load(h_ptr + at).to(tl.float32), tl.load(grad_ptr + at).to(tl.float32)
     share = 1 / (1 + tl.exp(-h))
     tl.store(grad_ptr + at, (grad * share * (1 + h * (1 - share))).to(grad_ptr.dtype.element_ty))
-
-
-def silu_product(h_MK: Tensor, weight_NK: Tensor, tile: tuple[int, int, int, int, int], tanh: bool) -> Tensor:
-    """silu(h) Wᵀ, (M, N), by the fused kernel; `tile` is BM, BN, BK, warps and stages."""
-    (m, k), n = h_MK.shape, weight_NK.shape[0]
-    rows, columns, depth, warps, stages = tile
-    out_MN = h_MK.new_empty((m, n))
-    _silu_product_kernel[(triton.cdiv(m, rows) * triton.cdiv(n, columns),)](
-        h_MK, weight_NK, out_MN, m, n, K=k, BM=rows, BN=columns, BK=depth, TANH=tanh, num_warps=warps, num_stages=stages
-    )
-    return out_MN
 
 
 def measure(preset: str) -> dict[str, Any]:
@@ -77,11 +65,11 @@ def measure(preset: str) -> dict[str, Any]:
 
     def fused(tile: tuple[int, int, int, int, int], tanh: bool) -> float | str:
         try:
-            found = silu_product(h_MK, weight_NK, tile, tanh)[:CHECKED].double()
+            found = fused_product(h_MK, weight_NK, tile, tanh)[:CHECKED].double()
         except triton.runtime.errors.OutOfResources as error:
             return str(error)
         error = float((found - expected).norm() / expected.norm())
-        return time(lambda: silu_product(h_MK, weight_NK, tile, tanh)) if error < TOLERANCE else f"off by {error:.1e}"
+        return time(lambda: fused_product(h_MK, weight_NK, tile, tanh)) if error < TOLERANCE else f"off by {error:.1e}"
 
     def time(call: Callable[[], Any]) -> float:
         return round(triton.testing.do_bench(call, warmup=30, rep=120, return_mode="median"), 4)

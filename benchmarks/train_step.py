@@ -40,7 +40,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -177,30 +177,48 @@ def run_trainer(row: Row, builder: pretrain.ModelBuilder, watch: Watch) -> list[
     return [line for line in read_log(place / "log" / LOG_NAME) if line["kind"] == "train"]
 
 
-def run_bare(row: Row, builder: pretrain.ModelBuilder, settings: Settings, watch: Watch) -> list[Figures]:
-    """Train in the shortest loop that takes the same steps; returns lines as those of the trainer's log."""
+def bare_step(
+    builder: pretrain.ModelBuilder, settings: Settings, graphs: bool = True
+) -> tuple[Callable[[dict[str, torch.Tensor]], torch.Tensor], PreTrainedModel]:
+    """A call that takes the training step of a batch and returns its loss, and the model.
+
+    Without `graphs` the passes are no CUDA graphs, whatever the settings say.
+    """
     train, hardware = settings.train, detect_hardware()
     device, machine = hardware.device, pretrain.Machine.settle(settings, hardware)
+    graphs = graphs and machine.graphs
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
     torch.manual_seed(train.seed)
     model = builder(settings.model_config(), train).to(device).train()
     model.config.use_cache = False
-    prepare_model(model, train, machine.compiled, machine.graphs)
+    prepare_model(model, train, machine.compiled, graphs)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2), eps=train.adam_epsilon,
         weight_decay=train.weight_decay, fused=True,
     )  # fmt: skip
-    batches = itertools.cycle(load_batches(row, settings, device))
-    lines, begun, logged = [], time.perf_counter(), 0
-    for step in range(1, row.steps + 1):
-        if machine.graphs:
+
+    def step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if graphs:
             torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(device.type, torch.bfloat16, enabled=machine.bf16):
-            loss = model(**next(batches), skip_logits=True).loss
+            loss = model(**batch, skip_logits=True).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+        return loss
+
+    return step, model
+
+
+def run_bare(row: Row, builder: pretrain.ModelBuilder, settings: Settings, watch: Watch) -> list[Figures]:
+    """Train in the shortest loop that takes the same steps; returns lines as those of the trainer's log."""
+    train, device = settings.train, detect_hardware().device
+    take_step, _ = bare_step(builder, settings)
+    batches = itertools.cycle(load_batches(row, settings, device))
+    lines, begun, logged = [], time.perf_counter(), 0
+    for step in range(1, row.steps + 1):
+        loss = take_step(next(batches))
         watch.step_done(step)
         if step == 1 or step % row.logging_steps == 0 or step == row.steps:
             synchronize(device)
@@ -329,10 +347,15 @@ def run_row(row: Row, timeout: float, gpu: str | None = None) -> Figures:
         return {"error": f"the process ended with status {status}; see {place / OUTPUT_NAME}"}
 
 
+def gpu_names(count: int) -> list[str | None]:
+    """The first so many GPUs as CUDA_VISIBLE_DEVICES names them; for one None: what this process sees."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [None] if count == 1 else [*visible.split(",")[:count]] if visible else [str(n) for n in range(count)]
+
+
 def run_rows(rows: Sequence[Row], timeout: float, gpus: int) -> Iterator[Figures]:
     """The figures of all rows, as they are done; with several GPUs, each runs as many rows one after the other."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [None] if gpus == 1 else visible.split(",")[:gpus] if visible else [str(index) for index in range(gpus)]
+    names = gpu_names(gpus)
     free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     for name in names:
         free.put(name)

@@ -22,7 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def test_fused_product_is_that_of_the_silu(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     h, weight = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((32, 64), (48, 64)))
-    found = silu_product.silu_product(h, weight, (16, 16, 32, 4, 2), tanh=False)
+    found = silu_product.fused_product(h, weight, (16, 16, 32, 4, 2), tanh=False)
     expected = torch.nn.functional.silu(h.double()) @ weight.double().t()
     assert float((found.double() - expected).norm() / expected.norm()) < (1e-3 if DEVICE == "cuda" else 1e-6)
 

@@ -112,7 +112,7 @@ def test_merged_layer_is_the_layer_of_two_steps() -> None:
     shapes = [(m, e), (heads, n1 + n2, e), (num_experts, e), (num_experts, d)]
     leaves = [normal(*shape, seed=seed, dtype=torch.float32).requires_grad_() for seed, shape in enumerate(shapes)]
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    found = merged_cdmoe(*leaves, n1, k)
+    found = merged_cdmoe(leaves[0], leaves[1].flatten(0, 1), *leaves[2:], n1, heads, k)
     c, keys, down, up = wide
     scores = torch.einsum("me,hne->mhn", c, keys)
     weights, experts = cdmoe.product_topk(scores[..., :n1].cpu(), scores[..., n1:].cpu(), k)

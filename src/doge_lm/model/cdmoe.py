@@ -165,26 +165,28 @@ def merges(c_Me: Tensor, num_experts: int, chosen: int, path: str) -> bool:
     return path == "dense" or (path == "auto" and _fastest(c_Me, num_experts, chosen) == "dense")
 
 
-def merged_cdmoe(c_Me: Tensor, keys_HnE: Tensor, down_embed: Tensor, up_embed: Tensor, n1: int, k: int) -> Tensor:
+def merged_cdmoe(
+    c_Me: Tensor, keys_CE: Tensor, down_embed: Tensor, up_embed: Tensor, n1: int, heads: int, k: int
+) -> Tensor:
     """Choose and sum experts by two matrix products and a kernel between them, with SiLU for σ.
 
     The first product takes c to the keys and to all D at once, so that c is read once, and so is what comes back.
 
     Args:
         c_Me: (M, e).
-        keys_HnE: (H, n1 + n2, e), from `folded_keys`.
+        keys_CE: (H·(n1 + n2), e), the `folded_keys` of all heads below each other.
         down_embed, up_embed: D, (N, e), and U, (N, d).
         n1: rows of the first key table.
+        heads: H.
         k: experts of a head.
 
     Returns:
         (M, d), as `cdmoe`.
     """
-    num_experts, heads = down_embed.shape[0], keys_HnE.shape[0]
-    weight_CE = torch.cat((down_embed, keys_HnE.flatten(0, 1).to(down_embed.dtype)))
+    weight_CE = torch.cat((down_embed, keys_CE.to(down_embed.dtype)))
     # Rows of the product begin at whole 16 bytes, for the matrix units.
     product_MC = F.linear(c_Me, F.pad(weight_CE, (0, 0, 0, -len(weight_CE) % 8)))
-    hidden_MN, _, _ = chosen_hidden(product_MC, num_experts, n1, heads, k)
+    hidden_MN, _, _ = chosen_hidden(product_MC, down_embed.shape[0], n1, heads, k)
     return F.linear(hidden_MN, up_embed.t())
 
 

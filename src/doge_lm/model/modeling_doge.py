@@ -309,8 +309,7 @@ class DogeCDMoE(nn.Module):
         c_Me = self.shared(hidden_states).flatten(0, 1)
         down, up = self.down_embed.weight, self.up_embed.weight
         if self._merges(c_Me):
-            keys_HnE = folded_keys(self.queries.weight, self.keys, self.n1)
-            output_Md = merged_cdmoe(c_Me, keys_HnE, down, up, self.n1, self.experts_per_head)
+            output_Md = merged_cdmoe(c_Me, self.fold(), down, up, self.n1, self.num_heads, self.experts_per_head)
         else:
             weights_MHk, experts_MHk = self.route(c_Me)
             output_Md = cdmoe(c_Me, weights_MHk, experts_MHk, down, up, self.act_fn, self.path)
@@ -381,12 +380,6 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         if next_norm is not None and adds_and_norms(hidden_states, branch, next_norm):
             return add_norm(hidden_states, branch, next_norm)
         return hidden_states + branch
-
-    def may_return_two(self) -> bool:
-        """Whether nobody but the model looks at what `forward` takes and returns."""
-        return "forward" not in vars(self) and not (
-            self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
-        )
 
     def _dropout(self, branch: Tensor) -> Tensor:
         return nn.functional.dropout(branch, p=self.hidden_dropout, training=self.training)
@@ -545,8 +538,8 @@ class DogeModel(DogePreTrainedModel):
         if PLAIN or any(layer.gradient_checkpointing and self.training for layer in self.layers):
             return norms
         for index, (layer, following) in enumerate(zip(self.layers, self.layers[1:], strict=False)):
-            if type(layer) is type(following) is DogeDecoderLayer and layer.may_return_two():
-                norms[index] = following.in_attn_layernorm if following.may_return_two() else None
+            if type(layer) is type(following) is DogeDecoderLayer and is_unwatched(layer) and is_unwatched(following):
+                norms[index] = following.in_attn_layernorm
         return norms
 
     def _documents(self, x_BTd: Tensor, position_ids: Tensor, starts: object) -> Layout | None:
@@ -688,6 +681,13 @@ def add_norm(x_BTd: Tensor, branch_BTd: Tensor, norm: nn.Module) -> tuple[Tensor
     return x_BTd, norm(x_BTd)
 
 
+def is_unwatched(module: nn.Module) -> bool:
+    """Whether nobody has hooked into a module or replaced its `forward`."""
+    return "forward" not in vars(module) and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     """Whether a linear map or a norm is no more than its weight, which may then be used in the module's place.
 
@@ -696,9 +696,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     return (
         type(module) is kind
         and getattr(module, "bias", None) is None
-        and "forward" not in vars(module)
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
+        and is_unwatched(module)
         and type(module.weight) is nn.Parameter
         and module.weight.is_floating_point()
     )

@@ -23,7 +23,7 @@ MOST_COLUMNS = 512
 the fused kernel, in ms on an H100: 0.167 and 0.090 for 65,536 × 1,024 → 256, 0.375 and 0.303 for 65,536 × 2,048 → 512,
 0.273 and 0.285 for 16,384 × 4,096 → 1,024 (benchmarks/silu_product.py)."""
 
-_BM, _BN, _BK, _WARPS, _STAGES = 128, 256, 64, 8, 4
+_BM, _BN, _BK, _WARPS, _STAGES = TILE = 128, 256, 64, 8, 4
 _SHARED_BYTES = _STAGES * (_BM + _BN) * _BK * 2  # of a program of the fused kernel
 _BLOCK = 2048
 
@@ -81,14 +81,17 @@ def fuses(h_MK: Tensor, weight_NK: Tensor) -> bool:
     return properties["max_shared_mem"] >= _SHARED_BYTES
 
 
-def fused_product(h_MK: Tensor, weight_NK: Tensor) -> Tensor:
-    """silu(h) Wᵀ by the fused kernel, for contiguous h and W."""
+def fused_product(
+    h_MK: Tensor, weight_NK: Tensor, tile: tuple[int, int, int, int, int] = TILE, tanh: bool = not INTERPRETED
+) -> Tensor:
+    """silu(h) Wᵀ by the fused kernel, for contiguous h and W; `tile` is BM, BN, BK, warps and stages."""
     (m, k), n = h_MK.shape, weight_NK.shape[0]
+    rows, columns, depth, warps, stages = tile
     out_MN = h_MK.new_empty((m, n))
     if out_MN.numel():
-        launcher(_silu_product_kernel)[(triton.cdiv(m, _BM) * triton.cdiv(n, _BN),)](
-            h_MK, weight_NK, out_MN, m, n, K=k, BM=_BM, BN=_BN, BK=_BK, TANH=not INTERPRETED,
-            num_warps=_WARPS, num_stages=_STAGES,
+        launcher(_silu_product_kernel)[(triton.cdiv(m, rows) * triton.cdiv(n, columns),)](
+            h_MK, weight_NK, out_MN, m, n, K=k, BM=rows, BN=columns, BK=depth, TANH=tanh,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out_MN
 
