@@ -1,6 +1,7 @@
 """Time and memory of the experts of one CDMoE layer, forward and backward, by each path and number of experts.
 
-    python benchmarks/cdmoe.py [--experts 256 1024 … 1048576] [--k 16] [--tokens 16384] [--json FILE] [--png FILE]
+    python benchmarks/cdmoe.py [--experts 256 1024 … 1048576] [--k 16] [--tokens 16384] [--profile]
+        [--json FILE] [--png FILE]
 
 Everything runs in this process, in turns, so that ratios compare within one run:
 
@@ -10,9 +11,11 @@ Everything runs in this process, in turns, so that ratios compare within one run
     sparse         the Triton kernels (`path="sparse"`), on a GPU only
 
 The routes are drawn: `uniform`, or `hot`, where expert n is chosen with a probability of about 1/(n + 1). The routing
-itself is timed apart. Times are medians over `--repetitions`, with events on a GPU. A path that does not fit in memory,
-or that `--most_bytes` says will not, prints why. `floor` is the time of the bytes that the sparse path must move,
-at the copy bandwidth measured in the same run.
+itself is timed apart. Times are medians over `--repetitions`; on a GPU, of its own time, with all of a call's kernels
+in its queue before the first one starts, as where the host runs ahead or a step is a CUDA graph. `with host` is from an
+empty queue: where that is longer, the host takes longer to start the kernels than they run. A path that does not fit in
+memory, or that `--most_bytes` says will not, prints why. `floor` is the time of the bytes that the sparse path must
+move, at the copy bandwidth measured in the same run. With `--profile`, a GPU's time by kernels.
 """
 
 import argparse
@@ -26,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_times import kernel_times
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,6 +37,7 @@ from doge_lm.model.cdmoe import cdmoe, cdmoe_route, key_table_sizes
 
 PATHS = ("gather", "embedding_bag", "dense", "sparse")
 EXPERTS = tuple(4**power for power in range(4, 11))
+QUEUE_CYCLES = 20_000_000  # for which a GPU is held back while the host fills its queue: some 10 ms
 Layer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -60,8 +65,11 @@ class Clock:
         self._warm_up = warm_up
         self._repetitions = repetitions
 
-    def __call__(self, call: Callable[[], Any]) -> tuple[float, int]:
-        """Median milliseconds of a call, and the highest memory that it took beyond what was there, in bytes."""
+    def __call__(self, call: Callable[[], Any], *, queued: bool = True) -> tuple[float, int]:
+        """Median milliseconds of a call, and the highest memory that it took beyond what was there, in bytes.
+
+        On a GPU, with `queued`, from its first kernel to its last, all of them waiting in the queue.
+        """
         for _ in range(self._warm_up):
             call()
         if self._device.type != "cuda":
@@ -69,7 +77,7 @@ class Clock:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        times = [self._events(call) for _ in range(self._repetitions)]
+        times = [self._events(call, queued) for _ in range(self._repetitions)]
         return statistics.median(times), torch.cuda.max_memory_allocated() - before
 
     @staticmethod
@@ -79,8 +87,10 @@ class Clock:
         return 1000 * (time.perf_counter() - begin)
 
     @staticmethod
-    def _events(call: Callable[[], Any]) -> float:
+    def _events(call: Callable[[], Any], queued: bool) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if queued:
+            torch.cuda._sleep(QUEUE_CYCLES)
         begin.record()
         call()
         end.record()
@@ -135,7 +145,10 @@ def measure_paths(
             with torch.no_grad():
                 record["forward_ms"], _ = clock(forward)
             record["both_ms"], record["peak_bytes"] = clock(both)
+            record["host_ms"], _ = clock(both, queued=False)
             record["floor_ms"] = 1000 * moved / bandwidth
+            if args.profile:
+                record["kernels"] = kernel_times(both)
         except (ValueError, RuntimeError) as error:
             record["error"] = str(error).splitlines()[0][:120]
         found.append(record)
@@ -169,20 +182,29 @@ def copy_bandwidth(device: torch.device, clock: Clock) -> float:
 def show(records: list[dict[str, Any]]) -> None:
     """Prints the table."""
     gathers = {(r["experts"], r.get("routes")): r.get("both_ms") for r in records if r["path"] == "gather"}
-    print("| experts | routes | path | forward, ms | both, ms | times gather | floor, ms | memory, MiB |")
-    print("|---|---|---|---|---|---|---|---|")
+    heads = ("experts", "routes", "path", "forward, ms", "both, ms", "times gather", "with host", "floor, ms", "MiB")
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for record in records:
         start = f"| {record['experts']:,} | {record.get('routes', '')} | {record['path']} |"
         if "error" in record:
-            print(f"{start} {record['error']} | | | | |")
+            print(f"{start} {record['error']} | | | | | |")
             continue
         forward = f"{record['forward_ms']:.3f}" if "forward_ms" in record else ""
         gather = gathers.get((record["experts"], record.get("routes")))
         times = f"{gather / record['both_ms']:.2f}" if gather and record["path"] != "route" else ""
-        floor = f"{record['floor_ms']:.3f}" if "floor_ms" in record else ""
-        print(
-            f"{start} {forward} | {record['both_ms']:.3f} | {times} | {floor} | {record['peak_bytes'] / 2**20:,.0f} |"
-        )
+        host, floor = (f"{record[name]:.3f}" if name in record else "" for name in ("host_ms", "floor_ms"))
+        memory = f"{record['peak_bytes'] / 2**20:,.0f}"
+        print(f"{start} {forward} | {record['both_ms']:.3f} | {times} | {host} | {floor} | {memory} |")
+
+
+def show_kernels(records: list[dict[str, Any]]) -> None:
+    """Prints the kernels of each record that was profiled, forward and backward."""
+    for record in records:
+        if "kernels" in record:
+            print(f"\n{record['experts']:,} experts, {record['routes']}, {record['path']}:\n")
+            print("| kernel | ms | launches |\n|---|---|---|")
+            for name, (milliseconds, launches) in record["kernels"].items():
+                print(f"| {name[:90]} | {milliseconds:.3f} | {launches:.0f} |")
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
@@ -217,6 +239,7 @@ def main() -> int:
     parser.add_argument("--most_bytes", type=int, default=8 * 2**30, help="of a score for each token and expert")
     parser.add_argument("--warm_up", type=int, default=3)
     parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--profile", action="store_true", help="time each kernel, on a GPU")
     parser.add_argument("--json", type=Path, help="write the records there")
     parser.add_argument("--png", type=Path, help="draw them there")
     args = parser.parse_args()
@@ -232,6 +255,7 @@ def main() -> int:
     print(f"{name}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s; {args.tokens:,} tokens, d = e = "
           f"{args.size}, H = {args.heads}, k = {args.k}, {args.dtype}\n")  # fmt: skip
     show(records)
+    show_kernels(records)
     if args.json:
         settings = {key: value for key, value in vars(args).items() if not isinstance(value, Path)}
         heading = {"device": name, "torch": torch.__version__, "bandwidth": bandwidth, "settings": settings}

@@ -8,6 +8,7 @@ Weights and tokens are random; rows are packed from documents of lognormal lengt
     dense   SDPA with a B×1×T×T mask
     found   FlashAttention for unequal lengths, which the compiled model finds in the positions: one for each token
     given   the same with `cu_seq_lens_q` of a fixed size, as the trainer gives it
+    blocks  FlexAttention by `document_blocks`, for rows of a multiple of 128 tokens
 
 Prints a JSON record a line. A way that fails prints its error, and the next one runs. `logits` and `loss` are the
 differences from `dense` on the first step; of logits, the median over tokens in the row where that is largest. `none`
@@ -29,10 +30,10 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from doge_lm.model.configuration_doge import DogeConfig
-from doge_lm.model.document_attention import cumulative_lengths
+from doge_lm.model.document_attention import BLOCK, cumulative_lengths, document_blocks
 from doge_lm.model.modeling_doge import DogeForCausalLM, DogeModel
 
-WAYS = ("dense", "none", "found", "given")
+WAYS = ("dense", "none", "found", "given", "blocks")
 WARM_UP = 3
 SIGMA = 1.0  # of the logarithm of a document's length
 
@@ -67,6 +68,10 @@ def draw_batches(args: argparse.Namespace, vocab_size: int, way: str) -> list[Ba
                 raise ValueError(f"{len(starts) - 1} documents in a batch; raise --documents, now {args.documents}")
             missing = args.documents - len(starts)
             batch["cu_seq_lens_q"] = nn.functional.pad(starts, (0, missing), value=positions.numel())
+        if way == "blocks":
+            if args.length % BLOCK != 0:
+                raise ValueError(f"--length {args.length} is not a multiple of {BLOCK}")
+            batch["document_blocks"] = document_blocks(positions)._asdict()
         batches.append(batch)
     return batches
 

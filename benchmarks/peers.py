@@ -329,7 +329,8 @@ class PublishedForCausalLM(PreTrainedModel):
         self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None, **kwargs: Any
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, vocabulary), and the loss where `labels` are given; the model shifts them."""
-        kwargs.pop("cu_seq_lens_q", None)  # says what the positions say
+        for name in ("cu_seq_lens_q", "document_blocks"):  # say what the positions say
+            kwargs.pop(name, None)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         logits = self.lm_head(self.model(input_ids, position_ids))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import DeviceType, ProfilerActivity, profile
+from kernel_times import kernel_times
 from train_step import BUILDERS, MICRO_BATCHES, bare_step, circumstances, markdown, write_whole
 
 from doge_lm.errors import UserError
@@ -36,21 +36,6 @@ def step_function(args: argparse.Namespace, graphs: bool) -> tuple[Callable[[], 
     shape = args.micro_batch, settings.train.sequence_length
     ids = torch.randint(3, model.config.vocab_size, shape, device=model.device)
     return lambda: step({"input_ids": ids, "labels": ids}), model
-
-
-def kernels_of(step: Callable[[], object]) -> dict[str, tuple[float, float]]:
-    """Of each kernel: milliseconds and launches a step."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        for _ in range(STEPS):
-            step()
-        torch.cuda.synchronize()
-    totals: Counter[str] = Counter()
-    launches: Counter[str] = Counter()
-    for event in profiled.events() or []:
-        if event.device_type == DeviceType.CUDA:
-            totals[event.name] += event.device_time_total
-            launches[event.name] += 1
-    return {name: (total / 1000 / STEPS, launches[name] / STEPS) for name, total in totals.most_common()}
 
 
 def saved_by(step: Callable[[], object], model: torch.nn.Module) -> dict[str, tuple[int, float]]:
@@ -86,7 +71,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.cuda.synchronize()
     wall = (time.perf_counter() - begun) / (3 * STEPS)
     peak = torch.cuda.max_memory_allocated() / 2**30
-    kernels = kernels_of(step)
+    kernels = kernel_times(step)
     plain, model = step_function(args, graphs=False)
     plain()
     return {

@@ -49,6 +49,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 import transformers
+from accelerate.utils import send_to_device
 from peers import (
     build_dense,
     build_doge,
@@ -231,14 +232,14 @@ def run_bare(row: Row, builder: pretrain.ModelBuilder, settings: Settings, watch
     return lines
 
 
-def load_batches(row: Row, settings: Settings, device: torch.device) -> list[dict[str, torch.Tensor]]:
+def load_batches(row: Row, settings: Settings, device: torch.device) -> list[dict[str, Any]]:
     """The first batches of the training set, on the device."""
     train, micro = settings.train, row.micro_batch
     collate = PackedCollator(settings.model.pad_token_id or 0, train.sequence_length, train.document_mask)
     data = load_prepared(Path(row.dataset_path)).train
     count = max(1, min(BARE_BATCHES, row.steps, len(data) // micro))
     batches = [collate([data[index * micro + b] for b in range(micro)]) for index in range(count)]
-    return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+    return [send_to_device(batch, device) for batch in batches]
 
 
 def measure(row: Row) -> Figures:

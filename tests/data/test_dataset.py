@@ -17,6 +17,7 @@ from doge_lm.data.dataset import PackedCollator, TrainingRows, count_targets, co
 from doge_lm.data.manifest import FORMAT_VERSION, Manifest
 from doge_lm.data.merge import merge
 from doge_lm.errors import UserError
+from doge_lm.model.document_attention import document_blocks
 from tests.data.conftest import conversation
 
 Prepare = Callable[..., dict[str, Manifest]]
@@ -109,6 +110,29 @@ def test_the_lengths_have_one_of_two_sizes() -> None:
     for tokens in (1, 3, 40, 100):
         row = {"input_ids": np.ones(tokens), "document_lengths": [1] * tokens, "context_spans": []}
         assert PackedCollator(0, tokens, True)([row])["cu_seq_lens_q"].tolist() == list(range(tokens + 1))
+
+
+@pytest.mark.parametrize("length", [128, 256, 1024])
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_the_blocks_are_those_that_the_model_finds(length: int, batch_size: int) -> None:
+    generator = np.random.default_rng(length)
+    rows = [random_row(generator, length, padded=bool(b % 2)) for b in range(batch_size - 1)]
+    rows.append({"input_ids": np.ones(length), "document_lengths": [1] * length, "context_spans": []})
+    batch = PackedCollator(0, length, True, document_blocks=True)(rows)
+    expected = document_blocks(batch["position_ids"])._asdict()
+    assert list(batch["document_blocks"]) == list(expected)
+    for name, part in batch["document_blocks"].items():
+        assert part.dtype == torch.int32
+        assert torch.equal(part, expected[name]), name
+        assert part.stride() == expected[name].stride(), name  # a compiled model looks at these too
+
+
+@pytest.mark.parametrize(
+    ("length", "document_mask", "asked"), [(192, True, True), (64, True, True), (128, False, True), (128, True, False)]
+)
+def test_no_blocks_but_of_whole_ones(length: int, document_mask: bool, asked: bool) -> None:
+    row = random_row(np.random.default_rng(0), length, padded=False)
+    assert "document_blocks" not in PackedCollator(0, length, document_mask, document_blocks=asked)([row])
 
 
 def test_spans_that_touch_each_other_and_the_end() -> None:

@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from doge_lm.data import dataset as dataset_module
 from doge_lm.data.dataset import PackedCollator
 from doge_lm.errors import UserError
 from doge_lm.evaluation.bits_per_byte import Scores, evaluate
@@ -91,6 +92,18 @@ def test_is_deterministic_for_any_batch_size_and_leaves_the_mode(model, data):
     other = evaluate(model, dataset(data), collator, batch_size=6)
     assert other.total.nll == pytest.approx(first.total.nll, rel=1e-6)
     assert other.total.tokens == first.total.tokens
+
+
+def test_takes_batches_with_blocks(model, data, monkeypatch):
+    """Tensors within a dictionary within the batch."""
+    expected = evaluate(model, dataset(data), PackedCollator(0, T, True), batch_size=4)
+    monkeypatch.setattr(dataset_module, "_BLOCK", T // 2)
+    given = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda **inputs: given.append(inputs) or forward(**inputs))
+    collator = PackedCollator(0, T, True, document_blocks=True)
+    assert evaluate(model, dataset(data), collator, batch_size=4) == expected
+    assert [inputs["document_blocks"]["full_counts"].shape for inputs in given] == [(4, 1, 2), (2, 1, 2)]
 
 
 def test_draws_no_random_numbers(model, data):

@@ -54,10 +54,12 @@ def test_values_and_gradients_are_the_plain_ones(sizes: tuple[int, ...], dtype: 
     n1 = key_table_sizes(num_experts)[0]
     product = make_product(sizes, dtype, seed).requires_grad_()
     wide = product.detach().double().requires_grad_()
-    hidden, weights, experts = chosen_hidden(product, num_experts, n1, heads, k)
+    hidden, inner, weights, experts = chosen_hidden(product, num_experts, n1, heads, k)
     expected = plain(wide, num_experts, n1, heads, k)
     assert (hidden.shape, hidden.dtype, hidden.is_contiguous()) == ((m, num_experts), dtype, True)
     assert (weights.shape, experts.shape) == ((m, heads, k), (m, heads, k))
+    assert torch.equal(inner, product.detach().gather(1, experts.flatten(1)).view_as(experts))
+    assert not inner.requires_grad
     assert not weights.requires_grad
     assert relative_error(hidden, expected) <= TOLERANCE[dtype]
     direction = normal(m, num_experts, seed=seed + 9, dtype=dtype)
@@ -74,7 +76,7 @@ def test_values_and_gradients_are_the_plain_ones(sizes: tuple[int, ...], dtype: 
 def test_the_choice_is_that_of_the_other_paths() -> None:
     sizes = (40, 16, 2, 3)
     product = make_product(sizes, torch.float32, seed=1).round()  # many equal scores
-    _, weights, experts = chosen_hidden(product, 16, 4, 2, 3)
+    _, _, weights, experts = chosen_hidden(product, 16, 4, 2, 3)
     scores = product[:, 16:32].unflatten(1, (2, 8)).cpu()
     plain_weights, plain_experts = cdmoe.product_topk(scores[..., :4], scores[..., 4:], 3)
     assert torch.equal(experts.cpu(), plain_experts)
@@ -83,15 +85,15 @@ def test_the_choice_is_that_of_the_other_paths() -> None:
 
 def test_no_tokens_and_rows_apart() -> None:
     wide = make_product((6, 16, 1, 2), torch.float32, seed=2, padding=0)
-    hidden, _, _ = chosen_hidden(wide[:0], 16, 4, 1, 2)
+    hidden = chosen_hidden(wide[:0], 16, 4, 1, 2)[0]
     assert hidden.shape == (0, 16)
     apart = torch.cat((wide, wide), dim=1)[:, : wide.shape[1]]
     assert apart.stride(0) != wide.stride(0)
     results = [chosen_hidden(each, 16, 4, 1, 2) for each in (wide, apart, wide.t().contiguous().t())]
     assert all(torch.equal(results[0][0], each[0]) for each in results[1:])
+    grad = normal(6, 16, seed=3, dtype=torch.float32)
     grads = [
-        chosen_hidden_backward(normal(6, 16, seed=3, dtype=torch.float32), each, *results[0][1:], 4)
-        for each in (wide, apart)
+        chosen_hidden_backward(each, *results[0][1:], 4, 24) for each in (grad, torch.cat((grad, grad), dim=1)[:, :16])
     ]
     assert torch.equal(grads[0], grads[1])
 
@@ -99,7 +101,7 @@ def test_no_tokens_and_rows_apart() -> None:
 def test_scores_that_are_no_numbers_lead_nowhere_else() -> None:
     product = make_product((4, 16, 1, 2), torch.float32, seed=4)
     product[1] = torch.nan
-    hidden, _, experts = chosen_hidden(product, 16, 4, 1, 2)
+    hidden, _, _, experts = chosen_hidden(product, 16, 4, 1, 2)
     assert (experts >= 0).all()
     assert (experts < 16).all()
     assert torch.isfinite(hidden[[0, 2, 3]]).all()
@@ -136,3 +138,16 @@ def test_where_the_merged_layer_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not merges(c[:8], 256, 2, "auto")  # decoding
     monkeypatch.setattr(cdmoe, "kernels_take", lambda _: False)
     assert not merges(c, 256, 2, "auto")
+
+
+def test_the_operators_are_sound_and_keep_little() -> None:
+    """PyTorch's own check; and for the backward pass no tensor is kept that has a number for each expert."""
+    product = make_product((6, 16, 2, 3), torch.float32, seed=5).requires_grad_()
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(chosen_hidden, (product, 16, 4, 2, 3), test_utils=tests)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        hidden, *rest = chosen_hidden(product, 16, 4, 2, 3)
+    assert {tuple(t.shape) for t in kept} == {(6, 2, 3)}
+    arguments = (hidden.detach(), *rest, 4, product.shape[1])
+    torch.library.opcheck(chosen_hidden_backward, arguments, test_utils=tests[:2])

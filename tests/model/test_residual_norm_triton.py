@@ -9,7 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="there is no Triton for this machine")
 
 from doge_lm.model import residual_norm_triton
-from doge_lm.model.residual_norm_triton import MOST_FEATURES, add_norm, add_norm_backward
+from doge_lm.model.residual_norm_triton import MOST_FEATURES, add_norm, add_norm_and_keep, add_norm_backward
 
 from .support import relative_error
 
@@ -45,14 +45,14 @@ def plain(residual: Tensor, branch: Tensor, weight: Tensor, eps: float = EPS) ->
     return total, total / (total.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def assert_close(name: str, found: Tensor, expected: Tensor) -> None:
-    """Relative to the whole and to each row, to the precision of the type found."""
+def assert_close(name: str, found: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Relative to the whole and to each row, to the precision of a type, by default of that found."""
     found, expected = found.detach(), expected.detach()
     assert found.shape == expected.shape, name
     if float(expected.norm()) == 0:
         assert not found.any(), name
         return
-    tolerance = TOLERANCE[found.dtype]
+    tolerance = TOLERANCE[dtype or found.dtype]
     assert relative_error(found, expected) <= tolerance, name
     if found.ndim == 2:
         errors = (found.double() - expected.double()).norm(dim=1)
@@ -77,7 +77,7 @@ def assert_exact(
         else:
             assert leaf.grad is not None, name
             assert leaf.grad.dtype == leaf.dtype, name
-            assert_close(name, leaf.grad, other.grad)
+            assert_close(name, leaf.grad, other.grad, tensors[1].dtype)  # by way of a sum in the branch's type
 
 
 def directions_for(m: int, d: int, dtype: torch.dtype, used: str = "both") -> tuple[Tensor | None, Tensor | None]:
@@ -123,7 +123,7 @@ def test_the_type_asked_for_is_that_of_the_gradient() -> None:
     assert_close("normed", found, expected)
     grads = torch.autograd.grad(found, leaves, direction), torch.autograd.grad(expected, wide, direction.double())
     for name, one, other in zip(("residual", "branch", "weight"), *grads, strict=True):
-        assert_close(name, one, other)
+        assert_close(name, one, other, torch.bfloat16)
 
 
 def test_everything_in_bfloat16() -> None:
@@ -186,13 +186,34 @@ def test_the_operators_are_sound() -> None:
     """PyTorch's own check: shapes and types of the fakes, no aliases, no changed arguments, the gradient's place."""
     tensors = tuple(x.requires_grad_() for x in inputs(6, 9))
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    for dtype in (None, torch.float32):
-        torch.library.opcheck(add_norm, (*tensors, EPS, dtype), test_utils=tests)
+    for dtype, keep in ((torch.bfloat16, True), (torch.float32, False)):
+        torch.library.opcheck(add_norm_and_keep, (*tensors, EPS, dtype, keep), test_utils=tests)
     total, normed = normal(6, 9, seed=5), normal(6, 9, seed=6, dtype=torch.bfloat16)
     saved, weight = tensors[0].detach(), tensors[2].detach()
-    for sum_grad, weight_d in ((None, weight), (total, weight.bfloat16())):
-        arguments = (sum_grad, normed, saved, weight_d, EPS, torch.bfloat16)
+    for sum_grad, kept, weight_d in ((None, saved, weight), (total, saved.bfloat16(), weight.bfloat16())):
+        arguments = (sum_grad, normed, kept, weight_d, EPS, torch.float32, torch.bfloat16)
         torch.library.opcheck(add_norm_backward, arguments, test_utils=tests[:2])
+
+
+@pytest.mark.parametrize(
+    ("types", "kept_type"),
+    [
+        ((torch.float32, torch.bfloat16), torch.bfloat16),
+        ((torch.float32, torch.float32), torch.float32),
+        ((torch.bfloat16, torch.bfloat16), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_the_sum_is_kept_in_the_shorter_type(types: tuple[torch.dtype, ...], kept_type: torch.dtype) -> None:
+    """And nothing else of its size; without a gradient nothing is written to be kept."""
+    residual, branch, weight = inputs(33, 20)
+    leaves = [x.detach().to(t).requires_grad_() for x, t in zip((residual, branch), types, strict=True)]
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        add_norm(*leaves, weight, EPS)
+    assert [t.dtype for t in kept if t.ndim == 2] == [kept_type]
+    with torch.no_grad():
+        assert not add_norm_and_keep(*leaves, weight, EPS, types[1], False)[2].numel()
 
 
 @pytest.mark.parametrize("used", ["both", "sum", "normed"])

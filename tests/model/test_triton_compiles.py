@@ -69,7 +69,7 @@ def compile_all(dtype: torch.dtype) -> None:
     for name, module in sys.modules.items():
         if name.startswith("doge_lm.model.") and hasattr(module, "launcher"):
             module.launcher = Compiler
-    m, heads, k, n, f = 32, 2, 4, 1024, 256
+    m, heads, k, n, f = 40, 2, 4, 1024, 256
 
     def leaf(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype).requires_grad_()
@@ -88,11 +88,13 @@ def compile_all(dtype: torch.dtype) -> None:
         (total.sum() + normed.sum()).backward()
     experts = torch.zeros_like(experts).flatten(1)
     table = leaf(n, f, dtype=torch.float32)
-    out = cdmoe_triton.experts_output(
-        leaf(m, f), weights.detach().flatten(1), experts, table, table, torch.nn.functional.silu, dtype
-    )
-    out.sum().backward()
-    hidden, _, _ = expert_hidden_triton.chosen_hidden(leaf(m, n + heads * 64), n, 32, heads, k)
+    few = leaf(m * heads * k // 4, f, dtype=torch.float32)  # rows, so that each has several tokens
+    for rows in (table, few):
+        out = cdmoe_triton.experts_output(
+            leaf(m, f), weights.detach().flatten(1), experts, rows, rows, torch.nn.functional.silu, dtype
+        )
+        out.sum().backward()
+    hidden = expert_hidden_triton.chosen_hidden(leaf(m, n + heads * 64), n, 32, heads, k)[0]
     hidden.sum().backward()
     silu_product_triton.silu_product(leaf(m, 128), leaf(f, 128)).sum().backward()
     if dtype == torch.bfloat16:
@@ -113,7 +115,8 @@ def test_every_kernel_compiles(dtype: str) -> None:
     kernels = {
         "_add_norm_kernel", "_add_norm_backward_kernel", "_inner_value_kernel", "_inner_value_backward_kernel",
         "_rotation_kernel", "_rotation_backward_kernel", "_topk_kernel", "_topk_backward_kernel", "_hidden_kernel",
-        "_hidden_backward_kernel", "_dots_kernel", "_bag_kernel", "_scatter_kernel", "_join_kernel", "_spread_kernel",
-        "_silu_kernel", "_silu_backward_kernel",
+        "_hidden_backward_kernel", "_dots_kernel", "_bag_kernel", "_scatter_kernel", "_chunk_kernel",
+        "_long_run_kernel", "_join_kernel",
+        "_spread_kernel", "_silu_kernel", "_silu_backward_kernel",
     }  # fmt: skip
     assert set(found.stdout.split()) == kernels | ({"_silu_product_kernel"} if dtype == "bfloat16" else set())

@@ -41,13 +41,15 @@ def test_the_plan_has_the_design_s_numbers(name):
     assert plan.memory.total <= 0.75 * GPU.memory
 
 
-@pytest.mark.parametrize(("name", "micro_batch", "gib"), [("doge_25M", 32, 6.12), ("doge_450M", 8, 21.85)])
+@pytest.mark.parametrize(
+    ("name", "micro_batch", "gib"), [("doge_25M", 32, 4.47), ("doge_80M", 32, 15.65), ("doge_450M", 16, 30.76)]
+)
 def test_the_estimate_of_memory_is_near_what_was_measured(name, micro_batch, gib):
-    """On an H100 at a length of 2,048 (benchmarks/RESULTS.md, docs/log.md, 2026-11-25)."""
+    """On an H100 and an H200 at a length of 2,048 (benchmarks/RESULTS.md, 2026-11-28)."""
     settings = load_settings(name, ["sequence_length=2048", "document_mask=false"])
     config = settings.model_config()
     found = estimate_memory(config, settings.train, count_model(config).total, micro_batch, True, True).total / 2**30
-    assert gib <= found <= 1.1 * gib
+    assert gib <= found <= 1.15 * gib
 
 
 def test_parameters_and_work_counted_by_hand():

@@ -8,9 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from doge_lm.cli import main
+from doge_lm.data import dataset as dataset_module
 from doge_lm.data.dataset import PackedCollator, load_prepared
 from doge_lm.errors import UserError
-from doge_lm.model.modeling_doge import DogeForCausalLM
+from doge_lm.model.modeling_doge import DogeForCausalLM, DogeModel
 from doge_lm.training import pretrain
 from doge_lm.training.checkpoints import RunRecord, check_whole, list_checkpoints
 from doge_lm.training.hardware import Hardware
@@ -144,6 +145,24 @@ def test_the_first_logged_loss_is_that_of_the_first_rows_of_the_order(world, tmp
                 count += 1
     assert losses(tmp_path)[1] == pytest.approx(total / count, abs=1e-5)
     assert log_lines(tmp_path)[0]["targets_seen"] == count
+
+
+def test_blocks_reach_the_model_and_change_no_loss(world, tmp_path, monkeypatch):
+    """Over micro-batches and evaluations; a model on a CPU takes the positions all the same."""
+    settings = {"document_mask": True, "per_epoch_max_steps": 2, "num_train_epochs": 1, "dataloader_num_workers": 0}
+    assert train(world, tmp_path / "without", **settings) == 0
+    monkeypatch.setattr(dataset_module, "_BLOCK", LENGTH // 2)
+    given = []
+    documents = DogeModel._documents
+
+    def noting(self, x_BTd, position_ids, starts, blocks):
+        given.append((self.training, blocks["documents"].shape == position_ids.shape, starts is not None))
+        return documents(self, x_BTd, position_ids, starts, blocks)
+
+    monkeypatch.setattr(DogeModel, "_documents", noting)
+    assert train(world, tmp_path / "with", **settings) == 0
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    assert set(given) == {(True, True, True), (False, True, True)}
 
 
 @pytest.mark.slow
@@ -395,6 +414,31 @@ def test_cuda_graphs_change_no_loss(world, tmp_path):
         found.append(losses(place))
     assert found[0] == pytest.approx(found[1], abs=2e-3)
     assert len(found[0]) == 12
+
+
+def test_a_step_that_only_compiles_leaves_nothing_behind(world, tmp_path, monkeypatch):
+    """It comes before the first batch, on as many rows; losses and dropout are those of a run without it."""
+    settings = {"per_epoch_max_steps": 2, "num_train_epochs": 2, "eval_steps": 4, "dataloader_num_workers": 1}
+    settings |= {"model": {"hidden_dropout": 0.2}}
+    assert train(world, tmp_path / "without", **settings) == 0
+    steps = []
+
+    class CompilingTrainer(pretrain.DogeTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self._compiles_meanwhile = True  # as on a GPU
+
+        def training_step(self, model, inputs, *args, **kwargs):
+            assert all(parameter.grad is None for parameter in model.parameters()) or len(steps) > 1
+            steps.append(inputs["input_ids"].shape)
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(pretrain, "DogeTrainer", CompilingTrainer)
+    assert train(world, tmp_path / "with", **settings) == 0
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    accumulated = len(steps) // 4
+    assert len(steps) == 4 * accumulated + 1
+    assert len(set(steps)) == 1
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ IGNORED_LABEL = -100
 # other batches but that there is one number for each token, which costs some time.
 _USUAL_PIECE = 32
 _FEWEST_PIECES = 64
+# Of `doge_lm.model.document_attention`, which the processes that make batches need not load.
+_BLOCK = 128
 _HOW_TO_MAKE = (
     "make it with `doge-lm preprocess_datasets` and then `doge-lm merge_datasets` (`doge-lm download_datasets` comes "
     "before them; see --help of each)"
@@ -155,14 +157,16 @@ class PackedCollator:
         document_mask: also give `position_ids` that restart at 0 at every piece (and once more where the padding
             begins), by which attention can be kept within documents, and `cu_seq_lens_q`.
         vocab_size: if given, ids that are not below it are refused.
+        document_blocks: with `document_mask`, where T is a multiple of 128, also give `document_blocks`.
     """
 
     pad_token_id: int
     sequence_length: int
     document_mask: bool = False
     vocab_size: int | None = None
+    document_blocks: bool = False
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Makes a batch.
 
         Args:
@@ -170,7 +174,8 @@ class PackedCollator:
 
         Returns:
             `input_ids` and `labels`, and with `document_mask` `position_ids`: int64, (B, T). With it also
-            `cu_seq_lens_q`, int32: where pieces begin in the B·T tokens, then B·T up to one of two sizes.
+            `cu_seq_lens_q`, int32: where pieces begin in the B·T tokens, then B·T up to one of two sizes. If asked for,
+            `document_blocks`: the fields of `doge_lm.model.document_attention.DocumentBlocks`.
 
         Raises:
             ValueError: if a row is longer than `sequence_length`.
@@ -200,13 +205,16 @@ class PackedCollator:
                 "is damaged, or was made with another tokenizer; run preprocess_datasets and merge_datasets again"
             )
         ignored_BT = (np.cumsum(context_BT1, axis=1)[:, :T] > 0) | first_BT1[:, :T]
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": torch.from_numpy(ids_BT),
             "labels": torch.from_numpy(np.where(ignored_BT, IGNORED_LABEL, ids_BT)),
         }
         if self.document_mask:
             batch["position_ids"] = torch.from_numpy(_positions(first_BT1[:, :T]))
             batch["cu_seq_lens_q"] = torch.from_numpy(_cumulative_lengths(first_BT1[:, :T]))
+            if self.document_blocks and T % _BLOCK == 0:
+                blocks = _document_blocks(first_BT1[:, :T])
+                batch["document_blocks"] = {name: torch.from_numpy(part) for name, part in blocks.items()}
         return batch
 
 
@@ -224,3 +232,22 @@ def _cumulative_lengths(first_BT: np.ndarray) -> np.ndarray:
     lengths = np.full((usual if len(starts) <= usual else tokens) + 1, tokens, np.int32)
     lengths[: len(starts)] = starts
     return lengths
+
+
+def _document_blocks(first_BT: np.ndarray) -> dict[str, np.ndarray]:
+    """As `doge_lm.model.document_attention.document_blocks`, of where pieces begin."""
+    documents_BT = np.cumsum(first_BT, axis=1, dtype=np.int32)
+    first_BJ, last_BJ = documents_BT[:, ::_BLOCK], documents_BT[:, _BLOCK - 1 :: _BLOCK]
+    blocks_in_row = first_BJ.shape[1]
+    index_J = np.arange(blocks_in_row, dtype=np.int32)
+    before_JJ = index_J[None, :] < index_J[:, None]
+    full_BJJ = before_JJ & (first_BJ[:, None, :] == last_BJ[:, :, None])
+    seen_BJJ = (before_JJ & (last_BJ[:, None, :] >= first_BJ[:, :, None])) | (index_J[None, :] == index_J[:, None])
+    blocks = {"documents": documents_BT}
+    for kind, listed_BJJ in (("partial", seen_BJJ & ~full_BJJ), ("full", full_BJJ)):
+        # Listed columns first: twice as fast as argsort.
+        indices_BJJ = np.sort(np.where(listed_BJJ, index_J, index_J + blocks_in_row), axis=-1) % blocks_in_row
+        # Reshaped, since a dimension made by None has the stride 0, not the usual one.
+        blocks[f"{kind}_counts"] = listed_BJJ.sum(-1, dtype=np.int32).reshape(-1, 1, blocks_in_row)
+        blocks[f"{kind}_indices"] = indices_BJJ.reshape(-1, 1, blocks_in_row, blocks_in_row)
+    return blocks

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from doge_lm.errors import UserError
@@ -88,7 +89,7 @@ class Evaluation:
 def evaluate(
     model: nn.Module,
     dataset: Rows,
-    collator: Callable[[list[dict]], dict[str, Tensor]],
+    collator: Callable[[list[dict]], dict[str, Any]],
     batch_size: int,
     *,
     bf16: bool = False,
@@ -138,10 +139,10 @@ def _shares(dataset: Rows, batch_size: int, reducer: Reducer | None) -> Iterator
         yield [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
 
 
-def _score(model: nn.Module, inputs: dict[str, Tensor], bf16: bool) -> tuple[Sequence[float], Sequence[int]]:
+def _score(model: nn.Module, inputs: dict[str, Any], bf16: bool) -> tuple[Sequence[float], Sequence[int]]:
     """Summed negative log-likelihood and number of targets of each row."""
     device = next(model.parameters()).device
-    inputs = {name: value.to(device) for name, value in inputs.items()}
+    inputs = send_to_device(inputs, device)
     labels_BT = inputs.pop("labels")
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
         # `forward`, not the call: a model compiled for training would be compiled again for these shapes.

@@ -32,11 +32,10 @@ PATHS = ("auto", "gather", "dense", "sparse")
 # Where "auto" stops computing all N experts for every token, whatever K is. The two matrix products of the dense path
 # cost 2·M·N·(e + d) operations each way; the others read and, in the backward pass, add up 2·M·K rows.
 DENSE_MAX_EXPERTS = 2048
-# Where the sparse path runs, the dense one is chosen up to so many experts for each of a token's K. On an H100, 16,384
-# tokens, d = e = 1,024, K = 32, forward and backward: dense took 1.3 ms at N = 1,024, 1.5 at 4,096, 5.0 at 16,384;
-# sparse 2.7 at 1,024 and 2.8 at 65,536; so they met near 8,192. Both have changed since: at 8,192 a later run has dense
-# at 4.6 and sparse at 2.6, so the number is too high; to be measured anew (benchmarks/cdmoe.py; docs/speed.md).
-DENSE_MAX_EXPERTS_FOR_ONE = 256
+# Where the sparse path runs, the dense one is chosen up to so many experts for each of a token's K. On an H200, 16,384
+# tokens, d = e = 1,024, K = 32, forward and backward: dense took 0.7 ms at N = 1,024, 1.2 at 2,048, 2.3 at 4,096;
+# sparse 1.3 at 1,024, 1.4 at 2,048, 1.0 at 4,096, 1.3 at 65,536. Other K were not measured (benchmarks/cdmoe.py).
+DENSE_MAX_EXPERTS_FOR_ONE = 64
 # With fewer tokens than this (decoding), the dense path would read all N rows to use K of them a token.
 DENSE_MIN_TOKENS = 32
 
@@ -186,7 +185,7 @@ def merged_cdmoe(
     weight_CE = torch.cat((down_embed, keys_CE.to(down_embed.dtype)))
     # Rows of the product begin at whole 16 bytes, for the matrix units.
     product_MC = F.linear(c_Me, F.pad(weight_CE, (0, 0, 0, -len(weight_CE) % 8)))
-    hidden_MN, _, _ = chosen_hidden(product_MC, down_embed.shape[0], n1, heads, k)
+    hidden_MN = chosen_hidden(product_MC, down_embed.shape[0], n1, heads, k)[0]
     return F.linear(hidden_MN, up_embed.t())
 
 

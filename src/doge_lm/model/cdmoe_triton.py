@@ -14,14 +14,14 @@ is left to PyTorch. The backward pass of `bag` is a `dots` and a `scatter` that 
 The rows that are gathered are many times what the tables hold, so what counts is that they come from the second-level
 cache: programs work through all tokens for one slice of the features before the next slice (`_width`).
 
-In `scatter` no two programs add to one row: the assignments are sorted by row and cut into chunks of equal length, so a
-row that many tokens take costs no more than others. Where a chunk cuts the run of a row, a second kernel adds up the
-parts in order. So the result is the same every time.
+In `scatter` no two programs add to one row: the assignments are sorted by row, and a program sums those of its rows. A
+row that very many tokens take is summed by chunks of equal length instead, and a further kernel adds up these parts in
+order. So the result is the same every time, and no row holds up the others.
 
 Shapes, the one legend of this file; a tensor's name ends in its shape where it helps:
 
-    M  tokens              N  rows of the table        A  assignments, M·K
-    K  rows of a token     F  features                 s  slices of the features
+    M  tokens              N  rows of the table        A  assignments, M·K           R  segments of a program
+    K  rows of a token     F  features                 s  slices of the features     U  rows on their way at a time
 """
 
 from collections.abc import Callable
@@ -34,11 +34,15 @@ from torch import Tensor
 
 from .triton_operator import INTERPRETED, by_rows, launcher, operator
 
-CHUNK = 32
-"""Assignments that one program of `scatter` sums."""
+CHUNK = 64
+"""Assignments of a chunk, where a row has too many for one program, or most have few; a multiple of 8."""
+
+LONGEST = 256
+"""The most assignments of a row that one program sums; at least `CHUNK`, so that a longer run reaches a chunk's end."""
 
 _NARROWEST = 128  # features, or too little is read of a row at a time
 _WIDEST = 512  # features of a program, which is one warp: 16 numbers a lane
+_FEW = 2  # assignments of a row on average, below which most are not worth a program: they go by chunks
 _UNROLLED = 8  # rows whose loads are under way at a time
 _JOINED = 16  # parts of a run that are added up at a time
 _SPREAD_CELLS = 4096
@@ -86,7 +90,92 @@ def _bag_kernel(
 
 
 @triton.jit
+def _segment_sums(
+    weights_ptr, rows_ptr, order_ptr, table_ptr, dots_ptr, begin, end, to, f, A, K, F, row_stride, table_stride,
+    U: tl.constexpr, DOTS: tl.constexpr,
+):  # fmt: skip
+    """Σ weight · row over the assignments [begin, end) of each of R segments, for the features f: (R, BF).
+
+    With DOTS, also these rows' products with row `to` of the table, (R,), to which the segment is assigned.
+    """
+    sums = tl.zeros((begin.shape[0], f.shape[0]), tl.float32)
+    features = (f < F)[None, :]
+    if DOTS:
+        at = to[:, None] * table_stride + f[None, :]
+        taken = tl.load(table_ptr + at, mask=(begin < end)[:, None] & features, other=0.0).to(tl.float32)
+    for step in range(0, tl.max(end - begin, axis=0), U):
+        # All U rows are on their way before the first is used: no load may pass a store.
+        rows = ()
+        for u in tl.static_range(U):
+            there = begin + step + u < end
+            assignment = tl.load(order_ptr + begin + step + u, mask=there, other=0).to(tl.int64)
+            weight = tl.load(weights_ptr + assignment, mask=there, other=0.0).to(tl.float32)
+            row_at = (assignment // K * row_stride)[:, None] + f[None, :]
+            row = tl.load(rows_ptr + row_at, mask=there[:, None] & features, other=0.0)
+            rows = rows + ((there, assignment, weight, row),)  # type: ignore[assignment]  # noqa: RUF005  (Triton knows no unpacking)
+        for u in tl.static_range(U):
+            there, assignment, weight, row = rows[u]
+            row = row.to(tl.float32)
+            if DOTS:
+                tl.store(dots_ptr + assignment, tl.sum(row * taken, axis=1), mask=there)
+            sums += weight[:, None] * row
+    return sums
+
+
+@triton.jit
 def _scatter_kernel(
+    weights_ptr, rows_ptr, order_ptr, starts_ptr, out_ptr, table_ptr, dots_ptr, N, A, K, F, row_stride, table_stride,
+    LONGEST: tl.constexpr, U: tl.constexpr, R: tl.constexpr, BF: tl.constexpr, DOTS: tl.constexpr,
+):  # fmt: skip
+    """BF features of R rows of the table, zeros where no token took the row; longer ones than LONGEST are left out."""
+    n = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    begin = tl.load(starts_ptr + n, mask=n < N, other=0)
+    end = tl.load(starts_ptr + n + 1, mask=n < N, other=0)
+    mine = (n < N) & (end - begin <= LONGEST)
+    sums = _segment_sums(
+        weights_ptr, rows_ptr, order_ptr, table_ptr, dots_ptr + tl.program_id(1).to(tl.int64) * A,
+        begin, tl.where(mine, end, begin), n, f, A, K, F, row_stride, table_stride, U, DOTS,
+    )  # fmt: skip
+    tl.store(
+        out_ptr + n[:, None] * F + f[None, :],
+        sums.to(out_ptr.dtype.element_ty),
+        mask=mine[:, None] & (f < F)[None, :],
+    )
+
+
+@triton.jit
+def _run_at(keys_ptr, starts_ptr, at, there):
+    """Of the run that holds the sorted assignment `at`: its row, its begin and its end."""
+    row = tl.load(keys_ptr + at, mask=there, other=0).to(tl.int64)
+    return row, tl.load(starts_ptr + row, mask=there, other=0), tl.load(starts_ptr + row + 1, mask=there, other=0)
+
+
+@triton.jit
+def _long_run_kernel(
+    weights_ptr, rows_ptr, keys_ptr, order_ptr, starts_ptr, partial_ptr, table_ptr, dots_ptr, A, K, F,
+    row_stride, table_stride,
+    CHUNK: tl.constexpr, LONGEST: tl.constexpr, U: tl.constexpr, R: tl.constexpr, BF: tl.constexpr,
+    DOTS: tl.constexpr,
+):  # fmt: skip
+    """BF features of R parts of long runs. Each chunk has places for two: the run at its begin, another at its end."""
+    place = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    first = place // 2 * CHUNK
+    last = tl.minimum(first + CHUNK, A) - 1
+    there = first < A
+    row, begin, end = _run_at(keys_ptr, starts_ptr, tl.where(place % 2 == 0, first, last), there)
+    mine = there & (end - begin > LONGEST) & ((place % 2 == 0) | (begin > first))
+    begin = tl.maximum(begin, first)
+    sums = _segment_sums(
+        weights_ptr, rows_ptr, order_ptr, table_ptr, dots_ptr + tl.program_id(1).to(tl.int64) * A,
+        begin, tl.where(mine, tl.minimum(end, last + 1), begin), row, f, A, K, F, row_stride, table_stride, U, DOTS,
+    )  # fmt: skip
+    tl.store(partial_ptr + place[:, None] * F + f[None, :], sums, mask=mine[:, None] & (f < F)[None, :])
+
+
+@triton.jit
+def _chunk_kernel(
     weights_ptr, rows_ptr, keys_ptr, order_ptr, out_ptr, partial_ptr, table_ptr, dots_ptr, A, K, F,
     row_stride, table_stride,
     CHUNK: tl.constexpr, U: tl.constexpr, BF: tl.constexpr, DOTS: tl.constexpr,
@@ -141,33 +230,24 @@ def _scatter_kernel(
 
 @triton.jit
 def _join_kernel(
-    keys_ptr, out_ptr, partial_ptr, A, F, CHUNK: tl.constexpr, BF: tl.constexpr, STEPS: tl.constexpr,
-    PARTS: tl.constexpr,
+    keys_ptr, starts_ptr, out_ptr, partial_ptr, A, F,
+    CHUNK: tl.constexpr, LONGEST: tl.constexpr, BF: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the parts of the run that begins in a chunk and goes on beyond it, if there is one."""
+    """Adds up the parts of the run that begins in a chunk and goes on beyond it, if it is longer than LONGEST."""
     chunk = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BF + tl.arange(0, BF)
-    end = (chunk + 1) * CHUNK
-    key = tl.load(keys_ptr + end - 1, mask=end - 1 < A, other=-2)
-    first = tl.load(keys_ptr + chunk * CHUNK)
-    before = tl.load(keys_ptr + chunk * CHUNK - 1, mask=chunk > 0, other=-1)
-    after = tl.load(keys_ptr + end, mask=end < A, other=-1)
-    begins = (key == after) & ((first != key) | (before != key))
-    # Halving finds the run's last assignment: keys at `low` are the run's, at `high` they are not.
-    low, high = end - 1, tl.where(begins, A, end).to(tl.int64)
-    for _ in range(STEPS):
-        middle = (low + high) // 2
-        inside = tl.load(keys_ptr + middle, mask=middle < A, other=-1) == key
-        low, high = tl.where(inside, middle, low), tl.where(inside, high, middle)
-    last = low // CHUNK
-    own = 2 * chunk + (first != key).to(tl.int64)
+    first = chunk * CHUNK
+    row, begin, end = _run_at(keys_ptr, starts_ptr, tl.minimum(first + CHUNK, A) - 1, chunk >= 0)
+    begins = (end - begin > LONGEST) & (begin >= first) & (end > first + CHUNK)
+    own = 2 * chunk + (begin > first).to(tl.int64)
     sums = tl.load(partial_ptr + own * F + f, mask=begins & (f < F), other=0.0)
     part = tl.arange(0, PARTS)
+    last = tl.where(begins, (end - 1) // CHUNK, chunk)
     for start in range(chunk + 1, last + 1, PARTS):
         there = (start + part <= last)[:, None] & (f < F)[None, :]
         parts = tl.load(partial_ptr + 2 * (start + part)[:, None] * F + f[None, :], mask=there, other=0.0)
         sums += tl.sum(parts, axis=0)
-    tl.store(out_ptr + key.to(tl.int64) * F + f, sums.to(out_ptr.dtype.element_ty), mask=begins & (f < F))
+    tl.store(out_ptr + row * F + f, sums.to(out_ptr.dtype.element_ty), mask=begins & (f < F))
 
 
 @triton.jit
@@ -212,13 +292,13 @@ def experts_output(
     """
     experts_MK = experts_MK.contiguous()
     if torch.is_grad_enabled():
-        keys_A, order_A = sort_assignments(experts_MK, down_embed.shape[0])
+        keys_A, order_A, starts_N1 = sort_assignments(experts_MK, down_embed.shape[0])
     else:  # only a backward pass sums by them
-        keys_A, order_A = (experts_MK.new_empty(0, dtype=torch.int32) for _ in range(2))
+        keys_A, order_A, starts_N1 = (experts_MK.new_empty(0, dtype=torch.int32) for _ in range(3))
     down_read, up_read = (_to_read(table, dtype, experts_MK.numel()) for table in (down_embed, up_embed))
-    inner_MK = dots(c_Me, down_embed, down_read, experts_MK, keys_A, order_A)
+    inner_MK = dots(c_Me, down_embed, down_read, experts_MK, keys_A, order_A, starts_N1)
     hidden_MK = act(weights_MK * inner_MK)
-    return bag(hidden_MK, up_embed, up_read, experts_MK, keys_A, order_A, dtype)
+    return bag(hidden_MK, up_embed, up_read, experts_MK, keys_A, order_A, starts_N1, dtype)
 
 
 def _to_read(table_NF: Tensor, dtype: torch.dtype, assignments: int) -> Tensor:
@@ -232,20 +312,31 @@ def is_usable(x: Tensor) -> bool:
     return (x.is_cuda or INTERPRETED) and x.dtype != torch.float64
 
 
-def sort_assignments(index_MK: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """The rows that all assignments take, ascending, and the number of each assignment: (A,) each, int32.
+def sort_assignments(index_MK: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows that all assignments take, ascending; the number of each assignment; where those of each row begin.
 
     Equal rows stay in the order of their tokens, so that sums are always made in the same order.
+
+    Returns:
+        (A,), (A,), and (N + 1,) with A at last, int32.
     """
     # A radix sort passes over the numbers once for each of their bytes.
     short = torch.uint8 if num_rows <= 2**8 else torch.int16 if num_rows <= 2**15 else torch.int32
     keys_A, order_A = index_MK.flatten().to(short).sort(stable=True)
-    return keys_A.int(), order_A.int()
+    rows_N1 = torch.arange(num_rows + 1, device=index_MK.device, dtype=torch.int32)
+    keys_A = keys_A.int()
+    return keys_A, order_A.int(), torch.searchsorted(keys_A, rows_N1, out_int32=True)
 
 
 @operator("doge_lm::expert_dots")
 def dots(
-    rows_MF: Tensor, table_NF: Tensor, read_NF: Tensor, index_MK: Tensor, keys_A: Tensor, order_A: Tensor
+    rows_MF: Tensor,
+    table_NF: Tensor,
+    read_NF: Tensor,
+    index_MK: Tensor,
+    keys_A: Tensor,
+    order_A: Tensor,
+    starts_N1: Tensor,
 ) -> Tensor:
     """S[m, k] = rows[m] · table[index[m, k]], (M, K) in float32.
 
@@ -254,8 +345,9 @@ def dots(
         table_NF: gets the gradient, in its own type.
         read_NF: the same table, in the type in which it is to be read.
         index_MK: int64, contiguous, in [0, N).
-        keys_A: from `sort_assignments`, as `order_A`; the backward pass sums by them.
+        keys_A: from `sort_assignments`, as `order_A` and `starts_N1`; the backward pass sums by them.
         order_A: see there.
+        starts_N1: see there.
     """
     (m, f), k = rows_MF.shape, index_MK.shape[1]
     if not m * k * f:
@@ -279,6 +371,7 @@ def bag(
     index_MK: Tensor,
     keys_A: Tensor,
     order_A: Tensor,
+    starts_N1: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
     """Y[m] = Σ_k weights[m, k] table[index[m, k]], (M, F) in `dtype`; the other arguments are those of `dots`."""
@@ -296,18 +389,24 @@ def bag(
 
 @operator("doge_lm::expert_scatter")
 def scatter(
-    weights_MK: Tensor, rows_MF: Tensor, keys_A: Tensor, order_A: Tensor, num_rows: int, dtype: torch.dtype
+    weights_MK: Tensor, rows_MF: Tensor, keys_A: Tensor, order_A: Tensor, starts_N1: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """G[n] = Σ weights[m, k] rows[m] over the assignments of row n, (num_rows, F) in `dtype`; zeros where none."""
-    return _scattered(weights_MK, rows_MF, keys_A, order_A, num_rows, dtype, None)[0]
+    """G[n] = Σ weights[m, k] rows[m] over the assignments of row n, (N, F) in `dtype`; zeros where none."""
+    return _scattered(weights_MK, rows_MF, keys_A, order_A, starts_N1, dtype, None)[0]
 
 
 @operator("doge_lm::expert_scatter_and_dots")
 def scatter_and_dots(
-    weights_MK: Tensor, rows_MF: Tensor, read_NF: Tensor, keys_A: Tensor, order_A: Tensor, dtype: torch.dtype
+    weights_MK: Tensor,
+    rows_MF: Tensor,
+    read_NF: Tensor,
+    keys_A: Tensor,
+    order_A: Tensor,
+    starts_N1: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """`scatter` and `dots` of the same rows and index, which are read once."""
-    return _scattered(weights_MK, rows_MF, keys_A, order_A, read_NF.shape[0], dtype, read_NF)
+    return _scattered(weights_MK, rows_MF, keys_A, order_A, starts_N1, dtype, read_NF)
 
 
 @operator("doge_lm::expert_spread")
@@ -338,28 +437,43 @@ def _scattered(
     rows_MF: Tensor,
     keys_A: Tensor,
     order_A: Tensor,
-    num_rows: int,
+    starts_N1: Tensor,
     dtype: torch.dtype,
     read_NF: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    (m, k), f = weights_MK.shape, rows_MF.shape[1]
-    out_NF = rows_MF.new_zeros((num_rows, f), dtype=dtype)
+    (m, k), f, n = weights_MK.shape, rows_MF.shape[1], starts_N1.shape[0] - 1
+    few = m * k < _FEW * n
     if not m * k * f:
-        return out_NF, rows_MF.new_zeros((m, k), dtype=torch.float32)
-    rows_MF = by_rows(rows_MF)
-    read_NF = None if read_NF is None else by_rows(read_NF)
-    chunks, block = triton.cdiv(m * k, CHUNK), min(triton.next_power_of_2(f), _WIDEST)
+        return rows_MF.new_zeros((n, f), dtype=dtype), rows_MF.new_zeros((m, k), dtype=torch.float32)
+    out_NF = (rows_MF.new_zeros if few else rows_MF.new_empty)((n, f), dtype=dtype)
+    weights_MK, rows_MF = weights_MK.contiguous(), by_rows(rows_MF)
+    given, read_NF = read_NF is not None, rows_MF if read_NF is None else by_rows(read_NF)  # some pointer, never read
+    segments, unrolled, most, warps = (1, 8, _WIDEST, 1) if few or given else (4, 4, _WIDEST // 2, 4)
+    chunks, block = triton.cdiv(m * k, CHUNK), min(triton.next_power_of_2(f), most)
     slices = triton.cdiv(f, block)
     partial = rows_MF.new_empty((2 * chunks, f), dtype=torch.float32)
-    dots_sMK = rows_MF.new_empty((0 if read_NF is None else slices, m, k), dtype=torch.float32)
-    launcher(_scatter_kernel)[(chunks, slices)](
-        weights_MK.contiguous(), rows_MF, keys_A, order_A, out_NF, partial, read_NF, dots_sMK, m * k, k, f,
-        rows_MF.stride(0), 0 if read_NF is None else read_NF.stride(0),
-        CHUNK=CHUNK, U=_UNROLLED, BF=block, DOTS=read_NF is not None, num_warps=1,
-    )  # fmt: skip
+    dots_sMK = rows_MF.new_empty((slices if given else 0, m, k), dtype=torch.float32)
+    if few:
+        launcher(_chunk_kernel)[(chunks, slices)](
+            weights_MK, rows_MF, keys_A, order_A, out_NF, partial, read_NF, dots_sMK, m * k, k, f,
+            rows_MF.stride(0), read_NF.stride(0),
+            CHUNK=CHUNK, U=unrolled, BF=block, DOTS=given, num_warps=warps,
+        )  # fmt: skip
+    else:
+        launcher(_scatter_kernel)[(triton.cdiv(n, segments), slices)](
+            weights_MK, rows_MF, order_A, starts_N1, out_NF, read_NF, dots_sMK, n, m * k, k, f,
+            rows_MF.stride(0), read_NF.stride(0),
+            LONGEST=LONGEST, U=unrolled, R=segments, BF=block, DOTS=given, num_warps=warps,
+        )  # fmt: skip
+        launcher(_long_run_kernel)[(triton.cdiv(2 * chunks, segments), slices)](
+            weights_MK, rows_MF, keys_A, order_A, starts_N1, partial, read_NF, dots_sMK, m * k, k, f,
+            rows_MF.stride(0), read_NF.stride(0),
+            CHUNK=CHUNK, LONGEST=LONGEST, U=unrolled, R=segments, BF=block, DOTS=given, num_warps=warps,
+        )  # fmt: skip
     launcher(_join_kernel)[(chunks, slices)](
-        keys_A, out_NF, partial, m * k, f, CHUNK=CHUNK, BF=block, STEPS=(m * k).bit_length(), PARTS=_JOINED
-    )
+        keys_A, starts_N1, out_NF, partial, m * k, f,
+        CHUNK=CHUNK, LONGEST=0 if few else LONGEST, BF=block, PARTS=_JOINED, num_warps=2,
+    )  # fmt: skip
     return out_NF, _sum_of_slices(dots_sMK)
 
 
@@ -382,7 +496,15 @@ def _sum_of_slices(parts_sMK: Tensor) -> Tensor:
 
 
 @dots.register_fake
-def _(rows_MF: Tensor, table_NF: Tensor, read_NF: Tensor, index_MK: Tensor, keys_A: Tensor, order_A: Tensor) -> Tensor:
+def _(
+    rows_MF: Tensor,
+    table_NF: Tensor,
+    read_NF: Tensor,
+    index_MK: Tensor,
+    keys_A: Tensor,
+    order_A: Tensor,
+    starts_N1: Tensor,
+) -> Tensor:
     return rows_MF.new_empty(index_MK.shape, dtype=torch.float32)
 
 
@@ -394,6 +516,7 @@ def _(
     index_MK: Tensor,
     keys_A: Tensor,
     order_A: Tensor,
+    starts_N1: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
     return read_NF.new_empty((index_MK.shape[0], read_NF.shape[1]), dtype=dtype)
@@ -401,14 +524,20 @@ def _(
 
 @scatter.register_fake
 def _(
-    weights_MK: Tensor, rows_MF: Tensor, keys_A: Tensor, order_A: Tensor, num_rows: int, dtype: torch.dtype
+    weights_MK: Tensor, rows_MF: Tensor, keys_A: Tensor, order_A: Tensor, starts_N1: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    return rows_MF.new_empty((num_rows, rows_MF.shape[1]), dtype=dtype)
+    return rows_MF.new_empty((starts_N1.shape[0] - 1, rows_MF.shape[1]), dtype=dtype)
 
 
 @scatter_and_dots.register_fake
 def _(
-    weights_MK: Tensor, rows_MF: Tensor, read_NF: Tensor, keys_A: Tensor, order_A: Tensor, dtype: torch.dtype
+    weights_MK: Tensor,
+    rows_MF: Tensor,
+    read_NF: Tensor,
+    keys_A: Tensor,
+    order_A: Tensor,
+    starts_N1: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     dots_MK = rows_MF.new_empty(weights_MK.shape, dtype=torch.float32)
     return rows_MF.new_empty((read_NF.shape[0], rows_MF.shape[1]), dtype=dtype), dots_MK
@@ -431,13 +560,13 @@ def _save_for_dots(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _dots_backward(ctx: Any, grad_MK: Tensor) -> tuple[Tensor | None, ...]:
-    rows_MF, read_NF, index_MK, keys_A, order_A = ctx.saved_tensors
+    rows_MF, read_NF, index_MK, keys_A, order_A, starts_N1 = ctx.saved_tensors
     rows = table = None
     if ctx.needs_input_grad[0]:
-        rows = bag(grad_MK, read_NF, read_NF, index_MK, keys_A, order_A, rows_MF.dtype)
+        rows = bag(grad_MK, read_NF, read_NF, index_MK, keys_A, order_A, starts_N1, rows_MF.dtype)
     if ctx.needs_input_grad[1]:
-        table = scatter(grad_MK, rows_MF, keys_A, order_A, read_NF.shape[0], ctx.table_type)
-    return rows, table, None, None, None, None
+        table = scatter(grad_MK, rows_MF, keys_A, order_A, starts_N1, ctx.table_type)
+    return rows, table, None, None, None, None, None
 
 
 def _save_for_bag(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -447,13 +576,13 @@ def _save_for_bag(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _bag_backward(ctx: Any, grad_MF: Tensor) -> tuple[Tensor | None, ...]:
-    weights_MK, read_NF, index_MK, keys_A, order_A = ctx.saved_tensors
+    weights_MK, read_NF, index_MK, keys_A, order_A, starts_N1 = ctx.saved_tensors
     weights = table = None
     if ctx.needs_input_grad[1]:
-        table, weights = scatter_and_dots(weights_MK, grad_MF, read_NF, keys_A, order_A, ctx.table_type)
+        table, weights = scatter_and_dots(weights_MK, grad_MF, read_NF, keys_A, order_A, starts_N1, ctx.table_type)
     elif ctx.needs_input_grad[0]:
-        weights = dots(grad_MF, read_NF, read_NF, index_MK, keys_A, order_A)
-    return None if weights is None else weights.to(weights_MK.dtype), table, None, None, None, None, None
+        weights = dots(grad_MF, read_NF, read_NF, index_MK, keys_A, order_A, starts_N1)
+    return None if weights is None else weights.to(weights_MK.dtype), table, None, None, None, None, None, None
 
 
 dots.register_autograd(_dots_backward, setup_context=_save_for_dots)

@@ -2,7 +2,7 @@
 
 The dense path of `cdmoe.cdmoe` scores all experts by a matrix product, and the choice of experts is made from a second
 one with the same input. As one product they read their input once, and so does its gradient; what lies between it and
-the product with U is here.
+the product with U is here. Of the first product, only the K numbers at the chosen experts are kept for the way back.
 
 Shapes, the one legend of this file:
 
@@ -37,38 +37,43 @@ def _sigmoid(x):
 
 @triton.jit
 def _hidden_kernel(
-    product_ptr, weights_ptr, experts_ptr, hidden_ptr, M, N, product_stride,
+    product_ptr, weights_ptr, experts_ptr, hidden_ptr, inner_ptr, M, N, product_stride,
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """BM rows: silu(weight · product) at each chosen expert, the sum where two heads chose it, and zeros."""
+    """BM rows: silu(weight · inner) at each chosen expert, the sum where two heads chose it, and zeros.
+
+    And `inner`: the product there.
+    """
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     n = tl.arange(0, BN)[None, :]
     hidden = tl.zeros((BM, BN), tl.float32)
     for i in tl.static_range(K):
         expert = tl.load(experts_ptr + m * K + i, mask=m < M, other=0)
         weight = tl.load(weights_ptr + m * K + i, mask=m < M, other=0.0)
-        x = weight * tl.load(product_ptr + m * product_stride + expert, mask=m < M, other=0.0).to(tl.float32)
+        inner = tl.load(product_ptr + m * product_stride + expert, mask=m < M, other=0.0)
+        tl.store(inner_ptr + m * K + i, inner, mask=m < M)
+        x = weight * inner.to(tl.float32)
         hidden += tl.where(expert.to(tl.int32)[:, None] == n, (x * _sigmoid(x))[:, None], 0.0)
     mask = (m < M)[:, None] & (n < N)
     tl.store(hidden_ptr + m[:, None] * N + n, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _gradients(grad_ptr, product_ptr, weights_ptr, experts_ptr, m, there, at, N, product_stride):
+def _gradients(grad_ptr, inner_ptr, weights_ptr, experts_ptr, m, there, at, N):
     """Of the choices `at`: expert, weight, and the gradients of product and weight, each (BM,)."""
     expert = tl.load(experts_ptr + at, mask=there, other=0)
     weight = tl.load(weights_ptr + at, mask=there, other=0.0)
-    product = tl.load(product_ptr + m * product_stride + expert, mask=there, other=0.0).to(tl.float32)
+    inner = tl.load(inner_ptr + at, mask=there, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + m * N + expert, mask=there, other=0.0).to(tl.float32)
-    x = weight * product
+    x = weight * inner
     share = _sigmoid(x)
     grad *= share * (1 + x * (1 - share))
-    return expert.to(tl.int32), weight, grad * weight, grad * product
+    return expert.to(tl.int32), weight, grad * weight, grad * inner
 
 
 @triton.jit
 def _hidden_backward_kernel(
-    grad_ptr, product_ptr, weights_ptr, experts_ptr, out_ptr, M, N, C, n1, n2, product_stride,
+    grad_ptr, inner_ptr, weights_ptr, experts_ptr, out_ptr, M, N, C, n1, n2,
     H: tl.constexpr, k: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """The gradient of BM rows of the product: of the experts, of the key scores (that of a softmax), and zeros."""
@@ -81,13 +86,13 @@ def _hidden_backward_kernel(
         mean = tl.zeros((BM,), tl.float32)
         for i in tl.static_range(k):
             expert, weight, product_grad, weight_grad = _gradients(
-                grad_ptr, product_ptr, weights_ptr, experts_ptr, m, there, (m * H + h) * k + i, N, product_stride
+                grad_ptr, inner_ptr, weights_ptr, experts_ptr, m, there, (m * H + h) * k + i, N
             )
             mean += weight * weight_grad
             experts += tl.where(expert[:, None] == n, product_grad[:, None], 0.0)
         for i in tl.static_range(k):
             expert, weight, product_grad, weight_grad = _gradients(
-                grad_ptr, product_ptr, weights_ptr, experts_ptr, m, there, (m * H + h) * k + i, N, product_stride
+                grad_ptr, inner_ptr, weights_ptr, experts_ptr, m, there, (m * H + h) * k + i, N
             )
             score = (weight * (weight_grad - mean))[:, None]
             begin = h * (n1 + n2)
@@ -105,7 +110,9 @@ def _tile(columns: int) -> tuple[int, int, int]:
 
 
 @operator("doge_lm::chosen_hidden")
-def chosen_hidden(product_MC: Tensor, num_experts: int, n1: int, heads: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def chosen_hidden(
+    product_MC: Tensor, num_experts: int, n1: int, heads: int, k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Choose experts by their keys' scores, and give silu(weight · product) at the chosen ones and 0 elsewhere.
 
     Args:
@@ -117,64 +124,66 @@ def chosen_hidden(product_MC: Tensor, num_experts: int, n1: int, heads: int, k: 
         k: experts of a head; H·k at most `MOST_CHOSEN`.
 
     Returns:
-        hidden (M, N) in the product's type, and what `cdmoe.product_topk` returns, which has no gradient here.
+        hidden (M, N) in the product's type; the products with the chosen experts, inner (M, H, k), and what
+        `cdmoe.product_topk` returns, all three without a gradient.
     """
     m, n2 = product_MC.shape[0], num_experts // n1
     product_MC = by_rows(product_MC)
     hidden_MN = product_MC.new_empty((m, num_experts))
     scores_MHr = product_MC[:, num_experts : num_experts + heads * (n1 + n2)].unflatten(1, (heads, n1 + n2))
     weights_MHk, experts_MHk = choose(scores_MHr[..., :n1], scores_MHr[..., n1:], k)
+    inner_MHk = product_MC.new_empty(experts_MHk.shape)
     if m:
         rows, width, warps = _tile(num_experts)
         launcher(_hidden_kernel)[(triton.cdiv(m, rows),)](
-            product_MC, weights_MHk, experts_MHk, hidden_MN, m, num_experts, product_MC.stride(0),
+            product_MC, weights_MHk, experts_MHk, hidden_MN, inner_MHk, m, num_experts, product_MC.stride(0),
             K=heads * k, BM=rows, BN=width, num_warps=warps,
         )  # fmt: skip
-    return hidden_MN, weights_MHk, experts_MHk
+    return hidden_MN, inner_MHk, weights_MHk, experts_MHk
 
 
 @operator("doge_lm::chosen_hidden_backward")
 def chosen_hidden_backward(
-    grad_MN: Tensor, product_MC: Tensor, weights_MHk: Tensor, experts_MHk: Tensor, n1: int
+    grad_MN: Tensor, inner_MHk: Tensor, weights_MHk: Tensor, experts_MHk: Tensor, n1: int, columns: int
 ) -> Tensor:
-    """The gradient of the product, (M, C), by that of `hidden`."""
-    (m, columns), (_, heads, k), num_experts = product_MC.shape, weights_MHk.shape, grad_MN.shape[1]
-    out_MC = product_MC.new_empty((m, columns))
+    """The gradient of the product, (M, C) for C = `columns`, by that of `hidden`."""
+    (m, heads, k), num_experts = weights_MHk.shape, grad_MN.shape[1]
+    out_MC = inner_MHk.new_empty((m, columns))
     if m:
-        product_MC = by_rows(product_MC)
         rows, width, warps = _tile(num_experts)
         launcher(_hidden_backward_kernel)[(triton.cdiv(m, rows),)](
-            grad_MN.contiguous(), product_MC, weights_MHk, experts_MHk, out_MC, m, num_experts, columns,
-            n1, num_experts // n1, product_MC.stride(0),
+            grad_MN.contiguous(), inner_MHk, weights_MHk, experts_MHk, out_MC, m, num_experts, columns,
+            n1, num_experts // n1,
             H=heads, k=k, BM=rows, BN=width, BR=triton.next_power_of_2(columns - num_experts), num_warps=warps,
         )  # fmt: skip
     return out_MC
 
 
 @chosen_hidden.register_fake
-def _(product_MC: Tensor, num_experts: int, n1: int, heads: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(product_MC: Tensor, num_experts: int, n1: int, heads: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     m = product_MC.shape[0]
     return (
         product_MC.new_empty((m, num_experts)),
+        product_MC.new_empty((m, heads, k)),
         product_MC.new_empty((m, heads, k), dtype=torch.float32),
         product_MC.new_empty((m, heads, k), dtype=torch.int64),
     )
 
 
 @chosen_hidden_backward.register_fake
-def _(grad_MN: Tensor, product_MC: Tensor, weights_MHk: Tensor, experts_MHk: Tensor, n1: int) -> Tensor:
-    return product_MC.new_empty(product_MC.shape)
+def _(grad_MN: Tensor, inner_MHk: Tensor, weights_MHk: Tensor, experts_MHk: Tensor, n1: int, columns: int) -> Tensor:
+    return inner_MHk.new_empty((grad_MN.shape[0], columns))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     product_MC, _, ctx.n1, _, _ = inputs
-    _, weights_MHk, experts_MHk = output
-    ctx.save_for_backward(product_MC, weights_MHk, experts_MHk)
-    ctx.mark_non_differentiable(weights_MHk, experts_MHk)
+    ctx.columns = product_MC.shape[1]
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx: Any, grad_MN: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    return chosen_hidden_backward(grad_MN, *ctx.saved_tensors, ctx.n1), None, None, None, None
+    return chosen_hidden_backward(grad_MN, *ctx.saved_tensors, ctx.n1, ctx.columns), None, None, None, None
 
 
 chosen_hidden.register_autograd(_backward, setup_context=_save)

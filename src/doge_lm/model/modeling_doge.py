@@ -43,7 +43,7 @@ from .cdmoe import (
     product_topk,
 )
 from .configuration_doge import DogeConfig
-from .document_attention import Layout, document_attention, document_layout
+from .document_attention import DocumentBlocks, Layout, document_attention, document_layout
 from .kernels import HAVE_TRITON, PLAIN, kernels_take
 from .linear_cross_entropy import linear_cross_entropy
 
@@ -488,6 +488,8 @@ class DogeModel(DogePreTrainedModel):
                 T×T mask, but for compiled runs on a CPU).
             cu_seq_lens_q (in `kwargs`): where the documents of such a batch start in its B·T tokens, int32, then B·T
                 up to a fixed size: what FlashAttention takes, on CUDA in half precision. Found here if not given.
+            document_blocks (in `kwargs`): the fields of `DocumentBlocks` by name, for rows of a multiple of 128 tokens:
+                by them compiled runs on CUDA in half precision attend fastest.
             past_key_values: keys (rotated) and values of earlier tokens.
             use_cache: whether to return them for this call's tokens; `config.use_cache` if None.
 
@@ -501,7 +503,8 @@ class DogeModel(DogePreTrainedModel):
         # that is still empty must not let documents see each other.
         documents = None
         if attention_mask is None and position_ids is not None and past_key_values is None:
-            documents = self._documents(x_BTd, position_ids, kwargs.get("cu_seq_lens_q"))
+            given = kwargs.get("cu_seq_lens_q"), kwargs.get("document_blocks")
+            documents = self._documents(x_BTd, position_ids, *given)
         mask = None
         if documents is None:
             mask = self._attention_mask(x_BTd, attention_mask, position_ids, past_key_values)
@@ -542,7 +545,7 @@ class DogeModel(DogePreTrainedModel):
                 norms[index] = following.in_attn_layernorm
         return norms
 
-    def _documents(self, x_BTd: Tensor, position_ids: Tensor, starts: object) -> Layout | None:
+    def _documents(self, x_BTd: Tensor, position_ids: Tensor, starts: object, blocks: object) -> Layout | None:
         """The documents of a packed batch for attention without a mask; None where the backend has its own way."""
         if self.config._attn_implementation != "sdpa":
             return None
@@ -550,8 +553,9 @@ class DogeModel(DogePreTrainedModel):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         head_dim = self.config.hidden_size // self.config.num_attention_heads
-        given = starts if isinstance(starts, Tensor) else None
-        return document_layout(position_ids.expand(x_BTd.shape[:2]), dtype, head_dim, given)
+        given_starts = starts if isinstance(starts, Tensor) else None
+        given_blocks = DocumentBlocks(**blocks) if isinstance(blocks, dict) else None
+        return document_layout(position_ids.expand(x_BTd.shape[:2]), dtype, head_dim, given_starts, given_blocks)
 
     def _attention_mask(
         self,
@@ -674,6 +678,8 @@ def add_norm(x_BTd: Tensor, branch_BTd: Tensor, norm: nn.Module) -> tuple[Tensor
     instead of there.
     """
     if adds_and_norms(x_BTd, branch_BTd, norm):
+        assert isinstance(norm, nn.RMSNorm)
+        assert norm.eps is not None
         x_Md, branch_Md = x_BTd.flatten(0, 1), branch_BTd.flatten(0, 1)
         sum_Md, normed_Md = fused_add_norm(x_Md, branch_Md, norm.weight, norm.eps)
         return sum_Md.view(x_BTd.shape), normed_Md.view(x_BTd.shape)

@@ -97,7 +97,8 @@ def estimate_memory(
     in the type of the computation: the inputs and outputs of the linear maps, queries, keys, values and output of
     attention, the hidden layer of the shared part twice, and the N expert scores; the residual stream, the norms
     and the inner values are float32. With `kernels`, compiled for a GPU, norms and queries are kept once or not at
-    all, the inner values are not written out, and with `recompute_activation` that hidden layer is kept once. Of the
+    all, the residual stream in the type of the computation, the inner values are not written out, and with
+    `recompute_activation` that hidden layer is kept once. For one layer at a time there is its gradient too. Of the
     logits one chunk exists at a time (`linear_cross_entropy`), with the gradients of the head's input and of its
     matrix.
     """
@@ -105,10 +106,13 @@ def estimate_memory(
     d, e, width = config.hidden_size, config.private_expert_intermediate_size, 2 if bf16 else 4
     experts, heads = config.num_cdmmoe_experts, config.num_cdmmoe_heads
     hidden = (1 if kernels and train.recompute_activation else 2) * config.cross_domain_intermediate_size
-    in_type = (6 if kernels else 10) * d + hidden + e + 2 * experts
-    layer = width * (in_type if kernels else in_type + heads * e) + 4 * (2 if kernels else 6) * d
+    if kernels:
+        layer = width * (8 * d + hidden + e + experts)
+    else:
+        layer = width * (10 * d + hidden + (1 + heads) * e + 2 * experts) + 4 * 6 * d
     layers = config.num_hidden_layers
     kept = layers * 4 * d + layer if train.gradient_checkpointing else layers * layer
+    kept += 2 * width * config.cross_domain_intermediate_size
     chunk = min(tokens * config.vocab_size, CHUNK_LOGITS)
     logits = width * (chunk + tokens * d) + 4 * config.vocab_size * d
     return MemoryEstimate(4 * parameters, 4 * parameters, 8 * parameters, tokens * kept, logits)
