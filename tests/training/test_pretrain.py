@@ -2,6 +2,7 @@ import itertools
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -152,6 +153,7 @@ def test_blocks_reach_the_model_and_change_no_loss(world, tmp_path, monkeypatch)
     settings = {"document_mask": True, "per_epoch_max_steps": 2, "num_train_epochs": 1, "dataloader_num_workers": 0}
     assert train(world, tmp_path / "without", **settings) == 0
     monkeypatch.setattr(dataset_module, "_BLOCK", LENGTH // 2)
+    monkeypatch.setattr(pretrain, "PackedCollator", partial(PackedCollator, document_blocks=True))
     given = []
     documents = DogeModel._documents
 
