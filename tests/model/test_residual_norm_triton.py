@@ -201,10 +201,11 @@ def test_the_operators_are_sound() -> None:
         ((torch.float32, torch.bfloat16), torch.bfloat16),
         ((torch.float32, torch.float32), torch.float32),
         ((torch.bfloat16, torch.bfloat16), torch.bfloat16),
+        ((torch.float32, torch.float16), torch.float32),
     ],
     ids=str,
 )
-def test_the_sum_is_kept_in_the_shorter_type(types: tuple[torch.dtype, ...], kept_type: torch.dtype) -> None:
+def test_the_sum_is_kept_in_bfloat16_where_that_will_do(types: tuple[torch.dtype, ...], kept_type: torch.dtype) -> None:
     """And nothing else of its size; without a gradient nothing is written to be kept."""
     residual, branch, weight = inputs(33, 20)
     leaves = [x.detach().to(t).requires_grad_() for x, t in zip((residual, branch), types, strict=True)]
@@ -214,6 +215,18 @@ def test_the_sum_is_kept_in_the_shorter_type(types: tuple[torch.dtype, ...], kep
     assert [t.dtype for t in kept if t.ndim == 2] == [kept_type]
     with torch.no_grad():
         assert not add_norm_and_keep(*leaves, weight, EPS, types[1], False)[2].numel()
+
+
+def test_a_sum_beyond_float16() -> None:
+    """Its gradients are those of the sum in float32, whatever the type of the branch."""
+    residual, _, weight = inputs(33, 20)
+    leaves = [x.requires_grad_() for x in (1e6 * residual, normal(33, 20, seed=4).half(), weight)]
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    direction = normal(33, 20, seed=9)
+    found = torch.autograd.grad(add_norm(*leaves, EPS, torch.float32)[1], leaves, direction)
+    expected = torch.autograd.grad(plain(*wide)[1], wide, direction.double())
+    assert relative_error(found[0], expected[0]) <= 1e-5
+    assert relative_error(found[2], expected[2]) <= 1e-5
 
 
 @pytest.mark.parametrize("used", ["both", "sum", "normed"])

@@ -1,8 +1,9 @@
 """A branch added to the residual stream, and the RMSNorm of the sum, as one Triton kernel a pass.
 
 Left to `torch.compile`, the backward pass takes one kernel for the norm's gradient in float32 and a second one to cast
-it to the branch's type; here both are written while a row is in registers. For the backward pass the sum is kept in the
-branch's type, which under autocast is half of its memory, and the time to read it back pays for writing it.
+it to the branch's type; here both are written while a row is in registers. For the backward pass the sum is kept in
+bfloat16 where that is the branch's type: half of the memory, and the time to read it back pays for writing it. (In
+float16 a sum might not be a number any more.)
 
 Shapes, the one legend of this file:
 
@@ -107,7 +108,7 @@ def add_norm(
 
     Args:
         residual_Md: of float32 or a shorter type, as the others; d is at most `MOST_FEATURES`.
-        branch_Md: in bfloat16 under autocast; the backward pass then sees the sum rounded to it.
+        branch_Md: where it is in bfloat16, as under autocast, the backward pass sees the sum rounded to that.
         weight_d: of the norm.
         eps: of the norm, added to the mean of the squares.
         dtype: of the norm's result; None: that of the branch.
@@ -115,7 +116,7 @@ def add_norm(
     Returns:
         The sum in the residual's type and its norm, each (M, d).
     """
-    keep = torch.is_grad_enabled() and branch_Md.dtype.itemsize < residual_Md.dtype.itemsize
+    keep = torch.is_grad_enabled() and branch_Md.dtype == torch.bfloat16 != residual_Md.dtype
     sum_Md, normed_Md, _ = add_norm_and_keep(residual_Md, branch_Md, weight_d, eps, dtype or branch_Md.dtype, keep)
     return sum_Md, normed_Md
 
