@@ -244,6 +244,10 @@ def main() -> int:
     parser.add_argument("--png", type=Path, help="draw them there")
     args = parser.parse_args()
     device = torch.device(args.device)
+    if args.profile and device.type != "cuda":
+        parser.error("--profile times the kernels of an NVIDIA GPU")
+    if args.size % 2:
+        parser.error(f"--size {args.size}: it must be even, for a query is cut in halves")
     clock = Clock(device, args.warm_up, args.repetitions)
     bandwidth = copy_bandwidth(device, clock)
     records: list[dict[str, Any]] = []

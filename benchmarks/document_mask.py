@@ -142,6 +142,8 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=1024, help="size that cu_seq_lens_q is padded to")
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("it measures on an NVIDIA GPU")
     device = torch.cuda.get_device_name()
     for preset in args.preset:
         config = DogeConfig(**yaml.safe_load(preset.read_text(encoding="utf-8"))["model"])

@@ -19,7 +19,16 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # the interpreter cuts 
 
 # (M, N, H, k): one token and no more, k = N, one head and more, N prime and 2·3, columns that fill no power of 2,
 # several experts of a token by several heads, more rows than a program takes.
-SIZES = [(1, 4, 1, 1), (7, 6, 1, 6), (9, 7, 2, 3), (33, 16, 1, 2), (70, 12, 3, 4), (5, 256, 2, 4), (3, 1024, 2, 16)]
+SIZES = [
+    (1, 4, 1, 1),
+    (7, 6, 1, 6),
+    (9, 7, 2, 3),
+    (33, 16, 1, 2),
+    (70, 12, 3, 4),
+    (5, 256, 2, 4),
+    (3, 1024, 2, 16),
+    (3, 6, 16, 4),
+]
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:

@@ -452,3 +452,15 @@ class Seen(TorchDispatchMode):
 
     def outputs_of(self, name: str) -> Any:
         return next(out for called, _, out in self.calls if called == name)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """Not left out without a word, where the loss is multiplied by what needs a gradient too."""
+    hidden = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    weight, targets = torch.randn(9, 4, generator=torch.Generator().manual_seed(1)), torch.arange(6)
+    factor = torch.tensor(2.0, requires_grad=True)
+    loss = factor * linear_cross_entropy(hidden, weight, targets)
+    (first,) = torch.autograd.grad(loss, [hidden], retain_graph=True)
+    assert first.any()
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(loss, [hidden], create_graph=True)

@@ -101,6 +101,6 @@ def test_autograd_keeps_no_activation(monkeypatch: pytest.MonkeyPatch) -> None:
     found, after = run()
     assert (before, after) == (2, 1)
     for one, other in zip(found, expected, strict=True):
-        assert relative_error(one, other) < 2e-3 if DEVICE == "cuda" else 1e-5
+        assert relative_error(one, other) < (2e-3 if DEVICE == "cuda" else 1e-5)
     layer.shared_down_proj.register_forward_hook(lambda *_: None)
     assert run()[1] == before  # who watches the module sees it called

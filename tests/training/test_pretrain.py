@@ -418,29 +418,22 @@ def test_cuda_graphs_change_no_loss(world, tmp_path):
     assert len(found[0]) == 12
 
 
-def test_a_step_that_only_compiles_leaves_nothing_behind(world, tmp_path, monkeypatch):
-    """It comes before the first batch, on as many rows; losses and dropout are those of a run without it."""
-    settings = {"per_epoch_max_steps": 2, "num_train_epochs": 2, "eval_steps": 4, "dataloader_num_workers": 1}
-    settings |= {"model": {"hidden_dropout": 0.2}}
-    assert train(world, tmp_path / "without", **settings) == 0
-    steps = []
-
-    class CompilingTrainer(pretrain.DogeTrainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self._compiles_meanwhile = True  # as on a GPU
-
-        def training_step(self, model, inputs, *args, **kwargs):
-            assert all(parameter.grad is None for parameter in model.parameters()) or len(steps) > 1
-            steps.append(inputs["input_ids"].shape)
-            return super().training_step(model, inputs, *args, **kwargs)
-
-    monkeypatch.setattr(pretrain, "DogeTrainer", CompilingTrainer)
-    assert train(world, tmp_path / "with", **settings) == 0
-    assert losses(tmp_path / "with") == losses(tmp_path / "without")
-    accumulated = len(steps) // 4
-    assert len(steps) == 4 * accumulated + 1
-    assert len(set(steps)) == 1
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attn_implementation": "flex_attention", "torch_compile": True}, "flex_attention with document_mask: true"),
+        ({"attn_implementation": "flash_attention_2"}, "attn_implementation: flash_attention_2 cannot be used here"),
+    ],
+)
+def test_what_cannot_run_costs_no_earlier_run(world, tmp_path, capsys, changes, message):
+    settings = {"per_epoch_max_steps": 1, "num_train_epochs": 1, "save_steps": 1, "document_mask": True}
+    assert train(world, tmp_path, **settings) == 0
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
+    assert main(["train", *world.flags(tmp_path, **settings, **changes), "--overwrite"]) == 1
+    assert message in capsys.readouterr().err
+    after = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
+    assert after >= set(before)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

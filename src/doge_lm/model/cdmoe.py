@@ -137,7 +137,7 @@ def cdmoe(
 
     Args:
         c_Me: (M, e), the input of the experts.
-        weights_MHk, experts_MHk: (M, H, k), from `cdmoe_route`.
+        weights_MHk, experts_MHk: (M, H, k), from `cdmoe_route`; "sparse" does not check that experts are below N.
         down_embed: D, (N, e).
         up_embed: U, (N, d).
         act: σ.

@@ -150,11 +150,12 @@ def chosen_hidden_backward(
     (m, heads, k), num_experts = weights_MHk.shape, grad_MN.shape[1]
     out_MC = inner_MHk.new_empty((m, columns))
     if m:
-        rows, width, warps = _tile(num_experts)
+        keys = triton.next_power_of_2(columns - num_experts)
+        rows, _, warps = _tile(max(num_experts, keys))
         launcher(_hidden_backward_kernel)[(triton.cdiv(m, rows),)](
             grad_MN.contiguous(), inner_MHk, weights_MHk, experts_MHk, out_MC, m, num_experts, columns,
             n1, num_experts // n1,
-            H=heads, k=k, BM=rows, BN=width, BR=triton.next_power_of_2(columns - num_experts), num_warps=warps,
+            H=heads, k=k, BM=rows, BN=triton.next_power_of_2(num_experts), BR=keys, num_warps=warps,
         )  # fmt: skip
     return out_MC
 

@@ -58,6 +58,7 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: for shapes or types that do not fit each other.
+        RuntimeError: in the backward pass, for a graph of it (`create_graph`).
     """
     _check(hidden_Md, weight_Vd, targets_M, divisor, chunk)
     device, dtype = hidden_Md.device, hidden_Md.dtype
@@ -210,6 +211,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is not None and torch.is_grad_enabled() and grad.requires_grad:
+        raise RuntimeError(
+            "linear_cross_entropy can be differentiated once; for more, take F.linear and F.cross_entropy"
+        )
     d_hidden, d_weight = ctx.saved_tensors
     hidden = weight = None
     if grad is not None and ctx.needs_input_grad[0]:

@@ -12,6 +12,7 @@ Shapes, the one legend of this file:
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -42,7 +43,7 @@ def _silu_product_kernel(
     for begin in range(0, K, BK):
         h = tl.load(h_ptr + m[:, None] * K + (begin + k)[None, :], mask=(m < M)[:, None], other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + n[None, :] * K + (begin + k)[:, None], mask=(n < N)[None, :], other=0.0)
-        if TANH:  # silu(h) = h/2 + h/2·tanh(h/2): one special function in place of two, exact enough for 11 bits
+        if TANH:  # silu(h) = h/2 + h/2·tanh(h/2): one special function, off by at most |h|·2⁻¹²
             half = 0.5 * h
             turned = tl.inline_asm_elementwise(
                 "tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=tl.float32, is_pure=True, pack=1
@@ -74,8 +75,8 @@ def _silu_backward_kernel(h_ptr, grad_ptr, activated_ptr, size, BLOCK: tl.conste
 
 
 def fuses(h_MK: Tensor, weight_NK: Tensor) -> bool:
-    """Whether the fused kernel is taken: in a half type, on a chip whose multiprocessors hold its tiles."""
-    if h_MK.dtype.itemsize != 2 or weight_NK.shape[0] > MOST_COLUMNS or h_MK.shape[1] % _BK or not h_MK.is_cuda:
+    """Whether the fused kernel is taken: in bfloat16, on a chip whose multiprocessors hold its tiles."""
+    if h_MK.dtype != torch.bfloat16 or weight_NK.shape[0] > MOST_COLUMNS or h_MK.shape[1] % _BK or not h_MK.is_cuda:
         return False
     properties = triton.runtime.driver.active.utils.get_device_properties(h_MK.device.index or 0)
     return properties["max_shared_mem"] >= _SHARED_BYTES

@@ -120,6 +120,8 @@ def run(args: argparse.Namespace, build_model: ModelBuilder = build_model) -> in
         saved = checkpoints.check_record(checkpoint, record)
         record = replace(record, step=saved.step, tokens_seen=saved.tokens_seen, targets_seen=saved.targets_seen)
     checkpoints.check_free_disk(args.output_dir, plan.checkpoint_bytes, "one checkpoint")
+    # Before the place is cleared: what cannot be built must not cost an earlier run.
+    model = _fresh_model(build_model, settings, config, machine)
     # From here on several processes may be at work; the first of them alone changes files. All of them have looked at
     # the place by now: the barrier keeps the first from clearing it under another's eyes.
     process = PartialState(cpu=hardware.device.type == "cpu")
@@ -132,7 +134,6 @@ def run(args: argparse.Namespace, build_model: ModelBuilder = build_model) -> in
         _clear_place(args, fresh=checkpoint is None)
     process.wait_for_everyone()
 
-    model = _fresh_model(build_model, settings, config, machine)
     trainer = _build(model, settings, plan, machine, data, tokenizer, record, args)
     if process.is_main_process:
         print(_least_time(plan, trainer.peak), flush=True)
@@ -161,13 +162,19 @@ class Machine:
         """Work out the settings that depend on the device.
 
         Raises:
-            UserError: for CUDA graphs or kernels where there can be none.
+            UserError: for CUDA graphs or kernels where there can be none, and for settings that give wrong results
+                together.
         """
         train = settings.train
         if settings.model.cdmoe_path == "sparse" and hardware.device.type != "cuda":
             raise UserError("cdmoe_path: sparse runs on an NVIDIA GPU only; set cdmoe_path: auto, with the same result")
         bf16 = bf16_is_faster(hardware.device) if train.bf16 == "auto" else train.bf16
         compiled = hardware.device.type == "cuda" if train.torch_compile == "auto" else train.torch_compile
+        if compiled and train.document_mask and train.attn_implementation == "flex_attention":
+            raise UserError(
+                "attn_implementation: flex_attention with document_mask: true gives wrong attention when compiled; set "
+                "attn_implementation: sdpa, which keeps documents apart as well, or torch_compile: false"
+            )
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         # `flash` breaks the compiled model apart; with other processes, gradients travel while a backward pass runs.
         obstacles = {
@@ -300,7 +307,13 @@ def _fresh_model(
     train = settings.train
     torch.set_float32_matmul_precision("high" if machine.hardware.device.type == "cuda" else "highest")
     set_seed(train.seed)
-    model = build_model(config, train)
+    try:
+        model = build_model(config, train)
+    except ImportError as error:  # of the kernels that a backend is made of
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"attn_implementation: {train.attn_implementation} cannot be used here ({reason}); set it to sdpa"
+        ) from error
     prepare_model(model, train, machine.compiled, machine.graphs)
     return model
 

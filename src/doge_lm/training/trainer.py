@@ -104,15 +104,7 @@ def prepare_model(model: PreTrainedModel, train: TrainSettings, compiled: bool, 
     With `graphs` each pass of the compiled model is recorded as a CUDA graph: the host starts it in one call, where
     it takes longer to start some 800 kernels than a small model takes to run them. Activations and gradients then lie
     in memory that the next pass writes over; `DogeTrainer` sees to that.
-
-    Raises:
-        UserError: for settings that give wrong results together.
     """
-    if compiled and train.document_mask and train.attn_implementation == "flex_attention":
-        raise UserError(
-            "attn_implementation: flex_attention with document_mask: true gives wrong attention when compiled; set "
-            "attn_implementation: sdpa, which keeps documents apart as well, or torch_compile: false"
-        )
     for module in model.modules():
         if isinstance(module, DogeCDMoE):
             module.recomputes_activation = train.recompute_activation
@@ -179,7 +171,6 @@ class DogeTrainer(Trainer):
         self._skips_logits = "skip_logits" in inspect.signature(model.forward).parameters
         self._tokens_seen = self._tokens_logged = record.tokens_seen
         self._targets_seen: torch.Tensor | int = record.targets_seen
-        self._compiles_meanwhile = graphs and self.args.dataloader_num_workers > 0
 
     # Data
 
@@ -196,9 +187,6 @@ class DogeTrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
         """The micro-batches of one step and their number of targets over all devices; both are counted."""
-        if self._compiles_meanwhile:
-            self._compiles_meanwhile = False
-            self._compile(device)
         batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
         # Every device has as many sequences of the same length.
         self._tokens_seen += sum(batch["input_ids"].numel() for batch in batches) * self.args.world_size
@@ -207,17 +195,6 @@ class DogeTrainer(Trainer):
             # it is logged.
             self._targets_seen = self._targets_seen + torch.as_tensor(targets).long()
         return batches, targets
-
-    def _compile(self, device: torch.device) -> None:
-        """Compile the step while the processes that read data start: one on the first rows, of which nothing remains.
-
-        They import as long as the compiler takes to read what it has cached.
-        """
-        rows = [self.data.train[index] for index in range(self.plan.micro_batch)]
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            (batch,), targets = super().get_batch_samples(iter([self.data_collator(rows)]), 1, device)
-            self.training_step(self.model_wrapped, batch, targets)
-        self.model_wrapped.zero_grad(set_to_none=True)
 
     # Optimizer
 
