@@ -29,7 +29,7 @@ SIZES = [
     (65, 3, 300, 17),
     (CHUNK, 1, 4, 16),
     (70, 4, 12, 20),
-    (7, 20, 30, 130),
+    (12, 20, 50, 130),
 ]
 
 
@@ -56,10 +56,8 @@ def indices(m: int, k: int, n: int, kind: str, seed: int) -> Tensor:
     return index.to(DEVICE)
 
 
-KINDS = [("any", torch.float32), ("one", torch.float32), ("hot", torch.float32), ("hot", torch.bfloat16)]
-
-
-@pytest.mark.parametrize(("kind", "dtype"), KINDS, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", ["any", "one", "hot"])
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
 def test_the_products_are_those_of_plain_indexing(sizes: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
     m, k, n, f = sizes
@@ -153,9 +151,10 @@ def test_the_layer_and_its_gradients_are_those_of_the_gather_in_float64(
 
 def test_results_are_the_same_every_time() -> None:
     first, first_grads = gradients("sparse", torch.bfloat16, "silu", 5)
-    again, again_grads = gradients("sparse", torch.bfloat16, "silu", 5)
-    assert torch.equal(first, again)
-    assert all(torch.equal(first_grads[name], again_grads[name]) for name in first_grads)
+    for _ in range(3):
+        again, again_grads = gradients("sparse", torch.bfloat16, "silu", 5)
+        assert torch.equal(first, again)
+        assert all(torch.equal(first_grads[name], again_grads[name]) for name in first_grads)
 
 
 def test_tensors_that_are_not_contiguous() -> None:
@@ -243,7 +242,8 @@ def test_autocast_gives_its_type() -> None:
     assert relative_error(found, expected) <= 1e-2
 
 
-@pytest.mark.parametrize(("kind", "dtype"), KINDS, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", ["any", "one", "hot"])
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
 def test_values_are_spread_and_picked(sizes: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
     m, k, n, _ = sizes

@@ -16,7 +16,8 @@ cache: programs work through all tokens for one slice of the features before the
 
 In `scatter` no two programs add to one row: the assignments are sorted by row, and a program sums those of its rows. A
 row that very many tokens take is summed by chunks of equal length instead, and a further kernel adds up these parts in
-order. So the result is the same every time, and no row holds up the others.
+order; where most rows have few tokens or none, all of them are. So the result is the same every time, and no row holds
+up the others.
 
 Shapes, the one legend of this file; a tensor's name ends in its shape where it helps:
 
@@ -35,7 +36,7 @@ from torch import Tensor
 from .triton_operator import INTERPRETED, by_rows, launcher, operator
 
 CHUNK = 64
-"""Assignments of a chunk, where a row has too many for one program, or most have few; a multiple of 8."""
+"""Assignments of a chunk, where a row has too many for one program, or most have few; a multiple of `_UNROLLED`."""
 
 LONGEST = 256
 """The most assignments of a row that one program sums; at least `CHUNK`, so that a longer run reaches a chunk's end."""
@@ -448,7 +449,9 @@ def _scattered(
     out_NF = (rows_MF.new_zeros if few else rows_MF.new_empty)((n, f), dtype=dtype)
     weights_MK, rows_MF = weights_MK.contiguous(), by_rows(rows_MF)
     given, read_NF = read_NF is not None, rows_MF if read_NF is None else by_rows(read_NF)  # some pointer, never read
-    segments, unrolled, most, warps = (1, 8, _WIDEST, 1) if few or given else (4, 4, _WIDEST // 2, 4)
+    # A warp for a segment. With products, a program of one warp and 512 features was the fastest of nine, without them
+    # one of four warps and 256 features each (docs/log.md, 2026-11-28, fourth round).
+    segments, unrolled, most, warps = (1, _UNROLLED, _WIDEST, 1) if few or given else (4, 4, _WIDEST // 2, 4)
     chunks, block = triton.cdiv(m * k, CHUNK), min(triton.next_power_of_2(f), most)
     slices = triton.cdiv(f, block)
     partial = rows_MF.new_empty((2 * chunks, f), dtype=torch.float32)

@@ -7,7 +7,7 @@ layouts of the same documents, each with its kernel:
                     data, so it is not for `torch.compile`
     CumulativeLengths  CUDA in half precision: FlashAttention for sequences of unequal length
     BlockMask  the same, compiled, where the caller gives `DocumentBlocks`: FlexAttention, which passes over whole
-               blocks of the T×T scores; as fast as plain causal attention
+               blocks of the T×T scores; nearly as fast as plain causal attention
 
 Letters in names of tensors are those of `modeling_doge`; here M counts the tokens of the batch, B·T, and J the blocks
 of a row, T/128.
