@@ -235,7 +235,8 @@ def run_bare(row: Row, builder: pretrain.ModelBuilder, settings: Settings, watch
 def load_batches(row: Row, settings: Settings, device: torch.device) -> list[dict[str, Any]]:
     """The first batches of the training set, on the device."""
     train, micro = settings.train, row.micro_batch
-    collate = PackedCollator(settings.model.pad_token_id or 0, train.sequence_length, train.document_mask)
+    padding = settings.model.pad_token_id or 0
+    collate = PackedCollator(padding, train.sequence_length, train.document_mask, document_blocks=True)
     data = load_prepared(Path(row.dataset_path)).train
     count = max(1, min(BARE_BATCHES, row.steps, len(data) // micro))
     batches = [collate([data[index * micro + b] for b in range(micro)]) for index in range(count)]
@@ -323,12 +324,16 @@ def run_row(row: Row, timeout: float, gpu: str | None = None) -> Figures:
 
     The process sees the GPU of that name alone, as CUDA_VISIBLE_DEVICES names it, or with None what this one sees.
 
-    The process has no main file: the workers of the data loader would import that anew, with all that it imports.
+    The process has no main file: the workers of the data loader would import that anew, with all that it imports. It
+    begins as `train.py` does.
     """
     place, folder = Path(row.place), str(Path(__file__).resolve().parent)
     place.mkdir(parents=True, exist_ok=True)
     (place / RESULT_NAME).unlink(missing_ok=True)
-    code = "import sys, train_step; train_step.child(sys.argv[1])"
+    code = (
+        "import sys; from doge_lm.training import preload; preload.start(); "
+        "import train_step; train_step.child(sys.argv[1])"
+    )
     command = [sys.executable, "-c", code, json.dumps(asdict(row))]
     caches = {"TORCHINDUCTOR_CACHE_DIR": "compiled", "TRITON_CACHE_DIR": "compiled/triton"}
     environment = {name: str(place.parent.resolve() / cache) for name, cache in caches.items()} | os.environ

@@ -22,11 +22,12 @@ from .routing_triton import choose
 from .triton_operator import by_rows, launcher, operator
 
 MOST_CHOSEN = 64
-"""Experts of a token that the kernels are made for: they are taken one by one, in code that is written out."""
+"""Experts of a token that the kernels are made for: they are taken one by one."""
 
 MOST_EXPERTS = 8192
 """Columns that a program holds in registers."""
 
+_MOST_UNROLLED = 8  # of them in code that is written out; 64 would compile for ten minutes
 _CELLS = 4096  # of the columns that a program holds at a time, where a row is shorter
 
 
@@ -36,9 +37,20 @@ def _sigmoid(x):
 
 
 @triton.jit
+def _choice(product_ptr, weights_ptr, experts_ptr, inner_ptr, m, n, M, product_stride, K, i):
+    """Each row's choice i: silu(weight · inner) in its expert's column, (BM, BN), and `inner` stored."""
+    expert = tl.load(experts_ptr + m * K + i, mask=m < M, other=0)
+    weight = tl.load(weights_ptr + m * K + i, mask=m < M, other=0.0)
+    inner = tl.load(product_ptr + m * product_stride + expert, mask=m < M, other=0.0)
+    tl.store(inner_ptr + m * K + i, inner, mask=m < M)
+    x = weight * inner.to(tl.float32)
+    return tl.where(expert.to(tl.int32)[:, None] == n, (x * _sigmoid(x))[:, None], 0.0)
+
+
+@triton.jit
 def _hidden_kernel(
     product_ptr, weights_ptr, experts_ptr, hidden_ptr, inner_ptr, M, N, product_stride,
-    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNROLLED: tl.constexpr,
 ):  # fmt: skip
     """BM rows: silu(weight · inner) at each chosen expert, the sum where two heads chose it, and zeros.
 
@@ -47,13 +59,12 @@ def _hidden_kernel(
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     n = tl.arange(0, BN)[None, :]
     hidden = tl.zeros((BM, BN), tl.float32)
-    for i in tl.static_range(K):
-        expert = tl.load(experts_ptr + m * K + i, mask=m < M, other=0)
-        weight = tl.load(weights_ptr + m * K + i, mask=m < M, other=0.0)
-        inner = tl.load(product_ptr + m * product_stride + expert, mask=m < M, other=0.0)
-        tl.store(inner_ptr + m * K + i, inner, mask=m < M)
-        x = weight * inner.to(tl.float32)
-        hidden += tl.where(expert.to(tl.int32)[:, None] == n, (x * _sigmoid(x))[:, None], 0.0)
+    if UNROLLED:
+        for i in tl.static_range(K):
+            hidden += _choice(product_ptr, weights_ptr, experts_ptr, inner_ptr, m, n, M, product_stride, K, i)
+    else:
+        for i in range(K):
+            hidden += _choice(product_ptr, weights_ptr, experts_ptr, inner_ptr, m, n, M, product_stride, K, i)
     mask = (m < M)[:, None] & (n < N)
     tl.store(hidden_ptr + m[:, None] * N + n, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
 
@@ -72,9 +83,27 @@ def _gradients(grad_ptr, inner_ptr, weights_ptr, experts_ptr, m, there, at, N):
 
 
 @triton.jit
+def _expert_gradient(grad_ptr, inner_ptr, weights_ptr, experts_ptr, m, n, there, at, N):
+    """Of the choices `at`: the gradient of the product, (BM, BN), and weight · its gradient, (BM,)."""
+    expert, weight, product_grad, weight_grad = _gradients(
+        grad_ptr, inner_ptr, weights_ptr, experts_ptr, m, there, at, N
+    )
+    return tl.where(expert[:, None] == n, product_grad[:, None], 0.0), weight * weight_grad
+
+
+@triton.jit
+def _key_gradient(grad_ptr, inner_ptr, weights_ptr, experts_ptr, m, r, there, at, mean, begin, N, n1, n2):
+    """Of the choices `at`: the gradient of the key scores, (BM, BR), for `mean`, the sum of weight · its gradient."""
+    expert, weight, _, weight_grad = _gradients(grad_ptr, inner_ptr, weights_ptr, experts_ptr, m, there, at, N)
+    score = (weight * (weight_grad - mean))[:, None]
+    first = tl.where((begin + expert // n2)[:, None] == r, score, 0.0)
+    return first + tl.where((begin + n1 + expert % n2)[:, None] == r, score, 0.0)
+
+
+@triton.jit
 def _hidden_backward_kernel(
     grad_ptr, inner_ptr, weights_ptr, experts_ptr, out_ptr, M, N, C, n1, n2,
-    H: tl.constexpr, k: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    H: tl.constexpr, k: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, UNROLLED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of BM rows of the product: of the experts, of the key scores (that of a softmax), and zeros."""
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -82,22 +111,32 @@ def _hidden_backward_kernel(
     n, r = tl.arange(0, BN)[None, :], tl.arange(0, BR)[None, :]
     experts = tl.zeros((BM, BN), tl.float32)
     keys = tl.zeros((BM, BR), tl.float32)
-    for h in tl.static_range(H):
-        mean = tl.zeros((BM,), tl.float32)
-        for i in tl.static_range(k):
-            expert, weight, product_grad, weight_grad = _gradients(
-                grad_ptr, inner_ptr, weights_ptr, experts_ptr, m, there, (m * H + h) * k + i, N
-            )
-            mean += weight * weight_grad
-            experts += tl.where(expert[:, None] == n, product_grad[:, None], 0.0)
-        for i in tl.static_range(k):
-            expert, weight, product_grad, weight_grad = _gradients(
-                grad_ptr, inner_ptr, weights_ptr, experts_ptr, m, there, (m * H + h) * k + i, N
-            )
-            score = (weight * (weight_grad - mean))[:, None]
-            begin = h * (n1 + n2)
-            keys += tl.where((begin + expert // n2)[:, None] == r, score, 0.0)
-            keys += tl.where((begin + n1 + expert % n2)[:, None] == r, score, 0.0)
+    if UNROLLED:
+        for h in tl.static_range(H):
+            mean = tl.zeros((BM,), tl.float32)
+            for i in tl.static_range(k):
+                at = (m * H + h) * k + i
+                grad, part = _expert_gradient(grad_ptr, inner_ptr, weights_ptr, experts_ptr, m, n, there, at, N)
+                experts += grad
+                mean += part
+            for i in tl.static_range(k):
+                at, begin = (m * H + h) * k + i, h * (n1 + n2)
+                keys += _key_gradient(
+                    grad_ptr, inner_ptr, weights_ptr, experts_ptr, m, r, there, at, mean, begin, N, n1, n2
+                )
+    else:
+        for h in range(H):
+            mean = tl.zeros((BM,), tl.float32)
+            for i in range(k):
+                at = (m * H + h) * k + i
+                grad, part = _expert_gradient(grad_ptr, inner_ptr, weights_ptr, experts_ptr, m, n, there, at, N)
+                experts += grad
+                mean += part
+            for i in range(k):
+                at, begin = (m * H + h) * k + i, h * (n1 + n2)
+                keys += _key_gradient(
+                    grad_ptr, inner_ptr, weights_ptr, experts_ptr, m, r, there, at, mean, begin, N, n1, n2
+                )
     to = out_ptr + m[:, None] * C
     tl.store(to + n, experts.to(out_ptr.dtype.element_ty), mask=there[:, None] & (n < N))
     tl.store(to + N + r, keys.to(out_ptr.dtype.element_ty), mask=there[:, None] & (r < C - N))
@@ -137,7 +176,7 @@ def chosen_hidden(
         rows, width, warps = _tile(num_experts)
         launcher(_hidden_kernel)[(triton.cdiv(m, rows),)](
             product_MC, weights_MHk, experts_MHk, hidden_MN, inner_MHk, m, num_experts, product_MC.stride(0),
-            K=heads * k, BM=rows, BN=width, num_warps=warps,
+            K=heads * k, BM=rows, BN=width, UNROLLED=heads * k <= _MOST_UNROLLED, num_warps=warps,
         )  # fmt: skip
     return hidden_MN, inner_MHk, weights_MHk, experts_MHk
 
@@ -155,7 +194,8 @@ def chosen_hidden_backward(
         launcher(_hidden_backward_kernel)[(triton.cdiv(m, rows),)](
             grad_MN.contiguous(), inner_MHk, weights_MHk, experts_MHk, out_MC, m, num_experts, columns,
             n1, num_experts // n1,
-            H=heads, k=k, BM=rows, BN=triton.next_power_of_2(num_experts), BR=keys, num_warps=warps,
+            H=heads, k=k, BM=rows, BN=triton.next_power_of_2(num_experts), BR=keys,
+            UNROLLED=heads * k <= _MOST_UNROLLED, num_warps=warps,
         )  # fmt: skip
     return out_MC
 

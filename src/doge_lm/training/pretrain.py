@@ -335,7 +335,11 @@ def _build(
         train=train,
         data=data,
         collator=PackedCollator(
-            tokenizer.pad_token_id, train.sequence_length, train.document_mask, settings.model.vocab_size
+            tokenizer.pad_token_id,
+            train.sequence_length,
+            train.document_mask,
+            settings.model.vocab_size,
+            document_blocks=True,
         ),
         tokenizer=tokenizer,
         record=record,
