@@ -324,16 +324,12 @@ def run_row(row: Row, timeout: float, gpu: str | None = None) -> Figures:
 
     The process sees the GPU of that name alone, as CUDA_VISIBLE_DEVICES names it, or with None what this one sees.
 
-    The process has no main file: the workers of the data loader would import that anew, with all that it imports. It
-    begins as `train.py` does.
+    The process has no main file: the workers of the data loader would import that anew, with all that it imports.
     """
     place, folder = Path(row.place), str(Path(__file__).resolve().parent)
     place.mkdir(parents=True, exist_ok=True)
     (place / RESULT_NAME).unlink(missing_ok=True)
-    code = (
-        "import sys; from doge_lm.training import preload; preload.start(); "
-        "import train_step; train_step.child(sys.argv[1])"
-    )
+    code = "import sys, train_step; train_step.child(sys.argv[1])"
     command = [sys.executable, "-c", code, json.dumps(asdict(row))]
     caches = {"TORCHINDUCTOR_CACHE_DIR": "compiled", "TRITON_CACHE_DIR": "compiled/triton"}
     environment = {name: str(place.parent.resolve() / cache) for name, cache in caches.items()} | os.environ

@@ -25,21 +25,12 @@ _GOES_ON = "the same command goes on where it stopped"
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand.
-
-    Attributes:
-        name: its name, of one or two words.
-        module: the module that holds it.
-        summary: its line in the help.
-        interrupted: what to do if it was interrupted.
-        before: a module whose `start(arguments)` is called before that other is imported, which takes seconds.
-    """
+    """A subcommand: its name, the module that holds it, its line in the help, and what to do if it was interrupted."""
 
     name: str
     module: str
     summary: str
     interrupted: str = ""
-    before: str = ""
 
 
 COMMANDS = (
@@ -61,7 +52,6 @@ COMMANDS = (
         "doge_lm.training.pretrain",
         "pre-train a model",
         "with --resume_from_checkpoint it goes on from the last checkpoint",
-        before="doge_lm.training.preload",
     ),
     Command("generate", "doge_lm.inference.generate", "continue a text with a trained model"),
     Command("demo", "doge_lm.demo", "the whole path on a small embedded corpus, without a network"),
@@ -115,8 +105,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: Command, arguments: list[str]) -> int:
-    if command.before:
-        import_module(command.before).start(arguments)
     module = import_module(command.module)
     parser = argparse.ArgumentParser(prog=f"doge-lm {command.name}", description=command.summary)
     module.add_arguments(parser)

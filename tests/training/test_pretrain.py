@@ -2,6 +2,7 @@ import itertools
 import json
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -457,6 +458,23 @@ def test_cuda_graphs_where_there_can_be_some(monkeypatch, device, processes, cha
         else:
             found[wanted] = pretrain.Machine.settle(settings, hardware).graphs
     assert found == {"auto": obstacle is None, False: False, **({} if obstacle else {True: True})}
+
+
+def test_attention_without_gradients_is_refused(world, tmp_path, capsys):
+    assert train(world, tmp_path, attn_implementation="flex_attention", document_mask=False) == 1
+    assert "set attn_implementation: sdpa" in capsys.readouterr().err
+
+
+def test_a_path_that_is_too_long_for_sockets_is_refused(world, tmp_path, capsys, monkeypatch):
+    """Processes that read data would hang."""
+    place = f"/tmp/{'x' * 80}"
+    monkeypatch.setattr(tempfile, "tempdir", place)
+    assert train(world, tmp_path, dataloader_num_workers=1) == 1
+    error = capsys.readouterr().err
+    assert place in error
+    assert "set TMPDIR" in error
+    settings = make_settings(dataloader_num_workers=0)
+    pretrain.Machine.settle(settings, Hardware(torch.device("cpu"), "the tests' own", 2**34))
 
 
 def test_kernels_for_a_gpu_are_refused_on_a_cpu(world, tmp_path, capsys):

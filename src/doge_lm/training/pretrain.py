@@ -3,6 +3,7 @@
 import argparse
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,6 +34,9 @@ from doge_lm.training.settings import Settings, TrainSettings, load_settings, pr
 from doge_lm.training.trainer import DogeTrainer, prepare_model
 
 SETTINGS_NAME = "train_settings.yaml"
+
+# Sockets have paths of up to 107 bytes, of which Python's names within the folder take 33.
+_LONGEST_TMPDIR = 74
 
 ModelBuilder = Callable[[DogeConfig, TrainSettings], PreTrainedModel]
 # Without either of these, nothing loads from a directory.
@@ -174,6 +178,17 @@ class Machine:
             raise UserError(
                 "attn_implementation: flex_attention with document_mask: true gives wrong attention when compiled; set "
                 "attn_implementation: sdpa, which keeps documents apart as well, or torch_compile: false"
+            )
+        if train.attn_implementation == "flex_attention" and hardware.device.type == "cpu":
+            raise UserError(
+                "attn_implementation: flex_attention has no gradients on a CPU; set attn_implementation: sdpa"
+            )
+        workers = train.stream is None and train.dataloader_num_workers > 0
+        place = tempfile.gettempdir()
+        if workers and os.name == "posix" and len(os.fsencode(place)) > _LONGEST_TMPDIR:
+            raise UserError(
+                f"the folder for temporary files, {place}, has a path of more than {_LONGEST_TMPDIR} bytes, too long "
+                "for the sockets of processes that read data; set TMPDIR to a shorter one, or dataloader_num_workers: 0"
             )
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         # `flash` breaks the compiled model apart; with other processes, gradients travel while a backward pass runs.

@@ -18,7 +18,7 @@ from doge_lm.data.streaming import StreamState
 from doge_lm.errors import UserError
 from doge_lm.evaluation.bits_per_byte import Evaluation, evaluate
 from doge_lm.model.modeling_doge import DogeCDMoE
-from doge_lm.training import checkpoints, preload
+from doge_lm.training import checkpoints
 from doge_lm.training.callbacks import StepSchedule
 from doge_lm.training.checkpoints import RunRecord
 from doge_lm.training.data import TrainingData
@@ -83,7 +83,7 @@ def training_arguments(train: TrainSettings, plan: Plan, output_dir: Path) -> Tr
         save_steps=train.save_steps,
         save_total_limit=None,
         dataloader_num_workers=workers,
-        dataloader_multiprocessing_context=preload.CONTEXT if workers else None,
+        dataloader_multiprocessing_context="spawn" if workers else None,
         dataloader_pin_memory=cuda,
         # Else the copy of each batch waits until the device has done all that was asked of it, and then idles.
         accelerator_config={"non_blocking": cuda},
