@@ -6,14 +6,16 @@ from importlib import import_module
 
 import numpy as np
 import pytest
+from lm_eval.tasks import TaskManager
 
 from doge_lm.cli import COMMANDS
 from doge_lm.data.storage import row_schema
+from doge_lm.evaluation.local_data import TASKS
 from doge_lm.model.cdmoe import PATHS
 from doge_lm.training.settings import Settings, TrainSettings, apply_override
 from tests.conftest import REPOSITORY
 
-PAGES = ("docs/data.md", "docs/packing.md", "docs/speed.md")
+PAGES = ("docs/data.md", "docs/evaluation.md", "docs/packing.md", "docs/speed.md")
 
 
 def read(page: str) -> str:
@@ -47,6 +49,15 @@ def test_settings_take_the_values_that_are_named(page: str) -> None:
         settings = Settings()
         apply_override(settings, f"{key}={value}")
         settings.model_config()
+
+
+def test_the_ready_tasks_are_listed_with_their_files_and_fields() -> None:
+    listed = re.findall(r"^\| `(local_\w+)` \| `(\w+)` \| (.*?) \|", read("docs/evaluation.md"), flags=re.MULTILINE)
+    same = re.findall(r"`(\w+)`", listed[0][2])
+    entries = TaskManager(include_path=TASKS, include_defaults=False).task_index
+    data = {name: entry.cfg["dataset_kwargs"] for name, entry in entries.items()}
+    found = {name: (kwargs["file"], list(kwargs["fields"])) for name, kwargs in data.items()}
+    assert found == {task: (file, re.findall(r"`(\w+)`", fields) or same) for task, file, fields in listed}
 
 
 def test_the_paths_of_the_experts_are_listed() -> None:

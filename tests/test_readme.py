@@ -27,6 +27,7 @@ from doge_lm.training.plan import count_model
 from doge_lm.training.settings import load_settings, preset_paths
 from tests.conftest import REPOSITORY
 from tests.data.loopback import bucket_handler, hub_files, hub_handler, serve
+from tests.evaluation.benchmarks import make_benchmarks
 
 README = REPOSITORY / "README.md"
 README_ZH = REPOSITORY / "README_zh.md"
@@ -218,6 +219,10 @@ def interrupt(root: Path) -> None:
     (root / "results/model.safetensors").unlink()
 
 
+def write_benchmarks(root: Path) -> None:
+    make_benchmarks(root / "benchmarks", count=3)
+
+
 TRAIN = (
     "--set sequences_per_step=1 --set per_device_train_batch_size=1 --set per_epoch_max_steps=2 "
     "--set num_train_epochs=1 --set save_steps=1 --set per_device_eval_batch_size=1 --set bf16=false"
@@ -261,6 +266,9 @@ RUNS = {
         says="78,572,032 total"
     ),
     'doge-lm generate ./results "Once upon a time"': Run("--max_new_tokens 8", says="Once upon a time"),
+    "doge-lm eval ./results --data_dir ./benchmarks --texts en=./texts": Run(
+        "--tasks local_copa --limit 2", says="| local_copa | acc", before=write_benchmarks
+    ),
     "doge-lm data inspect ./datasets/pretrain --tokenizer_path ./tokenizer": Run(
         makes=("pretrain-inspect.png",), says="cosmopedia-v2"
     ),

@@ -1,0 +1,180 @@
+"""`doge-lm eval MODEL …`: benchmarks and bits per byte of a trained model, and a comparison of several."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from doge_lm.errors import UserError
+from doge_lm.evaluation import harness, report
+from doge_lm.evaluation.comparison import compare
+from doge_lm.evaluation.report import RESULT_NAME, Results
+from doge_lm.evaluation.scorer import make_scorer
+from doge_lm.evaluation.texts import parse_group, score_texts
+from doge_lm.inference.loading import load_model, load_model_tokenizer, pick_device
+
+_BATCH_TOKENS = {"cpu": 4096}
+_BATCH_TOKENS_ELSE = 65_536
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `doge-lm eval`."""
+    parser.add_argument(
+        "models",
+        nargs="+",
+        type=Path,
+        metavar="MODEL",
+        help=f"directory of a trained model, or of results ({RESULT_NAME}); the first is compared with each other",
+    )
+    parser.add_argument(
+        "--tasks", action="append", default=[], metavar="NAME,…", help="tasks of lm-evaluation-harness, or of your own"
+    )
+    parser.add_argument(
+        "--suite",
+        choices=sorted(harness.SUITES),
+        help="doge: the published list, from the hub; local: the ready tasks whose files are in --data_dir (the "
+        "default with it)",
+    )
+    parser.add_argument("--data_dir", type=Path, help="where local copies of benchmarks lie, JSON lines each")
+    parser.add_argument(
+        "--include_path", type=Path, action="append", default=[], metavar="FOLDER", help="a folder with more task files"
+    )
+    parser.add_argument(
+        "--texts",
+        action="append",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="bits per byte of a file or folder of texts, by name: en=books.jsonl; may be repeated",
+    )
+    parser.add_argument("--window", type=int, help="tokens of a window of a long text (default: up to 2,048)")
+    parser.add_argument("--num_fewshot", type=int, help="examples before a question (default: the task's own number)")
+    parser.add_argument("--limit", type=int, help="so many samples of each task or group of texts, to try it out")
+    parser.add_argument("--chat", action="store_true", help="put questions as a user's turn, for a chat model")
+    parser.add_argument("--system", help="the system prompt with --chat")
+    parser.add_argument("--seed", type=int, default=1234, help="draws the examples (default: %(default)s)")
+    parser.add_argument(
+        "--run_code", action="store_true", help="run the programs that the model writes, on this machine, unprotected"
+    )
+    parser.add_argument("--output_dir", type=Path, help=f"write {RESULT_NAME} there, with each sample's score")
+    parser.add_argument(
+        "--batch_tokens", type=int, help=f"tokens at a time (default: {_BATCH_TOKENS_ELSE:,}, on a CPU 4,096)"
+    )
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps, …")
+    parser.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: as the checkpoint"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `doge-lm eval`."""
+    _check(args)
+    groups = _groups(args.texts)
+    tasks = _tasks(args)
+    if not tasks and not groups and any(not _is_results(place) for place in args.models):
+        raise UserError("nothing to evaluate on: give --tasks, --suite, --data_dir or --texts")
+    results: list[Results] = []
+    for place in args.models:
+        found = Results.read(place / RESULT_NAME) if _is_results(place) else _evaluate(place, args, tasks, groups)
+        results.append(found)
+        print(f"\n{found.model}")
+        if found.tasks:
+            print(report.task_table(found.tasks))
+        if found.texts:
+            print(report.text_table(found.texts))
+    for other in results[1:]:
+        differences, left_out = compare(results[0].tasks, other.tasks)
+        print(f"\n{other.model} over {results[0].model}, sample by sample")
+        print(report.difference_table(differences))
+        for line in left_out:
+            print(f"left out: {line}")
+    return 0
+
+
+def _is_results(place: Path) -> bool:
+    return (place / RESULT_NAME).is_file() and not (place / "config.json").is_file()
+
+
+def _check(args: argparse.Namespace) -> None:
+    least = {"limit": 1, "num_fewshot": 0, "batch_tokens": 1, "window": 2, "seed": 0}
+    for name, lowest in least.items():
+        value = getattr(args, name)
+        if value is not None and value < lowest:
+            raise UserError(f"--{name} is {value}; it must be at least {lowest}")
+    if args.system is not None and not args.chat:
+        raise UserError("--system is for --chat; give both, or leave it out")
+    measured = [place for place in args.models if not _is_results(place)]
+    if args.output_dir is not None and len(measured) > 1:
+        raise UserError(
+            "--output_dir takes the results of one model; evaluate each by itself, then compare: "
+            "doge-lm eval RESULTS_1 RESULTS_2"
+        )
+    for place in measured:
+        if not (place / "config.json").is_file():
+            raise UserError(f"{place} holds neither a model (config.json) nor results ({RESULT_NAME})")
+
+
+def _tasks(args: argparse.Namespace) -> list[str]:
+    names = [name.strip() for argument in args.tasks for name in argument.split(",") if name.strip()]
+    suite = args.suite or ("local" if args.data_dir is not None and not names else None)
+    if suite == "local":
+        if args.data_dir is None:
+            raise UserError("--suite local reads local files; say where they lie with --data_dir")
+        found, left_out = harness.local_suite(args.data_dir, args.run_code)
+        for line in left_out:
+            print(f"left out: {line}", flush=True)
+        names += [name for name in found if name not in names]
+    elif suite is not None:
+        names += [name for name in harness.SUITES[suite] if name not in names]
+    return names
+
+
+def _groups(arguments: list[str]) -> dict[str, list[Path]]:
+    groups: dict[str, list[Path]] = {}
+    for argument in arguments:
+        name, path = parse_group(argument)
+        groups.setdefault(name, []).append(path)
+    return groups
+
+
+def _evaluate(place: Path, args: argparse.Namespace, tasks: list[str], groups: dict[str, list[Path]]) -> Results:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.disable_progress_bar()
+    device = pick_device(args.device)
+    model = load_model(place, device, args.dtype)
+    batch_tokens = args.batch_tokens or _BATCH_TOKENS.get(device.type, _BATCH_TOKENS_ELSE)
+    scorer = make_scorer(model, load_model_tokenizer(place, model), batch_tokens, progress=sys.stderr.isatty())
+    choice = harness.Choice(
+        tasks=tasks,
+        data_dir=args.data_dir,
+        include_path=args.include_path,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        seed=args.seed,
+        run_code=args.run_code,
+        chat=args.chat,
+        system=args.system,
+    )
+    results = Results(
+        model=str(place),
+        settings=_settings(args, model.dtype, device, batch_tokens),
+        tasks=harness.run_tasks(scorer, choice) if tasks else {},
+        texts=score_texts(scorer, groups, args.window, args.limit, report=print) if groups else {},
+    )
+    if args.output_dir is not None:
+        print(f"results: {results.write(args.output_dir)}")
+    return results
+
+
+def _settings(args: argparse.Namespace, dtype: torch.dtype, device: torch.device, batch_tokens: int) -> dict[str, Any]:
+    """What results depend on, for the record."""
+    kept = ("num_fewshot", "limit", "chat", "system", "seed", "window")
+    return {
+        **{name: getattr(args, name) for name in kept},
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+        "batch_tokens": batch_tokens,
+    }

@@ -1,0 +1,89 @@
+"""Two models on the same samples: is one better, or is it chance?
+
+Of two results on the same samples the difference counts sample by sample, whose error is far below that of two means:
+what both get right or wrong says nothing.
+"""
+
+import math
+from dataclasses import dataclass
+
+from doge_lm.evaluation.harness import TaskResult
+
+# From so many samples on which two models differ, the normal distribution is as good, and quicker.
+_MOST_COINS = 1000
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of a second model to a first, on one metric of one task.
+
+    Attributes:
+        task: the task's name.
+        metric: the metric's.
+        difference: the mean over samples of second minus first.
+        stderr: its standard error, of paired samples.
+        p: how often chance alone makes as large a difference: McNemar's exact test where samples are right or wrong,
+            else by the normal distribution. 1 where no sample differs.
+        better: samples on which the second has more than the first.
+        worse: and less.
+    """
+
+    task: str
+    metric: str
+    difference: float
+    stderr: float
+    p: float
+    better: int
+    worse: int
+
+
+def compare(first: dict[str, TaskResult], second: dict[str, TaskResult]) -> tuple[list[Difference], list[str]]:
+    """The differences on what both were measured by, and a line on each task that cannot be compared."""
+    differences, left_out = [], []
+    for name, one in first.items():
+        other = second.get(name)
+        if other is None:
+            left_out.append(f"{name}: the second model was not measured by it")
+        elif not one.identity and not other.identity:
+            continue  # a group, whose samples are those of its tasks
+        elif one.identity != other.identity:
+            left_out.append(f"{name}: the samples or their prompts are not the same")
+        else:
+            shared = [metric for metric in one.metrics if metric in other.metrics]
+            pairs = [(metric, one.metrics[metric].samples, other.metrics[metric].samples) for metric in shared]
+            differences += [paired(name, *pair) for pair in pairs if pair[1] and pair[2]]
+    left_out += [f"{name}: the first model was not measured by it" for name in second if name not in first]
+    return differences, left_out
+
+
+def paired(task: str, metric: str, first: list[float], second: list[float]) -> Difference:
+    """Second minus first over the same samples."""
+    gains = [mine - its for its, mine in zip(first, second, strict=True)]
+    count = len(gains)
+    mean = math.fsum(gains) / count
+    variance = math.fsum((gain - mean) ** 2 for gain in gains) / max(1, count - 1)
+    stderr = math.sqrt(variance / count)
+    better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    if {*first, *second} <= {0.0, 1.0}:
+        p = mcnemar(better, worse)
+    else:
+        p = math.erfc(abs(mean) / (stderr * math.sqrt(2))) if stderr else float(mean == 0)
+    return Difference(task, metric, mean, stderr, p, better, worse)
+
+
+def mcnemar(better: int, worse: int) -> float:
+    """The two-sided p of McNemar's exact test: how often a fair coin falls as unevenly, or more.
+
+    (McNemar 1947, in the exact binomial form.)
+    """
+    count = better + worse
+    if count >= _MOST_COINS:
+        return _normal_tail(better, worse)
+    tail = sum(math.comb(count, i) for i in range(min(better, worse) + 1))
+    return min(1.0, 2 * tail / 2**count)
+
+
+def _normal_tail(better: int, worse: int) -> float:
+    """The same by the normal distribution, corrected for continuity: for many samples, where it is as good."""
+    z = max(0, abs(better - worse) - 1) / math.sqrt(better + worse)
+    return math.erfc(z / math.sqrt(2))

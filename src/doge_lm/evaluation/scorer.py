@@ -1,0 +1,203 @@
+"""How lm-evaluation-harness reaches a model: its own class for every model of transformers, made faster for a Doge.
+
+That class pads batches of so many rows to their longest, and takes the softmax of 32,768 logits at every position. For
+a small model that is more work than the model itself. Here a batch holds so many tokens of rows of nearly one length,
+and the head sees the positions alone at which an answer's tokens are predicted. Rows that are equal but for the last
+token, as answers of one letter are, are read once.
+
+Shapes, the legend of this file:
+
+    B  rows of a batch          d  hidden size
+    T  tokens of its longest    P  positions whose next token is looked at
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from doge_lm.data.tokenizer import encode_batch
+from doge_lm.model.modeling_doge import DogeForCausalLM
+
+# Positions whose logits are held at a time: 0.25 GB in float32 at a vocabulary of 32,768.
+_HEAD_POSITIONS = 2048
+# Rows of a generated batch for each such number of tokens of a batch.
+_TOKENS_OF_A_ROW = 512
+
+# As lm-evaluation-harness gives it: the texts (None for windows of a long one), ids of the context and of the rest.
+Request = tuple[Any, list[int], list[int]]
+
+
+class _Row(NamedTuple):
+    """Ids that the model reads once, for some requests.
+
+    Attributes:
+        ids: the context and the continuation without its last token, cut from the left.
+        first: the first position whose next token is looked at.
+        requests: (index, continuation) of each request; its tokens are those behind the last positions.
+    """
+
+    ids: tuple[int, ...]
+    first: int
+    requests: list[tuple[int, list[int]]]
+
+
+def make_scorer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_tokens: int, progress: bool = False
+) -> HFLM:
+    """A model as lm-evaluation-harness takes it.
+
+    Args:
+        model: on its device.
+        tokenizer: its tokenizer.
+        batch_tokens: tokens of one forward pass. A model of another architecture takes a fixed number of rows, as many
+            as hold so many tokens at 512 each.
+        progress: show how far the scoring of a task has come.
+    """
+    keep_quiet()
+    kind = DogeScorer if isinstance(model, DogeForCausalLM) else PlainScorer
+    return kind(model, tokenizer, batch_tokens, progress)
+
+
+def keep_quiet() -> None:
+    """Leave out what the harness warns of in every run: that a model was given as an object, for one."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+class PlainScorer(HFLM):
+    """The harness's own class, with a batch size by tokens; see `make_scorer`."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_tokens: int, progress: bool
+    ) -> None:
+        rows = max(1, batch_tokens // _TOKENS_OF_A_ROW)
+        super().__init__(model, backend="causal", tokenizer=tokenizer, batch_size=rows)
+        self.batch_tokens = batch_tokens
+        self.shows_progress = progress
+
+    def score_windows(self, windows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        """The log-likelihood of each second part behind its first, in nats; both of at least one token."""
+        requests: list[Request] = [(None, context, rest) for context, rest in windows]
+        return [log_likelihood for log_likelihood, _ in self._loglikelihood_tokens(requests, not self.shows_progress)]
+
+
+class DogeScorer(PlainScorer):
+    """The same scores for a Doge, with the softmax in float32; see the module."""
+
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation behind its context, as the harness asks for it.
+
+        Every text is tokenized once, in batches: one by one that takes longer than a small model on a GPU. Blanks at
+        the end of a context go to the continuation, whose first token they belong to, as the harness has it.
+        """
+        pairs = [request.args for request in requests]
+        kept = [context.rstrip() for context, _ in pairs]
+        whole = [context + continuation for context, continuation in pairs]
+        texts = list(dict.fromkeys([*kept, *whole]))
+        ids = dict(zip(texts, encode_batch(self.tokenizer, texts), strict=True))
+        first = [self.prefix_token_id]
+        asked: list[Request] = [
+            (pair, first + ids[before], ids[together][len(ids[before]) :])
+            for pair, before, together in zip(pairs, kept, whole, strict=True)
+        ]
+        return self._loglikelihood_tokens(asked, disable_tqdm)
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation in nats, and whether it is the likeliest, token by token.
+
+        `override_bs` is a number of rows, which has no meaning here.
+        """
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm or not self.shows_progress) as bar:
+            for rows in batches(make_rows(requests, self.max_length), self.batch_tokens):
+                for request, answer in self._answers(rows):
+                    answers[request] = answer
+                    texts = requests[request][0]
+                    if texts is not None:  # a window of a long text is kept by who asked for the whole
+                        self.cache_hook.add_partial("loglikelihood", texts, answer)
+                    bar.update()
+        return answers
+
+    def _answers(self, rows: list[_Row]) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """Each request's index and answer."""
+        length = max(len(row.ids) for row in rows)
+        ids_BT = torch.zeros((len(rows), length), dtype=torch.long)
+        for b, row in enumerate(rows):
+            ids_BT[b, : len(row.ids)] = torch.tensor(row.ids)
+        looked_at = [range(b * length + row.first, b * length + len(row.ids)) for b, row in enumerate(rows)]
+        places_P = torch.tensor([place for places in looked_at for place in places], device=self.device)
+        # Padding stands behind, where the causal model does not look.
+        hidden_BTd = self.model.model(ids_BT.to(self.device), use_cache=False).last_hidden_state
+        hidden_Pd = hidden_BTd.flatten(0, 1)[places_P]
+        starts = [0]
+        for places in looked_at:
+            starts.append(starts[-1] + len(places))
+        index: list[int] = []
+        position: list[int] = []
+        target: list[int] = []
+        for row, end in zip(rows, starts[1:], strict=True):
+            for request, continuation in row.requests:
+                index.extend([request] * len(continuation))
+                position.extend(range(end - len(continuation), end))
+                target.extend(continuation)
+        found, likeliest = self._of_targets(hidden_Pd, position, target)
+        sums: dict[int, float] = defaultdict(float)
+        greedy: dict[int, bool] = defaultdict(lambda: True)
+        for request, log_likelihood, is_likeliest in zip(index, found, likeliest, strict=True):
+            sums[request] += log_likelihood
+            greedy[request] &= is_likeliest
+        for request, total in sums.items():
+            yield request, (total, greedy[request])
+
+    def _of_targets(self, hidden_Pd: Tensor, position: list[int], target: list[int]) -> tuple[list[float], list[bool]]:
+        """Log-likelihood of each target at its position of P, and whether none is likelier."""
+        logsums, largest, chosen = [], [], hidden_Pd.new_empty(len(target), dtype=torch.float32)
+        positions = torch.tensor(position, device=self.device)
+        targets = torch.tensor(target, device=self.device)
+        for start in range(0, len(hidden_Pd), _HEAD_POSITIONS):
+            logits_PV = self.model.lm_head(hidden_Pd[start : start + _HEAD_POSITIONS]).float()
+            logsums.append(logits_PV.logsumexp(dim=-1))
+            largest.append(logits_PV.argmax(dim=-1))
+            here = (positions >= start) & (positions < start + len(logits_PV))
+            chosen[here] = logits_PV[positions[here] - start, targets[here]]
+        log_likelihood = chosen - torch.cat(logsums)[positions]
+        return log_likelihood.double().tolist(), (torch.cat(largest)[positions] == targets).tolist()
+
+
+def make_rows(requests: Sequence[Request], max_length: int) -> list[_Row]:
+    """What the model has to read, the longest first; requests with equal inputs share a row.
+
+    A context that does not fit is cut from the left, as lm-evaluation-harness does it.
+    """
+    shared: dict[tuple[int, ...], list[tuple[int, list[int]]]] = defaultdict(list)
+    for index, (_, context, continuation) in enumerate(requests):
+        if not context or not 0 < len(continuation) <= max_length:
+            raise ValueError(
+                f"a request of {len(context)} and {len(continuation)} tokens does not suit a model of {max_length}"
+            )
+        ids = (context + continuation)[-(max_length + 1) :][:-1]
+        shared[tuple(ids)].append((index, continuation))
+    rows = [
+        _Row(ids, len(ids) - max(len(continuation) for _, continuation in wanted), wanted)
+        for ids, wanted in shared.items()
+    ]
+    return sorted(rows, key=lambda row: (-len(row.ids), row.ids))
+
+
+def batches(rows: Sequence[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
+    """Rows in order, as many as hold `batch_tokens` with their padding, at least one."""
+    start = 0
+    while start < len(rows):
+        count = max(1, batch_tokens // len(rows[start].ids))
+        yield list(rows[start : start + count])
+        start += count

@@ -1,0 +1,145 @@
+"""`doge-lm eval`: what it prints and writes, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from doge_lm.cli import main
+from doge_lm.evaluation.report import RESULT_NAME, Results, table
+
+from .benchmarks import make_benchmarks, make_model
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("command")
+    for seed, name in enumerate(("one", "two")):
+        make_model(place / name, seed=seed)
+    make_benchmarks(place / "data", count=5)
+    (place / "text.txt").write_text("a text", encoding="utf-8")
+    return place
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = main(["eval", *map(str, arguments), "--device", "cpu"])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_results_are_printed_and_written(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data_dir", world / "data", "--tasks", "local_copa, local_blimp", "--texts", f"en={world / 'text.txt'}"]
+    status, out, _ = run(capsys, world / "one", *flags, "--output_dir", tmp_path / "one")
+    assert status == 0
+    data = json.loads((tmp_path / "one" / RESULT_NAME).read_text(encoding="utf-8"))
+    copa = data["tasks"]["local_copa"]
+    metric = copa["metrics"]["acc"]
+    assert f"| {metric['value']:.4f} | {metric['stderr']:.4f} | 0.5000 |" in " ".join(out.split())
+    assert metric["over_chance"] == pytest.approx(metric["value"] - 0.5)
+    assert metric["value"] == pytest.approx(sum(metric["samples"]) / 5)
+    assert set(data["tasks"]["local_blimp"]["breakdown"]["acc"]) == {"kind0", "kind1", "kind2"}
+    assert f"{data['texts']['en']['bits_per_byte']:.4f}" in out
+    assert data["settings"]["dtype"] == "float32"
+    again = Results.read(tmp_path / "one" / RESULT_NAME)
+    assert again.as_dict() == data
+    assert [path.name for path in (tmp_path / "one").iterdir()] == [RESULT_NAME]
+
+
+def test_two_models_or_their_results_are_compared(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data_dir", world / "data", "--tasks", "local_copa,local_winogrande"]
+    status, out, _ = run(capsys, world / "one", world / "two", *flags)
+    assert status == 0
+    expected = out[out.index("sample by sample") :]
+    for name in ("one", "two"):
+        assert run(capsys, world / name, *flags, "--output_dir", tmp_path / name)[0] == 0
+    status, out, _ = run(capsys, tmp_path / "one", tmp_path / "two")
+    assert status == 0
+    assert out[out.index("sample by sample") :] == expected
+    assert expected.count("local_") == 2
+    # other examples before the questions make other prompts, which are not compared
+    assert run(capsys, world / "two", *flags, "--num_fewshot", 1, "--output_dir", tmp_path / "three")[0] == 0
+    _, out, _ = run(capsys, tmp_path / "one", tmp_path / "three")
+    assert "left out: local_copa: the samples or their prompts are not the same" in out
+
+
+def test_a_whole_folder_of_benchmarks(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("copa", "humaneval"):
+        (tmp_path / f"{name}.jsonl").write_bytes((world / "data" / f"{name}.jsonl").read_bytes())
+    status, out, _ = run(capsys, world / "one", "--data_dir", tmp_path, "--limit", 2)
+    assert status == 0
+    assert out.count("left out: local_") == 11
+    assert "| local_copa | acc" in out
+
+
+def test_a_task_file_of_ones_own(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"q": "one two", "a": ["three", "four", "five"], "y": 1}] * 4
+    (tmp_path / "mine.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(
+        f"""task: mine
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "mine.json"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: q
+doc_to_choice: a
+doc_to_target: y
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+""",
+        encoding="utf-8",
+    )
+    status, out, _ = run(capsys, world / "one", "--include_path", tmp_path, "--tasks", "mine")
+    assert status == 0
+    assert "0.3333" in out  # chance
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "nothing to evaluate on"),
+        (["--suite", "local"], "--data_dir"),
+        (["--data_dir", "{world}/none"], "is no folder"),
+        (["--data_dir", "{world}/one"], "holds no benchmark"),
+        (["--data_dir", "{world}/data", "--tasks", "local_cpa"], "did you mean local_copa"),
+        (["--tasks", "local_copa"], "--data_dir"),
+        (["--data_dir", "{world}/two", "--tasks", "local_copa"], "holds no copa.jsonl"),
+        (["--data_dir", "{world}/data", "--limit", "0"], "--limit is 0"),
+        (["--data_dir", "{world}/data", "--num_fewshot", "-1"], "--num_fewshot is -1"),
+        (["--texts", "x={world}/none.txt"], "does not exist"),
+        (["--texts", "{world}/text.txt", "--window", "1"], "--window is 1"),
+        (["--texts", "{world}/text.txt", "--system", "be kind"], "--system is for --chat"),
+        (["--tasks", "local_copa", "--data_dir", "{world}/data", "--include_path", "{world}/none"], "--include_path"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    world: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    status, _, err = run(capsys, world / "one", *[flag.format(world=world) for flag in flags])
+    assert status == 1
+    assert message in err
+
+
+def test_places_without_a_model_are_refused(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--data_dir", world / "data", "--tasks", "local_copa"]
+    assert "neither a model" in run(capsys, tmp_path, *data)[2]
+    (tmp_path / RESULT_NAME).write_text("{}", encoding="utf-8")
+    assert "holds no results" in run(capsys, tmp_path)[2]
+    assert "the results of one model" in run(capsys, world / "one", world / "two", *data, "--output_dir", "x")[2]
+
+
+def test_a_task_that_needs_more_positions_than_there_are(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_model(tmp_path / "short", positions=16)
+    flags = ["--data_dir", world / "data", "--tasks", "local_triviaqa"]
+    assert "16 positions" in run(capsys, tmp_path / "short", *flags)[2]
+
+
+def test_tables_line_up() -> None:
+    assert table(("a", "bc"), [("x", "1"), ("yyyy", "22")], left=1).splitlines() == [
+        "| a    |  bc |",
+        "| ---- | --: |",
+        "| x    |   1 |",
+        "| yyyy |  22 |",
+    ]

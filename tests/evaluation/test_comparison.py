@@ -1,0 +1,61 @@
+"""Differences of two models on the same samples."""
+
+import itertools
+import math
+
+import pytest
+
+from doge_lm.evaluation.comparison import compare, mcnemar, paired
+from doge_lm.evaluation.harness import Metric, TaskResult
+
+
+def result(scores: list[float], identity: list[str] | None = None, task: str = "t") -> TaskResult:
+    metric = Metric(sum(scores) / len(scores), None, None, scores)
+    return TaskResult(task, len(scores), 0, {"acc": metric}, {}, identity or list(map(str, range(len(scores)))))
+
+
+@pytest.mark.parametrize(("better", "worse"), [(0, 0), (1, 0), (3, 9), (9, 3), (5, 5), (0, 12)])
+def test_mcnemar_counts_coins(better: int, worse: int) -> None:
+    """Against every way that the coins can fall."""
+    count = better + worse
+    falls = [sum(coins) for coins in itertools.product((0, 1), repeat=count)]
+    as_uneven = sum(abs(2 * heads - count) >= abs(better - worse) for heads in falls)
+    assert mcnemar(better, worse) == pytest.approx(as_uneven / len(falls))
+
+
+def test_mcnemar_of_many_goes_over_into_the_normal_distribution() -> None:
+    assert mcnemar(540, 459) == pytest.approx(mcnemar(541, 459), rel=0.1)
+    assert mcnemar(100_000, 101_000) == pytest.approx(math.erfc(999 / math.sqrt(201_000) / math.sqrt(2)))
+
+
+def test_right_and_wrong_by_sample() -> None:
+    difference = paired("t", "acc", [1, 1, 0, 0, 0, 0], [1, 0, 1, 1, 1, 0])
+    assert difference.difference == pytest.approx(2 / 6)
+    assert (difference.better, difference.worse) == (3, 1)
+    gains = [0, -1, 1, 1, 1, 0]
+    mean = sum(gains) / 6
+    assert difference.stderr == pytest.approx(math.sqrt(sum((g - mean) ** 2 for g in gains) / 5 / 6))
+    assert difference.p == pytest.approx(10 / 16)
+
+
+def test_other_figures_by_the_normal_distribution() -> None:
+    difference = paired("t", "x", [0.5, 1.5, 2.5], [1.5, 2.0, 4.0])
+    assert difference.difference == pytest.approx(1.0)
+    assert difference.p == pytest.approx(math.erfc(1.0 / (0.5 / math.sqrt(3)) / math.sqrt(2)))
+    assert paired("t", "x", [0.5], [0.5]).p == 1
+    assert paired("t", "x", [0.5, 0.5], [0.75, 0.75]).p == 0
+
+
+def test_only_the_same_samples_are_compared() -> None:
+    first = {"a": result([1, 0]), "b": result([1, 0]), "c": result([1, 0])}
+    second = {"a": result([0, 0]), "b": result([1, 0], ["0", "other"]), "d": result([1])}
+    differences, left_out = compare(first, second)
+    assert [(d.task, d.metric, d.difference) for d in differences] == [("a", "acc", -0.5)]
+    assert [line.partition(":")[0] for line in left_out] == ["b", "c", "d"]
+
+
+def test_a_metric_that_one_side_lacks_is_passed_over() -> None:
+    one, other = result([1, 0]), result([0, 0])
+    one.metrics["acc_norm"] = one.metrics["acc"]
+    other.metrics["group"] = Metric(0.5, None, None)
+    assert [d.metric for d in compare({"a": one}, {"a": other})[0]] == ["acc"]

@@ -1,0 +1,391 @@
+"""Scores of the ready tasks against a scorer that shares nothing with the harness: one text at a time, in float64."""
+
+from __future__ import annotations
+
+import string
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from doge_lm.cli import main
+from doge_lm.data.sources import read_objects
+from doge_lm.data.tokenizer import encode_text, load_tokenizer
+from doge_lm.evaluation.harness import SUITES, Choice, TaskResult, local_suite, run_tasks
+from doge_lm.evaluation.local_data import find_file
+from doge_lm.evaluation.programs import passes
+from doge_lm.evaluation.report import RESULT_NAME, Results
+from doge_lm.evaluation.scorer import DogeScorer, PlainScorer, make_scorer
+from doge_lm.inference.loading import load_model
+
+from .benchmarks import KINDS, make_benchmarks, make_model
+
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "eval"
+LIMIT = 12
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("eval") / "model", positions=2048)
+
+
+@pytest.fixture(scope="module")
+def model(place: Path) -> PreTrainedModel:
+    return load_model(place, CPU)
+
+
+@pytest.fixture(scope="module", params=["made", "shared"])
+def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "made":
+        return make_benchmarks(tmp_path_factory.mktemp("benchmarks"))
+    if not SHARED.is_dir():
+        pytest.skip(f"there are no benchmarks at {SHARED}")
+    return SHARED
+
+
+class Plain:
+    """Log-likelihoods and greedy continuations by the whole logits of one text, in float64."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    @torch.no_grad()
+    def logprobs(self, ids: list[int]) -> torch.Tensor:
+        return self.model(torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1)
+
+    def score(self, context: str, continuation: str) -> float:
+        kept = context.rstrip()
+        whole = [1, *encode_text(self.tokenizer, context + continuation)]
+        begin = 1 + len(encode_text(self.tokenizer, kept)) if kept else 1
+        logprobs = self.logprobs(whole)
+        return sum(logprobs[t - 1, whole[t]].item() for t in range(begin, len(whole)))
+
+    def write(self, context: str, most: int, stops: list[str]) -> str:
+        ids = [1, *encode_text(self.tokenizer, context)]
+        count = len(ids)
+        while len(ids) < count + most and ids[-1] != 2:
+            ids.append(int(self.logprobs(ids)[-1].argmax()))
+        text = self.tokenizer.decode(ids[count:], skip_special_tokens=True)
+        return min((text.split(stop)[0] for stop in stops), key=len)
+
+
+def rows(data: Path, name: str) -> list[dict[str, Any]]:
+    path = find_file(data, name)
+    assert path is not None
+    return [values for (_, values), _ in zip(read_objects(path), range(LIMIT), strict=False)]
+
+
+def right(scores: list[float], lengths: list[int], gold: int) -> tuple[float, float]:
+    """Whether the likeliest choice, and the likeliest for its length in characters, is the right one."""
+    normed = [score / length for score, length in zip(scores, lengths, strict=True)]
+    return float(scores.index(max(scores)) == gold), float(normed.index(max(normed)) == gold)
+
+
+def of_choices(prompt: Callable[[dict[str, Any]], str]) -> Callable[[Plain, dict[str, Any]], tuple[float, float]]:
+    def score(plain: Plain, row: dict[str, Any]) -> tuple[float, float]:
+        scores = [plain.score(prompt(row), f" {choice}") for choice in row["choices"]]
+        return right(scores, [len(choice) for choice in row["choices"]], row["gold"])
+
+    return score
+
+
+def asked(row: dict[str, Any]) -> str:
+    return f"{row['query']}\nAnswer:"
+
+
+def of_names(plain: Plain, row: dict[str, Any]) -> tuple[float, float]:
+    scores = [plain.score(option, f" {row['continuation']}") for option in row["context_options"]]
+    return right(scores, [1, 1], row["gold"])
+
+
+def of_pair(plain: Plain, row: dict[str, Any]) -> tuple[float, float]:
+    # The harness puts its blank between context and continuation before the first word, too.
+    scores = [plain.score("", f" {row[name]}") for name in ("sentence_good", "sentence_bad")]
+    return right(scores, [1, 1], 0)
+
+
+def bare(text: str) -> str:
+    return "".join(letter for letter in text.lower() if letter not in string.punctuation)
+
+
+def of_trivia(plain: Plain, row: dict[str, Any]) -> tuple[float, float]:
+    answer = plain.write(row["context"], 24, ["\n", ".", ","]).strip()
+    return float(any(bare(answer) == bare(alias) for alias in row["aliases"])), 0.0
+
+
+REFERENCES = {
+    "local_arc_easy": ("arc_easy_test", of_choices(asked), ("acc", "acc_norm")),
+    "local_arc_challenge": (
+        "arc_challenge_test",
+        of_choices(lambda row: f"{row['query']}\nAnswer:"),
+        ("acc", "acc_norm"),
+    ),
+    "local_openbookqa": ("openbookqa_test", of_choices(lambda row: row["query"]), ("acc", "acc_norm")),
+    "local_piqa": ("piqa_valid", of_choices(lambda row: f"{row['query']}Answer:"), ("acc", "acc_norm")),
+    "local_boolq": ("boolq_valid", of_choices(asked), ("acc",)),
+    "local_commonsense_qa": ("commonsense_qa", of_choices(lambda row: row["query"]), ("acc",)),
+    "local_copa": ("copa", of_choices(lambda row: row["query"]), ("acc",)),
+    "local_winogrande": ("winogrande_xl_dev", of_names, ("acc",)),
+    "local_blimp": ("blimp", of_pair, ("acc",)),
+    "local_triviaqa": ("triviaqa_sub3000", of_trivia, ("exact_match,stripped",)),
+}
+
+
+@pytest.fixture(scope="module")
+def found(place: Path, model: PreTrainedModel, data: Path) -> dict[str, TaskResult]:
+    scorer = make_scorer(model, load_tokenizer(place), 2048)
+    return run_tasks(scorer, Choice(list(REFERENCES), data, limit=LIMIT))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", REFERENCES)
+def test_scores_are_those_of_an_independent_scorer(
+    place: Path, model: PreTrainedModel, data: Path, found: dict[str, TaskResult], task: str
+) -> None:
+    file, score, metrics = REFERENCES[task]
+    plain = Plain(model, load_tokenizer(place))
+    expected = [score(plain, row) for row in rows(data, file)]
+    for i, metric in enumerate(metrics):
+        mine = found[task].metrics[metric].samples
+        assert mine[: len(expected)] == [each[i] for each in expected]
+        assert len(mine) == found[task].count
+        assert found[task].metrics[metric].value == pytest.approx(sum(mine) / len(mine))
+
+
+def test_every_ready_task_has_a_reference_and_a_file() -> None:
+    assert set(SUITES["local"]) == {*REFERENCES, "local_gsm8k", "local_humaneval"}
+    assert {REFERENCES[task][0] for task in REFERENCES} | {"gsm8k_test", "humaneval"} == set(KINDS)
+
+
+def test_chance_and_breakdown(found: dict[str, TaskResult], data: Path) -> None:
+    assert found["local_arc_easy"].metrics["acc_norm"].chance == 0.25
+    assert found["local_winogrande"].metrics["acc"].chance == 0.5
+    assert found["local_triviaqa"].metrics["exact_match,stripped"].chance == 0
+    blimp = found["local_blimp"]
+    parts = blimp.breakdown["acc"]
+    assert sum(count for _, count in parts.values()) == blimp.count
+    total = sum(value * count for value, count in parts.values())
+    assert total / blimp.count == pytest.approx(blimp.metrics["acc"].value)
+    assert set(parts) == {row["UID"] for row in rows(data, "blimp")}
+
+
+@pytest.mark.slow
+def test_a_model_that_knows_nothing_is_at_chance_on_winogrande(place: Path, model: PreTrainedModel) -> None:
+    if not SHARED.is_dir():
+        pytest.skip(f"there are no benchmarks at {SHARED}")
+    scorer = make_scorer(model, load_tokenizer(place), 8192)
+    metric = run_tasks(scorer, Choice(["local_winogrande"], SHARED))["local_winogrande"].metrics["acc"]
+    assert metric.stderr is not None
+    assert abs(metric.value - 0.5) < 3 * metric.stderr
+    assert len(metric.samples) == 1267
+
+
+def test_continuations_are_the_greedy_ones(place: Path, model: PreTrainedModel, tmp_path: Path) -> None:
+    """In batches with padding at the left, up to the first stop."""
+    tokenizer = load_tokenizer(place)
+    plain, scorer = Plain(model, tokenizer), make_scorer(model, tokenizer, 2048)
+    prompts = ["Question: how many?\nAnswer:", "a", "the river 水 runs past a mill of grey stones"]
+    whole = [plain.write(prompt, 24, ["\0"]) for prompt in prompts]
+    stop = whole[2][5:7]
+    stops = [stop, "\n", ".", ","]
+    result = scorer.generate_until(
+        [
+            Instance("generate_until", {}, (prompt, {"until": stops, "max_gen_toks": 24, "do_sample": False}), 0)
+            for prompt in prompts
+        ]
+    )
+    assert result == [min((text.split(stop)[0] for stop in stops), key=len) for text in whole]
+
+
+@pytest.mark.parametrize(
+    ("task", "texts", "expected"),
+    [
+        (
+            "local_triviaqa",
+            [" The Mill!", " mill", " a mill", ""],
+            {"exact_match,stripped": [1, 1, 0, 0]},
+        ),
+        (
+            "local_gsm8k",  # the answers are 1, 2, 3, 4
+            [" 0 + 1 is 1.\n#### 1", " so 3, or 2.", " #### 2 and 3", " #### $4"],
+            {"exact_match,strict": [1, 0, 0, 0], "exact_match,flexible": [1, 1, 1, 1]},
+        ),
+    ],
+)
+def test_written_answers_count_when_they_are_right(
+    place: Path,
+    model: PreTrainedModel,
+    tmp_path: Path,
+    task: str,
+    texts: list[str],
+    expected: dict[str, list[float]],
+) -> None:
+    scorer = make_scorer(model, load_tokenizer(place), 2048)
+    scorer.generate_until = lambda asked, **rest: texts
+    metrics = run_tasks(scorer, Choice([task], make_benchmarks(tmp_path, count=4)))[task].metrics
+    assert {name: metric.samples for name, metric in metrics.items()} == expected
+
+
+@pytest.fixture(scope="module")
+def llama(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model of another architecture."""
+    directory = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=32768,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=1024,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    load_tokenizer(place).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.slow
+def test_another_architecture_scores_as_by_the_harness_itself(llama: Path, tmp_path: Path) -> None:
+    from lm_eval import simple_evaluate  # noqa: PLC0415
+    from lm_eval.tasks import TaskManager  # noqa: PLC0415
+
+    from doge_lm.evaluation.local_data import TASKS  # noqa: PLC0415
+
+    data = make_benchmarks(tmp_path / "data")
+    tasks = ["local_arc_easy", "local_commonsense_qa", "local_winogrande", "local_blimp", "local_triviaqa"]
+    flags = ["--tasks", ",".join(tasks), "--data_dir", str(data), "--device", "cpu"]
+    assert main(["eval", str(llama), *flags, "--output_dir", str(tmp_path / "out")]) == 0
+    mine = Results.read(tmp_path / "out" / RESULT_NAME).tasks
+    manager = TaskManager(include_path=TASKS, include_defaults=False, metadata={"data_dir": str(data)})  # type: ignore[dict-item]
+    theirs = simple_evaluate(
+        "hf", f"pretrained={llama}", tasks=list(tasks), task_manager=manager, batch_size=4, device="cpu"
+    )
+    assert theirs is not None
+    for task in tasks:
+        for name, metric in mine[task].metrics.items():
+            key = name if "," in name else f"{name},none"
+            assert metric.value == theirs["results"][task][key]
+            scores = [s[name.partition(",")[0]] for s in theirs["samples"][task]]
+            assert metric.samples == scores
+
+
+def requests(rng: torch.Generator, count: int, longest: int) -> Iterator[tuple[Any, list[int], list[int]]]:
+    for i in range(count):
+        lengths = [int(torch.randint(1, longest, (), generator=rng)) for _ in range(2)]
+        context, rest = (torch.randint(3, 32768, (n,), generator=rng).tolist() for n in lengths)
+        yield None, context, rest
+        yield ("a", str(i)), context, [rest[0]]  # shares its row with the next
+        yield ("b", str(i)), context, [5]
+        yield None, [*context, rest[0]], [7]
+
+
+def test_likelihoods_are_those_of_the_harness_for_any_batch(place: Path, model: PreTrainedModel) -> None:
+    tokenizer = load_tokenizer(place)
+    asked = list(requests(torch.Generator().manual_seed(3), 12, 40))
+    asked.append((None, [1] * 2100, [9, 8]))  # cut from the left
+    asked.append((None, [1], [4] * 2048))
+    expected = PlainScorer(model, tokenizer, 2048, False)._loglikelihood_tokens(asked, disable_tqdm=True)
+    for batch_tokens in (1, 100, 100_000):
+        found = DogeScorer(model, tokenizer, batch_tokens, False)._loglikelihood_tokens(asked, disable_tqdm=True)
+        for (mine, greedy), (its, is_greedy) in zip(found, expected, strict=True):
+            assert mine == pytest.approx(its, rel=1e-5)
+            assert greedy is is_greedy
+
+
+def test_the_likeliest_continuation_is_told(place: Path, model: PreTrainedModel) -> None:
+    ids = [1, 500, 600]
+    with torch.no_grad():
+        best = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+    scorer = DogeScorer(model, load_tokenizer(place), 64, False)
+    assert [greedy for _, greedy in scorer._loglikelihood_tokens([(None, ids, [best]), (None, ids, [best - 1])])] == [
+        True,
+        False,
+    ]
+
+
+def test_examples_are_shown_and_never_the_question_itself(place: Path, model: PreTrainedModel, tmp_path: Path) -> None:
+    data = make_benchmarks(tmp_path)
+    scorer = make_scorer(model, load_tokenizer(place), 2048)
+    seen: list[tuple[str, str]] = []
+    scored = scorer._loglikelihood_tokens
+    scorer._loglikelihood_tokens = lambda asked, *rest: seen.extend(a[0] for a in asked) or scored(asked, *rest)
+    result = run_tasks(scorer, Choice(["local_copa"], data, num_fewshot=3))
+    assert result["local_copa"].num_fewshot == 3
+    for context, _ in seen:
+        parts = context.split("\n\n")
+        assert len(parts) == 4
+        assert not any(part.startswith(parts[-1]) for part in parts[:-1])
+
+
+GOOD = "def f(x):\n    return x + 1\n\ndef check(f):\n    assert f(1) == 2\ncheck(f)\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        (GOOD, True),
+        (GOOD.replace("+ 1", "+ 2"), False),
+        ("import sys\nsys.exit(0)\n" + GOOD, False),  # has passed no test
+        ("import os\nos._exit(0)\n", False),
+        ("x = (", False),
+        ("print('\udcff')\nopen('/dev/null').read()\n", True),
+        ("x = bytearray(2**33)\n", False),
+        ("open('big', 'wb').write(bytes(2**24))\n", False),
+    ],
+)
+def test_programs_pass_or_fail(program: str, expected: bool) -> None:
+    assert passes(program) is expected
+
+
+def test_a_program_that_never_ends_is_ended_with_what_it_started(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    child = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
+    program = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {child!r}])\nwhile True: pass\n"
+    assert not passes(program, seconds=1.5)
+    time.sleep(3.5)
+    assert not mark.exists()
+
+
+def test_programs_of_a_model_run_only_if_allowed(
+    place: Path, model: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_benchmarks(tmp_path / "data", count=2)
+    names, left_out = local_suite(data, run_code=False)
+    assert "local_humaneval" not in names
+    assert any("--run_code" in line for line in left_out)
+    flags = ["eval", str(place), "--data_dir", str(data), "--tasks", "local_humaneval", "--device", "cpu"]
+    assert main(flags) == 1
+    assert "--run_code" in capsys.readouterr().err
+    scorer = make_scorer(model, load_tokenizer(place), 2048)
+    scorer.generate_until = lambda asked, **rest: [f"    return x + {i}\n" for i in (0, 7)]  # right, wrong
+    result = run_tasks(scorer, Choice(["local_humaneval"], data, run_code=True))["local_humaneval"]
+    assert result.metrics["pass_at_1"].samples == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"query": "q", "choices": ["a"], "gold": 1}', "'gold' must be a whole number from 0 to 0"),
+        ('{"query": "q", "choices": ["a", 3], "gold": 0}', "'choices' must be a list of strings"),
+        ('{"query": "q", "choices": ["a", "b"]}', "'gold' is missing"),
+        ('{"query": 3, "choices": ["a", "b"], "gold": 0}', "'query' must be a string"),
+        ('{"query": "q", "choices": ["a", "b"], "gold": true}', "'gold' must be a whole number"),
+        ("{", "JSON"),
+    ],
+)
+def test_bad_rows_are_named(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
+) -> None:
+    good = '{"query": "q", "choices": ["a", "b"], "gold": 0}'
+    (tmp_path / "copa.jsonl").write_text(f"{good}\n{line}\n", encoding="utf-8")
+    assert main(["eval", str(place), "--data_dir", str(tmp_path), "--tasks", "local_copa", "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    assert "copa.jsonl" in error
+    assert "line 2" in error
+    assert message in error
