@@ -48,7 +48,7 @@ def test_results_are_printed_and_written(world: Path, tmp_path: Path, capsys: py
 def test_two_models_or_their_results_are_compared(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--data_dir", world / "data", "--tasks", "local_copa,local_winogrande"]
+    flags = ["--data_dir", world / "data", "--tasks", "local_copa,local_winogrande", "--texts", world / "text.txt"]
     status, out, _ = run(capsys, world / "one", world / "two", *flags)
     assert status == 0
     expected = out[out.index("sample by sample") :]
@@ -58,6 +58,7 @@ def test_two_models_or_their_results_are_compared(
     assert status == 0
     assert out[out.index("sample by sample") :] == expected
     assert expected.count("local_") == 2
+    assert "| text             | bits per byte |" in expected
     # other examples before the questions make other prompts, which are not compared
     assert run(capsys, world / "two", *flags, "--num_fewshot", 1, "--output_dir", tmp_path / "three")[0] == 0
     _, out, _ = run(capsys, tmp_path / "one", tmp_path / "three")

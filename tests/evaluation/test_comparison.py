@@ -2,11 +2,14 @@
 
 import itertools
 import math
+import random
 
 import pytest
 
-from doge_lm.evaluation.comparison import compare, mcnemar, paired
+from doge_lm.evaluation.bits_per_byte import Scores
+from doge_lm.evaluation.comparison import compare, compare_texts, mcnemar, paired
 from doge_lm.evaluation.harness import Metric, TaskResult
+from doge_lm.evaluation.texts import TextScores
 
 
 def result(scores: list[float], identity: list[str] | None = None, task: str = "t") -> TaskResult:
@@ -44,6 +47,34 @@ def test_other_figures_by_the_normal_distribution() -> None:
     assert difference.p == pytest.approx(math.erfc(1.0 / (0.5 / math.sqrt(3)) / math.sqrt(2)))
     assert paired("t", "x", [0.5], [0.5]).p == 1
     assert paired("t", "x", [0.5, 0.5], [0.75, 0.75]).p == 0
+
+
+def texts(nats: list[float], sizes: list[int], identity: str = "same") -> TextScores:
+    scores = Scores(sum(nats), len(nats), sum(sizes))
+    return TextScores(scores, len(nats), None, nats, sizes, identity)
+
+
+def test_texts_by_the_ratio_of_paired_differences() -> None:
+    """Over many draws, p below 0.05 comes as often as it says, where there is no difference."""
+    rng = random.Random(0)
+    found = []
+    for _ in range(1000):
+        sizes = [rng.randint(10, 300) for _ in range(60)]
+        base = [size * rng.gauss(0.7, 0.2) for size in sizes]  # what both share, which is most of it
+        sides = [[nats + size * rng.gauss(0, 0.02) for nats, size in zip(base, sizes, strict=True)] for _ in range(2)]
+        found += compare_texts({"en": texts(sides[0], sizes)}, {"en": texts(sides[1], sizes)})[0]
+    assert 0.03 < sum(difference.p < 0.05 for difference in found) / 1000 < 0.08
+    better = compare_texts({"en": texts([7.0, 9.0], [10, 10])}, {"en": texts([6.0, 8.0], [10, 10])})[0][0]
+    assert better.difference == pytest.approx(-2 / 20 / math.log(2))
+    assert (better.better, better.worse, better.p) == (2, 0, 0)
+
+
+def test_only_the_same_texts_are_compared() -> None:
+    one, other = texts([7.0], [10]), texts([7.0], [10], "other")
+    differences, left_out = compare_texts({"a": one, "b": one, "c": one}, {"a": one, "b": other, "d": one})
+    assert [difference.task for difference in differences] == ["a"]
+    assert math.isnan(differences[0].p)  # of a single text
+    assert [line.partition(":")[0] for line in left_out] == ["b", "c", "d"]
 
 
 def test_only_the_same_samples_are_compared() -> None:

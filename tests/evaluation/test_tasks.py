@@ -21,6 +21,7 @@ from doge_lm.evaluation.local_data import find_file
 from doge_lm.evaluation.programs import passes
 from doge_lm.evaluation.report import RESULT_NAME, Results
 from doge_lm.evaluation.scorer import DogeScorer, PlainScorer, make_scorer
+from doge_lm.inference.decoding import Decoder
 from doge_lm.inference.loading import load_model
 
 from .benchmarks import KINDS, make_benchmarks, make_model
@@ -201,6 +202,44 @@ def test_continuations_are_the_greedy_ones(place: Path, model: PreTrainedModel, 
         ]
     )
     assert result == [min((text.split(stop)[0] for stop in stops), key=len) for text in whole]
+
+
+def test_writing_ends_with_the_last_stop_or_end(
+    place: Path, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not before, and not much later; requests of other lengths are other batches."""
+    tokenizer = load_tokenizer(place)
+    scorer = make_scorer(model, tokenizer, 2048)
+    plain = Plain(model, tokenizer)
+    prompts = ["one", "two and"]
+    long = [plain.write(prompt, 40, ["\0"]) for prompt in prompts]
+    steps: list[int] = []
+    generate = Decoder.generate
+
+    def counting(self: Decoder, prompts: Any, sampling: Any, *, on_tokens: Any, **rest: Any) -> Any:
+        return generate(self, prompts, sampling, on_tokens=lambda ids: (steps.append(len(ids)), on_tokens(ids)), **rest)
+
+    monkeypatch.setattr(Decoder, "generate", counting)
+
+    def ask(wishes: list[dict[str, Any]]) -> list[str]:
+        asked = zip(prompts, wishes, strict=True)
+        return scorer.generate_until(
+            [Instance("generate_until", {}, (p, {"do_sample": False, **w}), 0) for p, w in asked]
+        )
+
+    stops = [text[3:6] for text in long]
+    wishes = [{"until": [stop], "max_gen_toks": 40} for stop in stops]
+    assert ask(wishes) == [text.split(stop)[0] for text, stop in zip(long, stops, strict=True)]
+    assert len(steps) == 16
+    assert ask([wishes[0], {**wishes[1], "max_gen_toks": 20}]) == ask(wishes)
+    steps.clear()
+    assert ask([wishes[0], {"until": ["\0"], "max_gen_toks": 40}]) == [long[0].split(stops[0])[0], long[1]]
+    assert len(steps) == 40
+    # the first token that it writes taken for the end
+    first = encode_text(tokenizer, prompts[0])
+    ending = int(plain.logprobs([1, *first])[-1].argmax())
+    scorer.tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ending)
+    assert ask([{"until": ["\0"], "max_gen_toks": 40}] * 2)[0] == ""
 
 
 @pytest.mark.parametrize(

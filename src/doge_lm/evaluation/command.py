@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from doge_lm.errors import UserError
 from doge_lm.evaluation import harness, report
-from doge_lm.evaluation.comparison import compare
+from doge_lm.evaluation.comparison import compare, compare_texts
 from doge_lm.evaluation.report import RESULT_NAME, Results
 from doge_lm.evaluation.scorer import make_scorer
 from doge_lm.evaluation.texts import parse_group, score_texts
@@ -86,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
         if found.texts:
             print(report.text_table(found.texts))
     for other in results[1:]:
-        differences, left_out = compare(results[0].tasks, other.tasks)
+        of_tasks, without_tasks = compare(results[0].tasks, other.tasks)
+        of_texts, without_texts = compare_texts(results[0].texts, other.texts)
+        differences, left_out = of_tasks + of_texts, without_tasks + without_texts
         print(f"\n{other.model} over {results[0].model}, sample by sample")
         print(report.difference_table(differences))
         for line in left_out:

@@ -5,9 +5,12 @@ what both get right or wrong says nothing.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from doge_lm.evaluation.bits_per_byte import Scores
 from doge_lm.evaluation.harness import TaskResult
+from doge_lm.evaluation.texts import TextScores, ratio_stderr
 
 # From so many samples on which two models differ, the normal distribution is as good, and quicker.
 _MOST_COINS = 1000
@@ -56,6 +59,29 @@ def compare(first: dict[str, TaskResult], second: dict[str, TaskResult]) -> tupl
     return differences, left_out
 
 
+def compare_texts(
+    first: Mapping[str, TextScores], second: Mapping[str, TextScores]
+) -> tuple[list[Difference], list[str]]:
+    """The same for bits per byte: less is better. `better` and `worse` count texts."""
+    differences, left_out = [], []
+    for name, one in first.items():
+        other = second.get(name)
+        if other is None:
+            left_out.append(f"{name}: the second model did not read these texts")
+        elif one.identity != other.identity:
+            left_out.append(f"{name}: the texts are not the same")
+        else:
+            gains = [mine - its for its, mine in zip(one.nats, other.nats, strict=True)]
+            parts = [Scores(gain, 1, size) for gain, size in zip(gains, one.bytes, strict=True)]
+            mean = math.fsum(gains) / one.scores.bytes / math.log(2)
+            stderr = ratio_stderr(parts)
+            p = math.nan if stderr is None else _two_sided(mean, stderr)
+            better, worse = sum(gain < 0 for gain in gains), sum(gain > 0 for gain in gains)
+            differences.append(Difference(name, "bits per byte", mean, stderr or math.nan, p, better, worse))
+    left_out += [f"{name}: the first model did not read these texts" for name in second if name not in first]
+    return differences, left_out
+
+
 def paired(task: str, metric: str, first: list[float], second: list[float]) -> Difference:
     """Second minus first over the same samples."""
     gains = [mine - its for its, mine in zip(first, second, strict=True)]
@@ -64,11 +90,13 @@ def paired(task: str, metric: str, first: list[float], second: list[float]) -> D
     variance = math.fsum((gain - mean) ** 2 for gain in gains) / max(1, count - 1)
     stderr = math.sqrt(variance / count)
     better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
-    if {*first, *second} <= {0.0, 1.0}:
-        p = mcnemar(better, worse)
-    else:
-        p = math.erfc(abs(mean) / (stderr * math.sqrt(2))) if stderr else float(mean == 0)
+    p = mcnemar(better, worse) if {*first, *second} <= {0.0, 1.0} else _two_sided(mean, stderr)
     return Difference(task, metric, mean, stderr, p, better, worse)
+
+
+def _two_sided(mean: float, stderr: float) -> float:
+    """How often a normal distribution about 0 lies as far off as this mean."""
+    return math.erfc(abs(mean) / (stderr * math.sqrt(2))) if stderr else float(mean == 0)
 
 
 def mcnemar(better: int, worse: int) -> float:

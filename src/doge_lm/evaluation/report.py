@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from doge_lm.errors import UserError
-from doge_lm.evaluation.bits_per_byte import Scores
 from doge_lm.evaluation.comparison import Difference
 from doge_lm.evaluation.harness import Metric, TaskResult
 from doge_lm.evaluation.texts import TextScores
 
 RESULT_NAME = "results.json"
-_FORMAT = 1
+_FORMAT = 1  # of `results.json`
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Results:
             if data["format"] != _FORMAT:
                 raise ValueError(f"format {data['format']}")
             tasks = {name: _read_task(name, values) for name, values in data["tasks"].items()}
-            texts = {name: _read_texts(values) for name, values in data["texts"].items()}
+            texts = {name: TextScores.from_dict(values) for name, values in data["texts"].items()}
             return cls(data["model"], data["settings"], tasks, texts)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
@@ -100,11 +99,6 @@ def _read_task(name: str, data: dict[str, Any]) -> TaskResult:
         for metric, parts in data["breakdown"].items()
     }
     return TaskResult(name, data["samples"], data["num_fewshot"], metrics, breakdown, data["identity"])
-
-
-def _read_texts(data: dict[str, Any]) -> TextScores:
-    nll = data["loss"] * data["tokens"]
-    return TextScores(Scores(nll, data["tokens"], data["bytes"]), data["texts"], data["stderr"])
 
 
 def over_chance(metric: Metric) -> float | None:

@@ -11,25 +11,35 @@ Shapes, the legend of this file:
     T  tokens of its longest    P  positions whose next token is looked at
 """
 
+import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from doge_lm.data.tokenizer import encode_batch
+from doge_lm.inference.decoding import Decoder, Sampling
 from doge_lm.model.modeling_doge import DogeForCausalLM
 
 # Positions whose logits are held at a time: 0.25 GB in float32 at a vocabulary of 32,768.
 _HEAD_POSITIONS = 2048
 # Rows of a generated batch for each such number of tokens of a batch.
 _TOKENS_OF_A_ROW = 512
+
+# Tokens between two looks for stops in what was written.
+_LOOK_EVERY = 16
+# What a request says that is written greedily.
+_GREEDY = {"do_sample", "temperature", "until", "max_gen_toks"}
 
 # As lm-evaluation-harness gives it: the texts (None for windows of a long one), ids of the context and of the rest.
 Request = tuple[Any, list[int], list[int]]
@@ -71,6 +81,10 @@ def keep_quiet() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
+class _AllEndedError(Exception):
+    """No row of a batch needs another token; it ends the decoder's work."""
+
+
 class PlainScorer(HFLM):
     """The harness's own class, with a batch size by tokens; see `make_scorer`."""
 
@@ -108,6 +122,62 @@ class DogeScorer(PlainScorer):
             for pair, before, together in zip(pairs, kept, whole, strict=True)
         ]
         return self._loglikelihood_tokens(asked, disable_tqdm)
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes behind each context, up to the first of the request's stops.
+
+        Greedy requests are written by this project's `Decoder`, which keeps its cache, and on a GPU its captured step,
+        from batch to batch; others as the harness does it.
+        """
+        wishes = [normalize_gen_kwargs(dict(request.args[1]), self.max_gen_toks) for request in requests]
+        if any(wish.keys() - _GREEDY or wish.get("do_sample") or wish.get("temperature") for wish in wishes):
+            return super().generate_until(list(requests), disable_tqdm)
+        prompts = [
+            [self.prefix_token_id, *ids]
+            for ids in encode_batch(self.tokenizer, [request.args[0] for request in requests])
+        ]
+        texts = [""] * len(requests)
+        order = sorted(range(len(requests)), key=lambda i: (wishes[i]["max_gen_toks"], -len(prompts[i])))
+        with tqdm(total=len(requests), disable=disable_tqdm or not self.shows_progress) as bar:
+            for _, group in groupby(order, lambda i: wishes[i]["max_gen_toks"]):
+                indices = list(group)
+                for start in range(0, len(indices), self.batch_size):
+                    batch = indices[start : start + self.batch_size]
+                    written = self._write([prompts[i] for i in batch], [wishes[i] for i in batch])
+                    for i, text in zip(batch, written, strict=True):
+                        texts[i] = text
+                        self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                    bar.update(len(batch))
+        return texts
+
+    def _write(self, prompts: list[list[int]], wishes: list[Mapping[str, Any]]) -> list[str]:
+        """Continue prompts with the same number of tokens until each has come to one of its stops."""
+        most = wishes[0]["max_gen_toks"]
+        kept = [ids[-(int(self.max_length) - most) :] for ids in prompts]
+        rows: list[list[int]] = [[] for _ in prompts]
+        ended = [False] * len(prompts)
+        end = self.tokenizer.eos_token_id
+
+        def texts() -> list[str]:
+            written = [row[: row.index(end)] if end in row else row for row in rows]
+            return self.tokenizer.batch_decode(written, skip_special_tokens=True)
+
+        def take(tokens: list[int]) -> None:
+            for row, token in zip(rows, tokens, strict=True):
+                row.append(token)
+            if len(rows[0]) % _LOOK_EVERY == 0:
+                for i, text in enumerate(texts()):
+                    ended[i] = ended[i] or end in rows[i] or any(stop in text for stop in wishes[i]["until"] if stop)
+                if all(ended):
+                    raise _AllEndedError
+
+        with contextlib.suppress(_AllEndedError):
+            self._decoder.generate(kept, Sampling(max_new_tokens=most), eos_token_id=end, on_tokens=take)
+        return [_until(text, wish["until"]) for text, wish in zip(texts(), wishes, strict=True)]
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(self.model)
 
     @torch.inference_mode()
     def _loglikelihood_tokens(
@@ -172,6 +242,11 @@ class DogeScorer(PlainScorer):
             chosen[here] = logits_PV[positions[here] - start, targets[here]]
         log_likelihood = chosen - torch.cat(logsums)[positions]
         return log_likelihood.double().tolist(), (torch.cat(largest)[positions] == targets).tolist()
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop."""
+    return min((text.split(stop, maxsplit=1)[0] for stop in stops if stop), key=len, default=text)
 
 
 def make_rows(requests: Sequence[Request], max_length: int) -> list[_Row]:

@@ -5,11 +5,13 @@ overlap by half, so that every token is predicted once, from at least half a win
 As on a prepared set (`bits_per_byte.py`), the end token is a target without bytes, so its cost counts too.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -31,15 +33,32 @@ class TextScores:
         scores: sums over all its texts.
         texts: how many.
         stderr: of bits per byte, over texts; None for a single one.
+        nats: the negative log-likelihood of each text, in order.
+        bytes: the bytes of each.
+        identity: a hash of all the texts, by which two results are paired.
     """
 
     scores: Scores
     texts: int
     stderr: float | None
+    nats: list[float]
+    bytes: list[int]
+    identity: str
 
-    def as_dict(self) -> dict[str, float | int | None]:
-        """As `Scores.as_dict`, with `texts` and `stderr`."""
-        return {**self.scores.as_dict(), "texts": self.texts, "stderr": self.stderr}
+    def as_dict(self) -> dict[str, Any]:
+        """As `Scores.as_dict`, with the other fields."""
+        rest = {name: getattr(self, name) for name in ("texts", "stderr", "nats", "identity")}
+        return {**self.scores.as_dict(), **rest, "bytes_of_texts": self.bytes}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "TextScores":
+        """What `as_dict` made.
+
+        Raises:
+            KeyError: if it is something else.
+        """
+        scores = Scores(math.fsum(data["nats"]), data["tokens"], data["bytes"])
+        return cls(scores, data["texts"], data["stderr"], data["nats"], data["bytes_of_texts"], data["identity"])
 
 
 def parse_group(argument: str) -> tuple[str, Path]:
@@ -82,14 +101,16 @@ def score_texts(
     length = min(scorer.max_length, window or MOST_TOKENS)
     results = {}
     for name, paths in groups.items():
+        digest = hashlib.sha256()
         texts = islice((text for path in paths for text in _texts(path)), limit)
-        parts = list(_score_all(scorer, texts, length))
+        parts = list(_score_all(scorer, _hashed(texts, digest), length))
         if not parts:
             raise UserError(f"--texts {name}: there is no text in {', '.join(map(str, paths))}")
         total = Scores(
             math.fsum(part.nll for part in parts), sum(part.tokens for part in parts), sum(part.bytes for part in parts)
         )
-        results[name] = TextScores(total, len(parts), ratio_stderr(parts))
+        nats, sizes = [part.nll for part in parts], [part.bytes for part in parts]
+        results[name] = TextScores(total, len(parts), ratio_stderr(parts), nats, sizes, digest.hexdigest())
         report(f"{name}: {len(parts):,} texts done")
     return results
 
@@ -126,6 +147,14 @@ def _texts(path: Path) -> Iterator[str]:
     for row in read_rows(find_files(path), "pretrain"):
         if isinstance(row, TextRow) and row.text:
             yield row.text
+
+
+def _hashed(texts: Iterator[str], digest: "hashlib._Hash") -> Iterator[str]:
+    """The texts, each with its length taken up into the hash."""
+    for text in texts:
+        data = text.encode("utf-8")
+        digest.update(f"{len(data)}:".encode() + data)
+        yield text
 
 
 def _score_all(scorer: PlainScorer, texts: Iterator[str], length: int) -> Iterator[Scores]:
