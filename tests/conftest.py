@@ -21,6 +21,9 @@ if not torch.cuda.is_available():
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+# Of the shared documents, tests that compare tokenizers take each so-manieth; all with DOGE_TEST_ALL=1, which takes two
+# minutes more.
+EVERY = 1 if os.environ.get("DOGE_TEST_ALL") else 4
 
 
 @pytest.fixture(scope="session")

@@ -23,10 +23,11 @@ from doge_lm.evaluation.report import RESULT_NAME, Results
 from doge_lm.evaluation.scorer import DogeScorer, PlainScorer, make_scorer
 from doge_lm.inference.decoding import Decoder
 from doge_lm.inference.loading import load_model
+from tests.conftest import SHARED_DATA
 
 from .benchmarks import KINDS, make_benchmarks, make_model
 
-SHARED = Path(__file__).parents[3] / "shared" / "data" / "eval"
+SHARED = SHARED_DATA / "eval"
 LIMIT = 12
 CPU = torch.device("cpu")
 
