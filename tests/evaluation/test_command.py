@@ -137,6 +137,77 @@ def test_a_task_that_needs_more_positions_than_there_are(
     assert "16 positions" in run(capsys, tmp_path / "short", *flags)[2]
 
 
+def test_a_task_file_that_is_wrong_is_named(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--include_path", tmp_path, "--tasks", "mine"]
+    (tmp_path / "mine.yaml").write_text("task: mine\n  output: [\n", encoding="utf-8")
+    error = run(capsys, world / "one", *flags)[2]
+    assert "mine.yaml is no YAML" in error
+    assert "line 2" in error
+    good = "task: mine\ndataset_path: json\ntest_split: test\noutput_type: multiple_choice\n"
+    (tmp_path / "mine.yaml").write_text(f"{good}output_typ: x\n", encoding="utf-8")
+    error = run(capsys, world / "one", *flags)[2]
+    assert f"the task mine of {tmp_path / 'mine.yaml'} cannot be used" in error
+    assert "output_typ" in error
+    kwargs = f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'none.json'}}}}}\n"
+    (tmp_path / "mine.yaml").write_text(good + kwargs, encoding="utf-8")
+    error = run(capsys, world / "one", *flags)[2]
+    assert "none.json" in error
+    assert "network" not in error
+
+
+def test_a_place_for_results_is_tried_first(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    flags = ["--data_dir", world / "data", "--tasks", "local_copa", "--output_dir"]
+    status, out, err = run(capsys, world / "one", *flags, tmp_path / "file")
+    assert (status, out) == (1, "")
+    assert "cannot be written to" in err
+
+
+def test_what_is_done_is_kept(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "late.jsonl").write_text('{"text": "good"}\n{"text": 3}\n', encoding="utf-8")
+    flags = ["--data_dir", world / "data", "--tasks", "local_copa", "--texts", tmp_path / "late.jsonl"]
+    status, out, err = run(capsys, world / "one", *flags, "--output_dir", tmp_path / "out")
+    assert status == 1
+    assert "line 2" in err
+    assert "| local_copa | acc" in out
+    assert set(Results.read(tmp_path / "out" / RESULT_NAME).tasks) == {"local_copa"}
+
+
+def test_results_take_no_flags_and_are_whole(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data_dir", world / "data", "--tasks", "local_copa", "--output_dir", tmp_path]
+    assert run(capsys, world / "one", *flags)[0] == 0
+    assert "--tasks is for a model" in run(capsys, tmp_path, "--tasks", "local_copa")[2]
+    data = json.loads((tmp_path / RESULT_NAME).read_text(encoding="utf-8"))
+    del data["tasks"]["local_copa"]["metrics"]["acc"]["samples"][0]
+    (tmp_path / RESULT_NAME).write_text(json.dumps(data), encoding="utf-8")
+    assert "the samples of local_copa are not all there" in run(capsys, tmp_path)[2]
+
+
+def test_chance_with_several_right_answers_and_by_mutual_information(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"q": "one two", "a": ["three", "four", "five"], "y": [0, 2]}] * 4
+    (tmp_path / "mine.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    text = f"""dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "mine.json"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: q
+doc_to_choice: a
+"""
+    several = (
+        "task: several\ndoc_to_target: y\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    mutual = "task: mutual\ndoc_to_target: 1\nmetric_list: [{metric: acc_mutual_info, aggregation: mean, higher_is_better: true}]\n"  # noqa: E501
+    for name, rest in (("several", several), ("mutual", mutual)):
+        (tmp_path / f"{name}.yaml").write_text(text + rest, encoding="utf-8")
+    flags = ["--include_path", tmp_path, "--tasks", "several,mutual", "--output_dir", tmp_path / "out"]
+    assert run(capsys, world / "one", *flags)[0] == 0
+    tasks = Results.read(tmp_path / "out" / RESULT_NAME).tasks
+    assert tasks["several"].metrics["acc"].chance == pytest.approx(2 / 3)
+    assert tasks["mutual"].metrics["acc_mutual_info"].chance == pytest.approx(1 / 3)
+
+
 def test_tables_line_up() -> None:
     assert table(("a", "bc"), [("x", "1"), ("yyyy", "22")], left=1).splitlines() == [
         "| a    |  bc |",

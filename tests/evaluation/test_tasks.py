@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import string
 import time
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from doge_lm.cli import main
 from doge_lm.data.sources import read_objects
 from doge_lm.data.tokenizer import encode_text, load_tokenizer
+from doge_lm.errors import UserError
 from doge_lm.evaluation.harness import SUITES, Choice, TaskResult, local_suite, run_tasks
 from doge_lm.evaluation.local_data import find_file
 from doge_lm.evaluation.programs import passes
@@ -73,7 +77,10 @@ class Plain:
         count = len(ids)
         while len(ids) < count + most and ids[-1] != 2:
             ids.append(int(self.logprobs(ids)[-1].argmax()))
-        text = self.tokenizer.decode(ids[count:], skip_special_tokens=True)
+        # with the blank in front of its first word, which a text of its own would not have
+        text, before = (self.tokenizer.decode(some, skip_special_tokens=True) for some in (ids, ids[:count]))
+        assert text.startswith(before)
+        text = text.removeprefix(before)
         return min((text.split(stop)[0] for stop in stops), key=len)
 
 
@@ -374,6 +381,7 @@ GOOD = "def f(x):\n    return x + 1\n\ndef check(f):\n    assert f(1) == 2\nchec
         ("import sys\nsys.exit(0)\n" + GOOD, False),  # has passed no test
         ("import os\nos._exit(0)\n", False),
         ("x = (", False),
+        ("from __future__ import annotations\n" + GOOD, True),
         ("print('\udcff')\nopen('/dev/null').read()\n", True),
         ("x = bytearray(2**33)\n", False),
         ("open('big', 'wb').write(bytes(2**24))\n", False),
@@ -390,6 +398,100 @@ def test_a_program_that_never_ends_is_ended_with_what_it_started(tmp_path: Path)
     assert not passes(program, seconds=1.5)
     time.sleep(3.5)
     assert not mark.exists()
+
+
+def test_what_a_model_writes_keeps_its_indentation(
+    place: Path, model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens of right programs pass."""
+    data = make_benchmarks(tmp_path)
+    tokenizer = load_tokenizer(place)
+    scorer = make_scorer(model, tokenizer, 2048)
+    documents = rows(data, "humaneval")
+
+    def right_ones(self: Decoder, prompts: list[list[int]], sampling: Any, *, on_tokens: Any, **rest: Any) -> None:
+        written = []
+        for ids in prompts:
+            [row] = [row for row in documents if ids == [1, *encode_text(tokenizer, row["prompt"])]]
+            whole = [1, *encode_text(tokenizer, row["prompt"] + row["canonical_solution"])]
+            written.append(whole[len(ids) :])
+        for tokens in zip_longest(*written, fillvalue=2):
+            on_tokens(list(tokens))
+
+    monkeypatch.setattr(Decoder, "generate", right_ones)
+    result = run_tasks(scorer, Choice(["local_humaneval"], data, run_code=True))["local_humaneval"]
+    assert result.metrics["pass_at_1"].samples == [1.0] * len(documents)
+    assert result.metrics["pass_at_1"].chance == 0
+
+
+def test_chat_is_what_the_template_makes_of_it(place: Path, model: PreTrainedModel, tmp_path: Path) -> None:
+    """Control tokens of the template and no others; an answer as the assistant's turn has it."""
+    data = make_benchmarks(tmp_path)
+    (data / "copa.jsonl").write_text(
+        '{"query": "a </s> [INST] \\ufdd0<s>\\ufdd0", "choices": ["the mill", "B"], "gold": 0}\n', encoding="utf-8"
+    )
+    tokenizer = load_tokenizer(place)
+    scorer = make_scorer(model, tokenizer, 2048)
+    seen: list[tuple[list[int], list[int]]] = []
+    scored = scorer._loglikelihood_tokens
+    scorer._loglikelihood_tokens = lambda asked, *rest: seen.extend(a[1:] for a in asked) or scored(asked, *rest)
+    run_tasks(scorer, Choice(["local_copa"], data, chat=True, system="Be kind."))
+    turns = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "a </s> [INST] \ufdd0<s>\ufdd0"},
+    ]
+    for (context, rest), answer in zip(seen, ("the mill", "B"), strict=True):
+        whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}])["input_ids"]
+        assert [*context, *rest, tokenizer.eos_token_id] == whole
+        assert context == tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    prompts: list[list[int]] = []
+    scorer._write = lambda ids, wishes: prompts.extend(ids) or [""] * len(ids)
+    run_tasks(scorer, Choice(["local_triviaqa"], data, limit=1, chat=True))
+    question = [{"role": "user", "content": rows(data, "triviaqa_sub3000")[0]["context"]}]
+    assert prompts == [tokenizer.apply_chat_template(question, add_generation_prompt=True)["input_ids"]]
+
+
+def test_examples_of_trivia_show_the_answer(place: Path, model: PreTrainedModel, tmp_path: Path) -> None:
+    scorer = make_scorer(model, load_tokenizer(place), 2048)
+    asked: list[str] = []
+    scorer.generate_until = lambda requests, **rest: asked.extend(r.args[0] for r in requests) or [""] * len(requests)
+    run_tasks(scorer, Choice(["local_triviaqa"], make_benchmarks(tmp_path), num_fewshot=2))
+    assert all(text.count("Answer: mill\n") == 2 for text in asked)
+
+
+def test_damaged_weights_are_told(place: Path, tmp_path: Path) -> None:
+    broken = load_model(place, CPU)
+    with torch.no_grad():
+        broken.model.final_layernorm.weight[0] = math.nan
+    for kind in (DogeScorer, PlainScorer):
+        with pytest.raises(UserError, match="no numbers"):
+            run_tasks(
+                kind(broken, load_tokenizer(place), 2048, False), Choice(["local_copa"], make_benchmarks(tmp_path))
+            )
+
+
+def test_what_does_not_fit_is_counted_or_refused(place: Path, tmp_path: Path) -> None:
+    short = make_model(tmp_path / "short", positions=16)
+    data = make_benchmarks(tmp_path / "data")
+    scorer = make_scorer(load_model(short, CPU), load_tokenizer(short), 2048)
+    run_tasks(scorer, Choice(["local_arc_easy"], data))
+    rows_of_file = rows(data, "arc_easy_test")
+    tokenizer = load_tokenizer(short)
+    lengths = [
+        1 + len(encode_text(tokenizer, f"{asked(row)} {choice}")) for row in rows_of_file for choice in row["choices"]
+    ]
+    assert scorer.cut_requests == sum(length > 17 for length in lengths) > 0
+    row = {"query": "q", "choices": ["a", " ".join(["river"] * 30)], "gold": 0}
+    (data / "copa.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    with pytest.raises(UserError, match=r"' river river.*tokens.*16"):
+        run_tasks(scorer, Choice(["local_copa"], data))
+    told: list[str] = []
+    assert set(run_tasks(scorer, Choice(["local_arc_easy", "local_gsm8k"], data, fitting=True), told.append)) == {
+        "local_arc_easy"
+    }
+    assert "local_gsm8k" in told[0]
+    with pytest.raises(UserError, match="--num_fewshot 9 asks for more examples"):
+        run_tasks(scorer, Choice(["local_openbookqa"], data, num_fewshot=9))
 
 
 def test_programs_of_a_model_run_only_if_allowed(
@@ -414,6 +516,8 @@ def test_programs_of_a_model_run_only_if_allowed(
         ('{"query": "q", "choices": ["a"], "gold": 1}', "'gold' must be a whole number from 0 to 0"),
         ('{"query": "q", "choices": ["a", 3], "gold": 0}', "'choices' must be a list of strings"),
         ('{"query": "q", "choices": ["a", "b"]}', "'gold' is missing"),
+        ('{"query": "q", "choices": ["a", ""], "gold": 0}', "none of them empty"),
+        ('{"query": "a \\ud800 b", "choices": ["a", "b"], "gold": 0}', "surrogate"),
         ('{"query": 3, "choices": ["a", "b"], "gold": 0}', "'query' must be a string"),
         ('{"query": "q", "choices": ["a", "b"], "gold": true}', "'gold' must be a whole number"),
         ("{", "JSON"),

@@ -3,6 +3,8 @@
 import argparse
 import os
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +80,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("nothing to evaluate on: give --tasks, --suite, --data_dir or --texts")
     results: list[Results] = []
     for place in args.models:
-        found = Results.read(place / RESULT_NAME) if _is_results(place) else _evaluate(place, args, tasks, groups)
+        if _is_results(place):
+            found = Results.read(place / RESULT_NAME)
+            print(f"\n{found.model}")
+            _show(found)
+        else:
+            found = _evaluate(place, args, tasks, groups)
         results.append(found)
-        print(f"\n{found.model}")
-        if found.tasks:
-            print(report.task_table(found.tasks))
-        if found.texts:
-            print(report.text_table(found.texts))
     for other in results[1:]:
         of_tasks, without_tasks = compare(results[0].tasks, other.tasks)
         of_texts, without_texts = compare_texts(results[0].texts, other.texts)
@@ -94,6 +96,13 @@ def run(args: argparse.Namespace) -> int:
         for line in left_out:
             print(f"left out: {line}")
     return 0
+
+
+def _show(results: Results) -> None:
+    if results.tasks:
+        print(report.task_table(results.tasks), flush=True)
+    if results.texts:
+        print(report.text_table(results.texts), flush=True)
 
 
 def _is_results(place: Path) -> bool:
@@ -114,9 +123,28 @@ def _check(args: argparse.Namespace) -> None:
             "--output_dir takes the results of one model; evaluate each by itself, then compare: "
             "doge-lm eval RESULTS_1 RESULTS_2"
         )
+    asked = [name for name in ("tasks", "suite", "data_dir", "texts", "output_dir") if getattr(args, name)]
+    if asked and not measured:
+        raise UserError(
+            f"--{asked[0]} is for a model, and all that is given are results; leave it out, or give a model"
+        )
     for place in measured:
         if not (place / "config.json").is_file():
             raise UserError(f"{place} holds neither a model (config.json) nor results ({RESULT_NAME})")
+    if args.output_dir is not None:
+        _try_to_write(args.output_dir)
+
+
+def _try_to_write(directory: Path) -> None:
+    """Before hours of work, not after them."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {directory} cannot be written to ({error.strerror}); choose another place"
+        ) from error
 
 
 def _tasks(args: argparse.Namespace) -> list[str]:
@@ -159,15 +187,33 @@ def _evaluate(place: Path, args: argparse.Namespace, tasks: list[str], groups: d
         run_code=args.run_code,
         chat=args.chat,
         system=args.system,
+        fitting=not args.tasks,
     )
-    results = Results(
-        model=str(place),
-        settings=_settings(args, model.dtype, device, batch_tokens),
-        tasks=harness.run_tasks(scorer, choice) if tasks else {},
-        texts=score_texts(scorer, groups, args.window, args.limit, report=print) if groups else {},
-    )
+    print(f"\n{place}", flush=True)
+    results = Results(str(place), _settings(args, model.dtype, device, batch_tokens), {}, {})
+    # Each part is shown and written when it is done: what goes wrong in the next does not cost it.
+    if tasks:
+        found = harness.run_tasks(scorer, choice, print)
+        results.settings["cut_requests"] = scorer.cut_requests
+        results = _done(replace(results, tasks=found), args)
+        print(report.task_table(results.tasks), flush=True)
+        if scorer.cut_requests:
+            print(
+                f"{scorer.cut_requests:,} requests are longer than the model's {scorer.max_length:,} positions: their "
+                "beginning was left out"
+            )
+    if groups:
+        texts = score_texts(scorer, groups, args.window, args.limit, print)
+        results = _done(replace(results, texts=texts), args)
+        print(report.text_table(results.texts), flush=True)
     if args.output_dir is not None:
-        print(f"results: {results.write(args.output_dir)}")
+        print(f"results: {args.output_dir / RESULT_NAME}")
+    return results
+
+
+def _done(results: Results, args: argparse.Namespace) -> Results:
+    if args.output_dir is not None:
+        results.write(args.output_dir)
     return results
 
 

@@ -69,7 +69,7 @@ def compare_texts(
         if other is None:
             left_out.append(f"{name}: the second model did not read these texts")
         elif one.identity != other.identity:
-            left_out.append(f"{name}: the texts are not the same")
+            left_out.append(f"{name}: the texts, or the windows they were read in, are not the same")
         else:
             gains = [mine - its for its, mine in zip(one.nats, other.nats, strict=True)]
             parts = [Scores(gain, 1, size) for gain, size in zip(gains, one.bytes, strict=True)]
@@ -77,7 +77,9 @@ def compare_texts(
             stderr = ratio_stderr(parts)
             p = math.nan if stderr is None else _two_sided(mean, stderr)
             better, worse = sum(gain < 0 for gain in gains), sum(gain > 0 for gain in gains)
-            differences.append(Difference(name, "bits per byte", mean, stderr or math.nan, p, better, worse))
+            differences.append(
+                Difference(name, "bits per byte", mean, math.nan if stderr is None else stderr, p, better, worse)
+            )
     left_out += [f"{name}: the first model did not read these texts" for name in second if name not in first]
     return differences, left_out
 

@@ -1,15 +1,17 @@
 """Benchmarks through lm-evaluation-harness: which tasks, and what it found, sample by sample."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from datasets.exceptions import DatasetNotFoundError
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from doge_lm.errors import UserError
@@ -32,7 +34,9 @@ SUITES = {
     "local": tuple(sorted(path.stem for path in TASKS.glob(f"{PREFIX}*.yaml"))),
 }
 # Metrics by which a guess at random among the choices is right one time in their number.
-_OF_CHOICES = ("acc", "acc_norm", "acc_bytes")
+_OF_CHOICES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
+# And those of answers that are written, which no guess gets right.
+_WRITTEN = ("exact_match", "pass_at_1")
 # Of a metric's result, where it stands for no filter.
 _NO_FILTER = "none"
 
@@ -91,6 +95,7 @@ class Choice:
         run_code: run programs that the model writes, where a task asks for it.
         chat: put questions as a user's turn of the chat template.
         system: the system prompt with it.
+        fitting: leave out tasks that ask for more positions than the model has, where else that is an error.
     """
 
     tasks: Sequence[str]
@@ -102,6 +107,7 @@ class Choice:
     run_code: bool = False
     chat: bool = False
     system: str | None = None
+    fitting: bool = False
 
 
 def local_suite(data_dir: Path, run_code: bool) -> tuple[list[str], list[str]]:
@@ -129,14 +135,19 @@ def local_suite(data_dir: Path, run_code: bool) -> tuple[list[str], list[str]]:
     return tasks, left_out
 
 
-def run_tasks(scorer: HFLM, choice: Choice) -> dict[str, TaskResult]:
-    """Evaluate a model on tasks; the same seed gives the same results.
+def run_tasks(scorer: HFLM, choice: Choice, report: Callable[[str], None] = lambda line: None) -> dict[str, TaskResult]:
+    """Evaluate a model on tasks; the same seed gives the same results. `report` is told what is left out.
 
     Raises:
         UserError: for a task that is not known or not found, one whose data is bad, and one that would run code.
     """
     manager = _manager(choice)
     loaded = _load(manager, _known(manager, choice.tasks))
+    if choice.fitting:
+        without = [problem for task in loaded if (problem := _too_long(task, scorer))]
+        loaded = [task for task in loaded if not _too_long(task, scorer)]
+        for problem in without:
+            report(f"left out: {problem}")
     _check(loaded, scorer, choice)
     found = simple_evaluate(
         scorer,
@@ -184,7 +195,7 @@ def _task_result(name: str, found: Mapping[str, Any]) -> TaskResult:
         whole = scores if len(scores) == len(mine) else []
         chance = _chance(mine) if choices and plain in _OF_CHOICES else None
         better = found.get("higher_is_better", {}).get(name, {}).get(plain)
-        metrics[metric] = Metric(value, stderr, 0.0 if plain == "exact_match" else chance, whole, better)
+        metrics[metric] = Metric(value, stderr, 0.0 if plain in _WRITTEN and not choices else chance, whole, better)
         if field_name is not None and whole:
             breakdown[metric] = _by_field([sample["doc"] for sample in mine], whole, field_name)
     filters = {sample["filter"] for sample in samples}
@@ -208,7 +219,13 @@ def _figures(figures: Mapping[str, Any]) -> list[tuple[str, float, float | None]
 
 def _chance(samples: Sequence[Mapping[str, Any]]) -> float:
     """The share of right answers of guesses at random among each sample's choices."""
-    return sum(1 / len(sample["filtered_resps"]) for sample in samples) / len(samples)
+    shares = []
+    for sample in samples:
+        # By mutual information every choice is scored once more, by itself.
+        count = len(sample["filtered_resps"]) // (2 if "acc_mutual_info" in sample["metrics"] else 1)
+        target = sample["target"]
+        shares.append((len(set(target)) if isinstance(target, list) else 1) / count)
+    return sum(shares) / len(shares)
 
 
 def _by_field(docs: Sequence[Mapping[str, Any]], scores: Sequence[float], name: str) -> dict[str, tuple[float, int]]:
@@ -236,6 +253,7 @@ def _manager(choice: Choice) -> TaskManager:
     for path in choice.include_path:
         if not path.is_dir():
             raise UserError(f"--include_path {path} is no folder; give one that holds task files (*.yaml)")
+        _check_files(path)
     ours = all(name.startswith(PREFIX) for name in choice.tasks)
     folders: list[str | Path] = [TASKS, *choice.include_path]
     keep_quiet()
@@ -275,15 +293,35 @@ def _load(manager: TaskManager, names: Sequence[str]) -> list[Any]:
     for name in names:
         try:
             found = manager.load([name])
-        except (OSError, ConnectionError, DatasetNotFoundError) as error:
-            reason = " ".join(str(error).split())[:300]
+        except (DatasetNotFoundError, ConnectionError) as error:
             raise UserError(
-                f"the data of the task {name} cannot be had ({type(error).__name__}: {reason}); it comes from the hub: "
-                "check the network, or evaluate on local copies with --data_dir"
+                f"the data of the task {name} cannot be had ({_reason(error)}); it comes from the hub: check the "
+                "network, or evaluate on local copies with --data_dir"
             ) from error
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            # Whatever the harness stumbles over in a task file or its data.
+            where = manager.task_index[name].yaml_path
+            raise UserError(f"the task {name} of {where} cannot be used ({_reason(error)}); mend the file") from error
         groups = found.get("groups", {})
         loaded += [groups[name]] if name in groups else list(found["tasks"].values())
     return loaded
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _check_files(folder: Path) -> None:
+    """The harness passes over files that are no YAML; here that is an error, with its line.
+
+    Raises:
+        UserError: for the first such file.
+    """
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            yaml.compose(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}; mend it") from error
 
 
 def _check(loaded: Sequence[Any], scorer: HFLM, choice: Choice) -> None:
@@ -300,11 +338,25 @@ def _check(loaded: Sequence[Any], scorer: HFLM, choice: Choice) -> None:
                 f"the task {name} runs programs that the model writes, on this machine; allow it with --run_code, in a "
                 "place where they can do no harm"
             )
-        if not isinstance(task, ConfigurableTask) or task.OUTPUT_TYPE != "generate_until":
-            continue
-        longest = (task.config.generation_kwargs or {}).get("max_gen_toks", scorer.max_gen_toks)
-        if longest >= scorer.max_length:
+        if too_long := _too_long(task, scorer):
+            raise UserError(f"{too_long}; leave the task out")
+        shots = task.config.num_fewshot if choice.num_fewshot is None else choice.num_fewshot
+        own = task.config.fewshot_split in {task.config.test_split, task.config.validation_split}
+        if shots and own and shots >= len(task.eval_docs):
             raise UserError(
-                f"the task {name} lets a model write {longest} tokens, and this one has {scorer.max_length} positions "
-                "in all; leave the task out"
+                f"--num_fewshot {shots} asks for more examples than the task {name} has beside the question: its file "
+                f"has {len(task.eval_docs)} rows; give fewer"
             )
+
+
+def _too_long(task: Any, scorer: HFLM) -> str:
+    """What a task asks for beyond the model's positions, in words."""
+    if not isinstance(task, ConfigurableTask) or task.OUTPUT_TYPE != "generate_until":
+        return ""
+    longest = normalize_gen_kwargs(dict(task.config.generation_kwargs or {}), scorer.max_gen_toks)["max_gen_toks"]
+    if longest < scorer.max_length:
+        return ""
+    return (
+        f"the task {task.config.task} lets a model write {longest} tokens, and this one has {scorer.max_length} "
+        "positions in all"
+    )

@@ -19,17 +19,17 @@ _SUFFIXES = (".jsonl.zst", ".jsonl.gz", ".jsonl")
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str)
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _is_texts(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+    return isinstance(value, list) and bool(value) and all(_is_text(item) and item for item in value)
 
 
 # How the task files name a field's type, the test of a value, and what is wanted, in words.
 _TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
-    "text": (_is_text, "a string"),
-    "texts": (_is_texts, "a list of strings, at least one"),
+    "text": (_is_text, "a string, without lone surrogates"),
+    "texts": (_is_texts, "a list of strings, at least one, none of them empty"),
 }
 _INDEX = "index of "
 
@@ -79,6 +79,6 @@ def _checked(values: dict[str, Any], fields: dict[str, str], location: Location)
             test, wanted = _TYPES[kind]
             holds = test(value)
         if not holds:
-            raise UserError(f"{location}: the field {name!r} must be {wanted}, and is {str(value)[:60]!r}")
+            raise UserError(f"{location}: the field {name!r} must be {wanted}, and is {ascii(value)[:60]}")
         row[name] = value
     return row

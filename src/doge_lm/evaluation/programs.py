@@ -17,15 +17,21 @@ SECONDS = 10.0
 _MEMORY = 2 * 2**30
 _FILE_BYTES = 2**20
 
-# Set in the new process, for not every system lets its parent do so. Windows has no such limits.
-_LIMITS = f"""
+# What the new process runs. Limits are set in it, for not every system lets its parent do so; Windows has none. The
+# last line is reached only if nothing before it ended the process: a program that exits early has passed no test.
+_LAUNCHER = f"""
+import sys
+program, done = sys.argv[1:]
+with open(program, encoding="utf-8") as file:
+    code = compile(file.read(), program, "exec", dont_inherit=True)
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, ({_MEMORY}, {_MEMORY}))
     resource.setrlimit(resource.RLIMIT_FSIZE, ({_FILE_BYTES}, {_FILE_BYTES}))
-    del resource
 except (ImportError, ValueError, OSError):
     pass
+exec(code, {{"__name__": "__main__"}})
+open(done, "w").close()
 """
 
 
@@ -47,13 +53,10 @@ def run_solution(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, fl
 def passes(program: str, seconds: float = SECONDS) -> bool:
     """Whether a Python program ends by itself within `seconds`, without an error."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
-        script = Path(place) / "program.py"
-        # Reached only if nothing before it ended the process: a program that exits early has passed no test.
-        done = Path(place) / "done"
-        ending = f"\nopen({str(done)!r}, 'w').close()\n"
-        script.write_text(_LIMITS + program + ending, encoding="utf-8", errors="replace")
+        script, done = Path(place) / "program.py", Path(place) / "done"
+        script.write_text(program, encoding="utf-8", errors="replace")
         process = subprocess.Popen(
-            [sys.executable, "-I", "-B", str(script)],
+            [sys.executable, "-I", "-B", "-c", _LAUNCHER, str(script), str(done)],
             cwd=place,
             env={"PATH": os.defpath},
             stdin=subprocess.DEVNULL,
@@ -71,7 +74,7 @@ def passes(program: str, seconds: float = SECONDS) -> bool:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill the process and those it started."""
+    """Kill the process and those it started, but for one that made a session of its own."""
     if os.name == "posix":
         with contextlib.suppress(ProcessLookupError):  # all of them may have ended
             os.killpg(process.pid, signal.SIGKILL)

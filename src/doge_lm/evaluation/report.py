@@ -1,6 +1,7 @@
 """Results of evaluations as tables and as files."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -48,7 +49,7 @@ class Results:
         path = directory / RESULT_NAME
         aside = directory / f".{RESULT_NAME}.{os.getpid()}"
         try:
-            text = json.dumps(self.as_dict(), ensure_ascii=False, indent=1)
+            text = json.dumps(_finite(self.as_dict()), ensure_ascii=False, indent=1, allow_nan=False)
             aside.write_text(text + "\n", encoding="utf-8", newline="\n")
             os.replace(aside, path)
         finally:
@@ -75,6 +76,15 @@ class Results:
             ) from error
 
 
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON lacks: a perplexity that overflows."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _task_dict(result: TaskResult) -> dict[str, Any]:
     metrics = {name: {**asdict(metric), "over_chance": over_chance(metric)} for name, metric in result.metrics.items()}
     return {
@@ -98,6 +108,9 @@ def _read_task(name: str, data: dict[str, Any]) -> TaskResult:
         metric: {part: (values["value"], values["samples"]) for part, values in parts.items()}
         for metric, parts in data["breakdown"].items()
     }
+    lists = [data["identity"], *(metric.samples for metric in metrics.values())]
+    if any(len(items) not in {0, data["samples"]} for items in lists):
+        raise ValueError(f"the samples of {name} are not all there")
     return TaskResult(name, data["samples"], data["num_fewshot"], metrics, breakdown, data["identity"])
 
 

@@ -13,8 +13,9 @@ Shapes, the legend of this file:
 
 import contextlib
 import logging
+import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -25,9 +26,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from doge_lm.data.tokenizer import encode_batch
+from doge_lm.data.tokenizer import StreamDecoder, encode_batch
+from doge_lm.errors import UserError
 from doge_lm.inference.decoding import Decoder, Sampling
 from doge_lm.model.modeling_doge import DogeForCausalLM
 
@@ -94,7 +96,29 @@ class PlainScorer(HFLM):
         rows = max(1, batch_tokens // _TOKENS_OF_A_ROW)
         super().__init__(model, backend="causal", tokenizer=tokenizer, batch_size=rows)
         self.batch_tokens = batch_tokens
+        self.cut_requests = 0
+        """Requests whose beginning was left out, since they do not fit into the model's positions."""
         self.shows_progress = progress
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        self._look_over(requests)
+        answers = super()._loglikelihood_tokens(list(requests), disable_tqdm, override_bs)
+        refuse_no_numbers(log_likelihood for log_likelihood, _ in answers)
+        return answers
+
+    def _look_over(self, requests: Sequence[Request]) -> None:
+        """Count those that are cut, refuse those that cannot be scored."""
+        most = int(self.max_length)
+        for texts, context, continuation in requests:
+            if not context or not 0 < len(continuation) <= most:
+                what = "a text" if texts is None else f"the answer {texts[1][:60]!r}"
+                raise UserError(
+                    f"{what} has {len(continuation):,} tokens, and the model scores from 1 to {most:,} (its positions)"
+                    "; leave the task out, or the row"
+                )
+            self.cut_requests += len(context) + len(continuation) > most + 1
 
     def score_windows(self, windows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         """The log-likelihood of each second part behind its first, in nats; both of at least one token."""
@@ -105,6 +129,22 @@ class PlainScorer(HFLM):
 class DogeScorer(PlainScorer):
     """The same scores for a Doge, with the softmax in float32; see the module."""
 
+    _chat = False
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of the template, as the harness asks for it; from now on contexts are such texts."""
+        self._chat = True
+        return super().apply_chat_template(chat_history, add_generation_prompt)
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of whole contexts, with `<s>`. Only in what the chat template wrote are control tokens such."""
+        if not texts:
+            return []
+        if self._chat:  # it writes its own <s>, and has escaped what stands in the turns
+            found: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+            return found
+        return [[self.prefix_token_id, *ids] for ids in encode_batch(self.tokenizer, texts)]
+
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation behind its context, as the harness asks for it.
 
@@ -112,14 +152,15 @@ class DogeScorer(PlainScorer):
         the end of a context go to the continuation, whose first token they belong to, as the harness has it.
         """
         pairs = [request.args for request in requests]
+        if self._chat:  # as the template does, and the harness does not
+            pairs = [(context, rest if rest[:1].isspace() else f" {rest}") for context, rest in pairs]
         kept = [context.rstrip() for context, _ in pairs]
         whole = [context + continuation for context, continuation in pairs]
         texts = list(dict.fromkeys([*kept, *whole]))
-        ids = dict(zip(texts, encode_batch(self.tokenizer, texts), strict=True))
-        first = [self.prefix_token_id]
+        ids = dict(zip(texts, self._ids(texts), strict=True))
         asked: list[Request] = [
-            (pair, first + ids[before], ids[together][len(ids[before]) :])
-            for pair, before, together in zip(pairs, kept, whole, strict=True)
+            (request.args, ids[before], ids[together][len(ids[before]) :])
+            for request, before, together in zip(requests, kept, whole, strict=True)
         ]
         return self._loglikelihood_tokens(asked, disable_tqdm)
 
@@ -132,10 +173,7 @@ class DogeScorer(PlainScorer):
         wishes = [normalize_gen_kwargs(dict(request.args[1]), self.max_gen_toks) for request in requests]
         if any(wish.keys() - _GREEDY or wish.get("do_sample") or wish.get("temperature") for wish in wishes):
             return super().generate_until(list(requests), disable_tqdm)
-        prompts = [
-            [self.prefix_token_id, *ids]
-            for ids in encode_batch(self.tokenizer, [request.args[0] for request in requests])
-        ]
+        prompts = self._ids([request.args[0] for request in requests])
         texts = [""] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: (wishes[i]["max_gen_toks"], -len(prompts[i])))
         with tqdm(total=len(requests), disable=disable_tqdm or not self.shows_progress) as bar:
@@ -153,14 +191,15 @@ class DogeScorer(PlainScorer):
     def _write(self, prompts: list[list[int]], wishes: list[Mapping[str, Any]]) -> list[str]:
         """Continue prompts with the same number of tokens until each has come to one of its stops."""
         most = wishes[0]["max_gen_toks"]
-        kept = [ids[-(int(self.max_length) - most) :] for ids in prompts]
+        room = int(self.max_length) - most
+        self.cut_requests += sum(len(ids) > room for ids in prompts)
+        kept = [ids[-room:] for ids in prompts]
         rows: list[list[int]] = [[] for _ in prompts]
         ended = [False] * len(prompts)
         end = self.tokenizer.eos_token_id
 
         def texts() -> list[str]:
-            written = [row[: row.index(end)] if end in row else row for row in rows]
-            return self.tokenizer.batch_decode(written, skip_special_tokens=True)
+            return [_spelled(self.tokenizer, row[: row.index(end)] if end in row else row) for row in rows]
 
         def take(tokens: list[int]) -> None:
             for row, token in zip(rows, tokens, strict=True):
@@ -187,6 +226,7 @@ class DogeScorer(PlainScorer):
 
         `override_bs` is a number of rows, which has no meaning here.
         """
+        self._look_over(requests)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm or not self.shows_progress) as bar:
             for rows in batches(make_rows(requests, self.max_length), self.batch_tokens):
@@ -196,6 +236,7 @@ class DogeScorer(PlainScorer):
                     if texts is not None:  # a window of a long text is kept by who asked for the whole
                         self.cache_hook.add_partial("loglikelihood", texts, answer)
                     bar.update()
+        refuse_no_numbers(log_likelihood for log_likelihood, _ in answers)
         return answers
 
     def _answers(self, rows: list[_Row]) -> Iterator[tuple[int, tuple[float, bool]]]:
@@ -244,6 +285,12 @@ class DogeScorer(PlainScorer):
         return log_likelihood.double().tolist(), (torch.cat(largest)[positions] == targets).tolist()
 
 
+def _spelled(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
+    """The text of ids that go on with another text, with the blank of the first one: indentation, in a program."""
+    spelling = StreamDecoder(tokenizer, continues=True)
+    return "".join(map(spelling.put, ids)) + spelling.end()
+
+
 def _until(text: str, stops: Sequence[str]) -> str:
     """The text before the first stop."""
     return min((text.split(stop, maxsplit=1)[0] for stop in stops if stop), key=len, default=text)
@@ -256,10 +303,6 @@ def make_rows(requests: Sequence[Request], max_length: int) -> list[_Row]:
     """
     shared: dict[tuple[int, ...], list[tuple[int, list[int]]]] = defaultdict(list)
     for index, (_, context, continuation) in enumerate(requests):
-        if not context or not 0 < len(continuation) <= max_length:
-            raise ValueError(
-                f"a request of {len(context)} and {len(continuation)} tokens does not suit a model of {max_length}"
-            )
         ids = (context + continuation)[-(max_length + 1) :][:-1]
         shared[tuple(ids)].append((index, continuation))
     rows = [
@@ -267,6 +310,14 @@ def make_rows(requests: Sequence[Request], max_length: int) -> list[_Row]:
         for ids, wanted in shared.items()
     ]
     return sorted(rows, key=lambda row: (-len(row.ids), row.ids))
+
+
+def refuse_no_numbers(values: Iterable[float]) -> None:
+    """Raises UserError if one is NaN or infinite: a comparison with it would still name a best answer."""
+    if not all(map(math.isfinite, values)):
+        raise UserError(
+            "the model gives likelihoods that are no numbers (NaN): its weights are damaged, or overflow --dtype"
+        )
 
 
 def batches(rows: Sequence[_Row], batch_tokens: int) -> Iterator[list[_Row]]:

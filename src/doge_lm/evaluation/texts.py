@@ -35,7 +35,7 @@ class TextScores:
         stderr: of bits per byte, over texts; None for a single one.
         nats: the negative log-likelihood of each text, in order.
         bytes: the bytes of each.
-        identity: a hash of all the texts, by which two results are paired.
+        identity: a hash of the texts and of the window's length, by which two results are paired.
     """
 
     scores: Scores
@@ -101,7 +101,7 @@ def score_texts(
     length = min(scorer.max_length, window or MOST_TOKENS)
     results = {}
     for name, paths in groups.items():
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(f"windows of {length}:".encode())
         texts = islice((text for path in paths for text in _texts(path)), limit)
         parts = list(_score_all(scorer, _hashed(texts, digest), length))
         if not parts:
