@@ -1,4 +1,4 @@
-"""Small benchmarks of every kind that the ready task files read, made of nothing, and a model that knows nothing."""
+"""Small benchmarks of every kind that the ready task files read, made of nothing."""
 
 import json
 from pathlib import Path
@@ -6,28 +6,8 @@ from typing import Any
 
 import torch
 
-from doge_lm import DogeConfig, DogeForCausalLM
-from doge_lm.data.tokenizer import build_tokenizer
-
 SENTENCE = "the old river runs past a mill where two children count grey stones and sing of rain 水 月 山 风"
 WORDS = tuple(SENTENCE.split())
-
-
-def make_model(place: Path, positions: int = 512, seed: int = 0) -> Path:
-    """A Doge with random weights and the published tokenizer."""
-    torch.manual_seed(seed)
-    config = DogeConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        max_position_embeddings=positions,
-        inner_values_retrieval_size=16,
-        cross_domain_intermediate_size=32,
-        private_expert_intermediate_size=16,
-        num_cdmmoe_experts=16,
-    )
-    DogeForCausalLM(config).save_pretrained(place)
-    build_tokenizer(place.parent / f"{place.name}-tokenizer").save_pretrained(place)
-    return place
 
 
 def sentence(rng: torch.Generator, most: int = 12) -> str:

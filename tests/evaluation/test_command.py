@@ -7,8 +7,9 @@ import pytest
 
 from doge_lm.cli import main
 from doge_lm.evaluation.report import RESULT_NAME, Results, table
+from tests.small_model import make_model
 
-from .benchmarks import make_benchmarks, make_model
+from .benchmarks import make_benchmarks
 
 
 @pytest.fixture(scope="module")

@@ -27,11 +27,10 @@ from doge_lm.evaluation.report import RESULT_NAME, Results
 from doge_lm.evaluation.scorer import DogeScorer, PlainScorer, make_scorer
 from doge_lm.inference.decoding import Decoder
 from doge_lm.inference.loading import load_model
-from tests.conftest import SHARED_DATA
+from tests.small_model import make_model
 
-from .benchmarks import KINDS, make_benchmarks, make_model
+from .benchmarks import KINDS, make_benchmarks
 
-SHARED = SHARED_DATA / "eval"
 LIMIT = 12
 CPU = torch.device("cpu")
 
@@ -50,9 +49,8 @@ def model(place: Path) -> PreTrainedModel:
 def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param == "made":
         return make_benchmarks(tmp_path_factory.mktemp("benchmarks"))
-    if not SHARED.is_dir():
-        pytest.skip(f"there are no benchmarks at {SHARED}")
-    return SHARED
+    shared: Path = request.getfixturevalue("shared_data")
+    return shared / "eval"
 
 
 class Plain:
@@ -185,11 +183,11 @@ def test_chance_and_breakdown(found: dict[str, TaskResult], data: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_that_knows_nothing_is_at_chance_on_winogrande(place: Path, model: PreTrainedModel) -> None:
-    if not SHARED.is_dir():
-        pytest.skip(f"there are no benchmarks at {SHARED}")
+def test_a_model_that_knows_nothing_is_at_chance_on_winogrande(
+    place: Path, model: PreTrainedModel, shared_data: Path
+) -> None:
     scorer = make_scorer(model, load_tokenizer(place), 8192)
-    metric = run_tasks(scorer, Choice(["local_winogrande"], SHARED))["local_winogrande"].metrics["acc"]
+    metric = run_tasks(scorer, Choice(["local_winogrande"], shared_data / "eval"))["local_winogrande"].metrics["acc"]
     assert metric.stderr is not None
     assert abs(metric.value - 0.5) < 3 * metric.stderr
     assert len(metric.samples) == 1267

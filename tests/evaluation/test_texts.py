@@ -14,8 +14,9 @@ from doge_lm.evaluation.bits_per_byte import Scores
 from doge_lm.evaluation.scorer import PlainScorer, make_scorer
 from doge_lm.evaluation.texts import parse_group, ratio_stderr, score_texts, windows
 from doge_lm.inference.loading import load_model
+from tests.small_model import make_model
 
-from .benchmarks import SENTENCE, make_model
+from .benchmarks import SENTENCE
 
 
 @pytest.fixture(scope="module")

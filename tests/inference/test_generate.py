@@ -15,28 +15,15 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 
 from doge_lm import DogeConfig, DogeForCausalLM
 from doge_lm.cli import main
-from doge_lm.data.tokenizer import build_tokenizer, encode_text, load_tokenizer
+from doge_lm.data.tokenizer import encode_text, load_tokenizer
 from doge_lm.inference import generate as generate_module
+from tests.small_model import make_model
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small untrained model with the published tokenizer."""
-    directory = tmp_path_factory.mktemp("generate") / "model"
-    torch.manual_seed(0)
-    config = DogeConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        max_position_embeddings=64,
-        inner_values_retrieval_size=16,
-        cross_domain_intermediate_size=32,
-        private_expert_intermediate_size=16,
-        num_cdmmoe_experts=16,
-    )
-    DogeForCausalLM(config).save_pretrained(directory)
-    tokenizer = build_tokenizer(directory.parent / "tokenizer")
-    tokenizer.save_pretrained(directory)
-    return directory
+    return make_model(tmp_path_factory.mktemp("generate") / "model", positions=64)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -195,7 +195,8 @@ def _evaluate(place: Path, args: argparse.Namespace, tasks: list[str], groups: d
     if tasks:
         found = harness.run_tasks(scorer, choice, print)
         results.settings["cut_requests"] = scorer.cut_requests
-        results = _done(replace(results, tasks=found), args)
+        results = replace(results, tasks=found)
+        _keep(results, args.output_dir)
         print(report.task_table(results.tasks), flush=True)
         if scorer.cut_requests:
             print(
@@ -204,17 +205,17 @@ def _evaluate(place: Path, args: argparse.Namespace, tasks: list[str], groups: d
             )
     if groups:
         texts = score_texts(scorer, groups, args.window, args.limit, print)
-        results = _done(replace(results, texts=texts), args)
+        results = replace(results, texts=texts)
+        _keep(results, args.output_dir)
         print(report.text_table(results.texts), flush=True)
     if args.output_dir is not None:
         print(f"results: {args.output_dir / RESULT_NAME}")
     return results
 
 
-def _done(results: Results, args: argparse.Namespace) -> Results:
-    if args.output_dir is not None:
-        results.write(args.output_dir)
-    return results
+def _keep(results: Results, directory: Path | None) -> None:
+    if directory is not None:
+        results.write(directory)
 
 
 def _settings(args: argparse.Namespace, dtype: torch.dtype, device: torch.device, batch_tokens: int) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def local_suite(data_dir: Path, run_code: bool) -> tuple[list[str], list[str]]:
     """
     if not data_dir.is_dir():
         raise UserError(f"--data_dir {data_dir} is no folder; give the one that holds the benchmarks' files")
-    manager = _local_manager(data_dir)
+    manager = _manager(Choice((), data_dir))
     tasks, left_out = [], []
     for name in SUITES["local"]:
         config = manager.task_index[name].cfg
@@ -144,10 +144,7 @@ def run_tasks(scorer: HFLM, choice: Choice, report: Callable[[str], None] = lamb
     manager = _manager(choice)
     loaded = _load(manager, _known(manager, choice.tasks))
     if choice.fitting:
-        without = [problem for task in loaded if (problem := _too_long(task, scorer))]
-        loaded = [task for task in loaded if not _too_long(task, scorer)]
-        for problem in without:
-            report(f"left out: {problem}")
+        loaded = [task for task in loaded if _fits(task, scorer, report)]
     _check(loaded, scorer, choice)
     found = simple_evaluate(
         scorer,
@@ -254,18 +251,12 @@ def _manager(choice: Choice) -> TaskManager:
         if not path.is_dir():
             raise UserError(f"--include_path {path} is no folder; give one that holds task files (*.yaml)")
         _check_files(path)
-    ours = all(name.startswith(PREFIX) for name in choice.tasks)
     folders: list[str | Path] = [TASKS, *choice.include_path]
     keep_quiet()
     small = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
-    if ours or all(name in small.all_tasks for name in choice.tasks):
+    if all(name in small.all_tasks or name.startswith(PREFIX) for name in choice.tasks):
         return small
     return TaskManager(include_path=folders, metadata=metadata)
-
-
-def _local_manager(data_dir: Path) -> TaskManager:
-    keep_quiet()
-    return TaskManager(include_path=TASKS, include_defaults=False, metadata={"data_dir": str(data_dir)})
 
 
 def _known(manager: TaskManager, names: Sequence[str]) -> list[str]:
@@ -347,6 +338,12 @@ def _check(loaded: Sequence[Any], scorer: HFLM, choice: Choice) -> None:
                 f"--num_fewshot {shots} asks for more examples than the task {name} has beside the question: its file "
                 f"has {len(task.eval_docs)} rows; give fewer"
             )
+
+
+def _fits(task: Any, scorer: HFLM, report: Callable[[str], None]) -> bool:
+    if problem := _too_long(task, scorer):
+        report(f"left out: {problem}")
+    return not problem
 
 
 def _too_long(task: Any, scorer: HFLM) -> str:

@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from doge_lm.data.manifest import write_record
 from doge_lm.errors import UserError
 from doge_lm.evaluation.comparison import Difference
 from doge_lm.evaluation.harness import Metric, TaskResult
@@ -47,13 +47,7 @@ class Results:
         """Write `results.json` into a directory, whole or not at all; returns its path."""
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / RESULT_NAME
-        aside = directory / f".{RESULT_NAME}.{os.getpid()}"
-        try:
-            text = json.dumps(_finite(self.as_dict()), ensure_ascii=False, indent=1, allow_nan=False)
-            aside.write_text(text + "\n", encoding="utf-8", newline="\n")
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        write_record(path, _finite(self.as_dict()))
         return path
 
     @classmethod

@@ -63,7 +63,7 @@ class _Row(NamedTuple):
 
 def make_scorer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_tokens: int, progress: bool = False
-) -> HFLM:
+) -> "PlainScorer":
     """A model as lm-evaluation-harness takes it.
 
     Args:
@@ -85,6 +85,35 @@ def keep_quiet() -> None:
 
 class _AllEndedError(Exception):
     """No row of a batch needs another token; it ends the decoder's work."""
+
+
+class _Written:
+    """What a model writes behind a context, up to its end token or one of the stops.
+
+    It keeps the blank of its first word, which is indentation in a program.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[str]) -> None:
+        self._end = tokenizer.eos_token_id
+        self._stops = [stop for stop in stops if stop]
+        self._spelling = StreamDecoder(tokenizer, continues=True)
+        self._text = ""
+        self._ended = False
+
+    def put(self, token: int) -> None:
+        """Take the next token; those behind the end are no more of it."""
+        self._ended = self._ended or token == self._end
+        if not self._ended:
+            self._text += self._spelling.put(token)
+
+    def is_done(self) -> bool:
+        """Whether no further token can matter."""
+        return self._ended or any(stop in self._text for stop in self._stops)
+
+    def until_stop(self) -> str:
+        """The text before the first stop; no token may come after."""
+        whole = self._text + self._spelling.end()
+        return min((whole.split(stop, maxsplit=1)[0] for stop in self._stops), key=len, default=whole)
 
 
 class PlainScorer(HFLM):
@@ -194,25 +223,21 @@ class DogeScorer(PlainScorer):
         room = int(self.max_length) - most
         self.cut_requests += sum(len(ids) > room for ids in prompts)
         kept = [ids[-room:] for ids in prompts]
-        rows: list[list[int]] = [[] for _ in prompts]
-        ended = [False] * len(prompts)
-        end = self.tokenizer.eos_token_id
-
-        def texts() -> list[str]:
-            return [_spelled(self.tokenizer, row[: row.index(end)] if end in row else row) for row in rows]
+        rows = [_Written(self.tokenizer, wish["until"]) for wish in wishes]
+        steps = 0
 
         def take(tokens: list[int]) -> None:
+            nonlocal steps
+            steps += 1
             for row, token in zip(rows, tokens, strict=True):
-                row.append(token)
-            if len(rows[0]) % _LOOK_EVERY == 0:
-                for i, text in enumerate(texts()):
-                    ended[i] = ended[i] or end in rows[i] or any(stop in text for stop in wishes[i]["until"] if stop)
-                if all(ended):
-                    raise _AllEndedError
+                row.put(token)
+            if steps % _LOOK_EVERY == 0 and all(row.is_done() for row in rows):
+                raise _AllEndedError
 
+        end = self.tokenizer.eos_token_id
         with contextlib.suppress(_AllEndedError):
             self._decoder.generate(kept, Sampling(max_new_tokens=most), eos_token_id=end, on_tokens=take)
-        return [_until(text, wish["until"]) for text, wish in zip(texts(), wishes, strict=True)]
+        return [row.until_stop() for row in rows]
 
     @cached_property
     def _decoder(self) -> Decoder:
@@ -283,17 +308,6 @@ class DogeScorer(PlainScorer):
             chosen[here] = logits_PV[positions[here] - start, targets[here]]
         log_likelihood = chosen - torch.cat(logsums)[positions]
         return log_likelihood.double().tolist(), (torch.cat(largest)[positions] == targets).tolist()
-
-
-def _spelled(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
-    """The text of ids that go on with another text, with the blank of the first one: indentation, in a program."""
-    spelling = StreamDecoder(tokenizer, continues=True)
-    return "".join(map(spelling.put, ids)) + spelling.end()
-
-
-def _until(text: str, stops: Sequence[str]) -> str:
-    """The text before the first stop."""
-    return min((text.split(stop, maxsplit=1)[0] for stop in stops if stop), key=len, default=text)
 
 
 def make_rows(requests: Sequence[Request], max_length: int) -> list[_Row]:
