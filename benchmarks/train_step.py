@@ -66,6 +66,7 @@ from doge_lm.data.dataset import PackedCollator, load_prepared
 from doge_lm.errors import UserError
 from doge_lm.model.configuration_doge import DogeConfig
 from doge_lm.training import pretrain
+from doge_lm.training import run as running
 from doge_lm.training.callbacks import LOG_NAME, read_log
 from doge_lm.training.hardware import detect_hardware, measure_matmul, peak_flops, synchronize
 from doge_lm.training.settings import Settings, TrainSettings, load_settings
@@ -167,7 +168,7 @@ def run_trainer(row: Row, builder: pretrain.ModelBuilder, watch: Watch) -> list[
             self.add_callback(watch)
 
     pretrain.DogeTrainer = WatchedTrainer  # type: ignore[misc]
-    pretrain.save_final = lambda *_: None  # some of the models have nothing that is worth a file
+    running.save_final = lambda *_: None  # some of the models have nothing that is worth a file
     place = Path(row.place)
     parser = argparse.ArgumentParser()
     pretrain.add_arguments(parser)
@@ -186,7 +187,7 @@ def bare_step(
     Without `graphs` the passes are no CUDA graphs, whatever the settings say.
     """
     train, hardware = settings.train, detect_hardware()
-    device, machine = hardware.device, pretrain.Machine.settle(settings, hardware)
+    device, machine = hardware.device, running.Machine.settle(settings.train, settings.model_config(), hardware)
     graphs = graphs and machine.graphs
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
     torch.manual_seed(train.seed)
@@ -262,7 +263,7 @@ def measure(row: Row) -> Figures:
     watch = Watch(row, device)
     lines = run_bare(row, counted, settings, watch) if row.kind == "bare" else run_trainer(row, counted, watch)
     gc.collect()  # of the trainer, which refers to itself: under a cap the matrices below need the memory
-    bf16 = pretrain.Machine.settle(settings, hardware).bf16
+    bf16 = running.Machine.settle(settings.train, settings.model_config(), hardware).bf16
     ceiling = measure_matmul(device, torch.bfloat16 if bf16 else torch.float32)
     figures |= summarize(lines, row.micro_batch * length)
     work = figures["flops_per_token"] * figures["tokens_per_second"]

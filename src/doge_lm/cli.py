@@ -53,6 +53,12 @@ COMMANDS = (
         "pre-train a model",
         "with --resume_from_checkpoint it goes on from the last checkpoint",
     ),
+    Command(
+        "finetune",
+        "doge_lm.training.finetune",
+        "teach a model to answer, by conversations",
+        "with --resume_from_checkpoint it goes on from the last checkpoint",
+    ),
     Command("eval", "doge_lm.evaluation.command", "benchmarks and bits per byte of models, compared sample by sample"),
     Command("generate", "doge_lm.inference.generate", "continue a text with a trained model"),
     Command("demo", "doge_lm.demo", "the whole path on a small embedded corpus, without a network"),

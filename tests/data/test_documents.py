@@ -226,3 +226,26 @@ def test_rows_with_nothing_to_learn_are_known_before_they_are_dropped(
     found, account = made_of(tokenizer, row)
     assert bool(found) == (reason is None)
     assert reason is None or account.dropped[reason].times == 1
+
+
+def test_a_system_prompt_opens_conversations_that_have_none(tokenizer: Any) -> None:
+    own = chat(("system", "Sing."), ("human", "q"), ("gpt", "a"))
+    silent = chat(("human", "q"))
+    talks = [
+        chat(("human", f"q{number}"), ("gpt", f"a{number}"), ("human", "r"), ("gpt", "b")) for number in range(200)
+    ]
+    prompt = documents.SystemPrompt("You are 小狗.")
+    found, account = made_of(tokenizer, own, silent, *talks[:3], system_prompt=prompt)
+    pairs = [[("Sing.\n\nq", "a")]] + [[(f"You are 小狗.\n\nq{i}", f"a{i}"), ("r", "b")] for i in range(3)]
+    assert list(pieces_in(found)) == [
+        piece for each in pairs for piece in pieces_of(chat_document(tokenizer, each), LONG)
+    ]
+    assert account.repaired == {documents.ADDED_SYSTEM: 3}
+    assert {reason: entry.times for reason, entry in account.dropped.items()} == {documents.NO_ASSISTANT: 1}
+
+    half = documents.SystemPrompt("You are 小狗.", 0.5)
+    chosen = [half.opens(talk.turns) for talk in talks]
+    assert 70 < sum(chosen) < 130
+    assert chosen == [half.opens(talk.turns) for talk in talks]
+    _, account = made_of(tokenizer, *talks, system_prompt=half)
+    assert account.repaired == {documents.ADDED_SYSTEM: sum(chosen)}

@@ -17,6 +17,7 @@ from doge_lm.training import pretrain
 from doge_lm.training.checkpoints import RunRecord, check_whole, list_checkpoints
 from doge_lm.training.hardware import Hardware
 from doge_lm.training.order import StreamSampler
+from doge_lm.training.run import Machine
 from doge_lm.training.settings import load_settings
 
 from . import support
@@ -454,9 +455,9 @@ def test_cuda_graphs_where_there_can_be_some(monkeypatch, device, processes, cha
         settings = make_settings(**{"torch_compile": True, "cuda_graphs": wanted, **changes})
         if wanted is True and obstacle is not None:
             with pytest.raises(UserError, match=f"cuda_graphs: true is not possible: {obstacle}"):
-                pretrain.Machine.settle(settings, hardware)
+                Machine.settle(settings.train, settings.model_config(), hardware)
         else:
-            found[wanted] = pretrain.Machine.settle(settings, hardware).graphs
+            found[wanted] = Machine.settle(settings.train, settings.model_config(), hardware).graphs
     assert found == {"auto": obstacle is None, False: False, **({} if obstacle else {True: True})}
 
 
@@ -474,7 +475,7 @@ def test_a_path_that_is_too_long_for_sockets_is_refused(world, tmp_path, capsys,
     assert place in error
     assert "set TMPDIR" in error
     settings = make_settings(dataloader_num_workers=0)
-    pretrain.Machine.settle(settings, Hardware(torch.device("cpu"), "the tests' own", 2**34))
+    Machine.settle(settings.train, settings.model_config(), Hardware(torch.device("cpu"), "the tests' own", 2**34))
 
 
 def test_kernels_for_a_gpu_are_refused_on_a_cpu(world, tmp_path, capsys):

@@ -137,7 +137,7 @@ def test_an_unknown_preset_names_the_nearest():
         ("train:\n  lr_scheduler_type: linear\n", r"lr_scheduler_type must be cosine or constant"),
         ("train:\n  seed: 1\n  seed: 2\n", r"x\.yaml: line 3: key 'seed' is given twice"),
         ("train: [1\n", r"x\.yaml: line 2: "),
-        ("- 1\n", r"x\.yaml: expected two parts"),
+        ("- 1\n", r"x\.yaml: expected the parts `model:`, `train:`"),
         ("? [a]\n: b\n", r"x\.yaml: line 1: \['a'\] cannot be a key"),
         ("train:\n  ? {a: 1}\n  : b\n", r"x\.yaml: line 2: \{'a': 1\} cannot be a key"),
         ("model:\n  rope_parameters: &r {a: *r}\n", r"x\.yaml: line 2: the alias \*r is not supported"),

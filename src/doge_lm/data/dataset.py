@@ -97,6 +97,7 @@ class TrainingRows(TorchDataset):
     COLUMNS = ("input_ids", "document_lengths", "context_spans")
 
     def __init__(self, dataset: Dataset):
+        self.dataset = dataset
         self._table = dataset.select_columns(list(self.COLUMNS)).with_format("arrow")
 
     def __len__(self) -> int:

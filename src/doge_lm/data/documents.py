@@ -10,6 +10,7 @@ tokenizer sees many strings at once, and are cut into pieces of at most one samp
 crosses to another process as a few arrays.
 """
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ EMPTY_HUMAN = "empty turn of the human"
 ONLY_SYSTEM = "answer to a system text alone"
 ASSISTANT_FIRST = "conversation that the assistant begins"
 LATE_SYSTEM = "system text in mid-conversation"
+ADDED_SYSTEM = "system prompt of the settings added"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -71,17 +73,41 @@ def nothing_to_learn(row: Row) -> str | None:
     return None if answered else NO_ASSISTANT
 
 
+@dataclass(frozen=True)
+class SystemPrompt:
+    """A text that opens conversations without a system text of their own.
+
+    Attributes:
+        text: what it says; "" for none.
+        share: of these conversations that get it, chosen by their own words: the same ones every time.
+    """
+
+    text: str = ""
+    share: float = 1.0
+
+    def opens(self, turns: Sequence[tuple[Role, str]]) -> bool:
+        """Whether it opens this conversation."""
+        if not self.text or any(role == "system" for role, _ in turns):
+            return False
+        words = "\0".join(content for _, content in turns).encode("utf-8", "surrogatepass")
+        return int.from_bytes(hashlib.sha256(words).digest()[:8], "big") < self.share * 2**64
+
+
 class DocumentBuilder:
     """Turns rows into documents, and counts.
 
     Args:
         special: the control tokens.
         train_on_prompts: whether the loss covers the `prompt` of a text.
+        system_prompt: opens conversations.
     """
 
-    def __init__(self, special: SpecialTokens, *, train_on_prompts: bool = False) -> None:
+    def __init__(
+        self, special: SpecialTokens, *, train_on_prompts: bool = False, system_prompt: SystemPrompt | None = None
+    ) -> None:
         self.special = special
         self.train_on_prompts = train_on_prompts
+        self.system_prompt = system_prompt or SystemPrompt()
 
     def plan(self, row: Row, account: SourceAccounting) -> _Plan:
         """Decides what a row becomes, and counts it in `account`."""
@@ -105,7 +131,8 @@ class DocumentBuilder:
     def _plan_conversation(self, row: ConversationRow, account: SourceAccounting) -> _Plan:
         account.bytes_in += sum(_size(content) for _, content in row.turns)
         parts = [self._control(self.special.bos, trained=False)]
-        waiting = _Waiting()
+        added = self.system_prompt.text if self.system_prompt.opens(row.turns) else ""
+        waiting = _Waiting([added] if added else [])
         answers = 0
         runs, blank = _speakers(row, account)
         for role, contents in runs:
@@ -122,7 +149,11 @@ class DocumentBuilder:
             answers += 1
         if answers == 0:
             account.drop(NO_ASSISTANT, times=1)
-            return _Plan([], blank + [(NO_ASSISTANT, text) for text in waiting.system + waiting.human])
+            own = waiting.system[1:] if added else waiting.system
+            return _Plan([], blank + [(NO_ASSISTANT, text) for text in own + waiting.human])
+        if added:
+            account.joiner_bytes += _size(added)
+            account.repair(ADDED_SYSTEM)
         dropped = blank
         for reason, texts in ((TRAILING_HUMAN, waiting.human), (TRAILING_SYSTEM, waiting.system)):
             if texts:
@@ -289,12 +320,20 @@ class Tokenizing:
         encoder: as `doge_lm.data.encoders.load_encoder` gives it.
         sequence_length: tokens of a sample, at least 2.
         train_on_prompts: see `DocumentBuilder`.
+        system_prompt: likewise.
     """
 
-    def __init__(self, encoder: Encoder, sequence_length: int, *, train_on_prompts: bool = False) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        sequence_length: int,
+        *,
+        train_on_prompts: bool = False,
+        system_prompt: SystemPrompt | None = None,
+    ) -> None:
         self.encoder = encoder
         self.sequence_length = sequence_length
-        self.builder = DocumentBuilder(encoder.special, train_on_prompts=train_on_prompts)
+        self.builder = DocumentBuilder(encoder.special, train_on_prompts=train_on_prompts, system_prompt=system_prompt)
         self.dtype = id_dtype(encoder.vocab_size)
         # Gathered for every token of a long document, so they are kept small.
         self._byte_lengths = encoder.byte_lengths.astype(np.min_scalar_type(int(encoder.byte_lengths.max())))

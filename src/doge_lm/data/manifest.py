@@ -442,7 +442,7 @@ def _build(path: Path, make: Callable[[], _Record]) -> _Record:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     document = {"format": "doge-lm", "format_version": FORMAT_VERSION, **values}
-    _write_whole(path, json.dumps(document, ensure_ascii=False, indent=2) + "\n")
+    write_text(path, json.dumps(document, ensure_ascii=False, indent=2) + "\n")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -621,10 +621,11 @@ def made_already(target: Path) -> str:
 
 def write_record(path: Path, values: dict[str, Any]) -> None:
     """Writes a small JSON file so that it is there whole or not at all, and survives a loss of power."""
-    _write_whole(path, json.dumps(values, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(values, ensure_ascii=False) + "\n")
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that it is there whole or not at all, and survives a loss of power."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}{PART_SUFFIX}")
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:

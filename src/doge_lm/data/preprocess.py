@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from doge_lm.data import cleaning, encoders
 from doge_lm.data.cleaning import Cleaner, CleaningSettings
-from doge_lm.data.documents import PieceBatch, Tokenizing, batch_rows, nothing_to_learn
+from doge_lm.data.documents import PieceBatch, SystemPrompt, Tokenizing, batch_rows, nothing_to_learn
 from doge_lm.data.manifest import (
     MANIFEST_NAME,
     MAX_IDENTITY_BYTES,
@@ -109,6 +109,7 @@ class PreprocessSettings:
         cleaning: which rows are left out.
         tokens: how many targets the sources for pre-training give, in all; None for all there are.
         mix: the shares of these tokens; may be None for one source.
+        system_prompt: opens conversations that have none.
     """
 
     sequence_length: int = 2048
@@ -120,6 +121,7 @@ class PreprocessSettings:
     cleaning: CleaningSettings = field(default_factory=CleaningSettings)
     tokens: int | None = None
     mix: Mix | None = None
+    system_prompt: SystemPrompt = field(default_factory=SystemPrompt)
 
     @property
     def row_maker(self) -> Packing:
@@ -140,6 +142,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--train_on_prompts",
         action="store_true",
         help="let the pre-training loss cover prompts too; conversations are always trained on the assistant's words",
+    )
+    parser.add_argument(
+        "--system_prompt",
+        default="",
+        metavar="TEXT",
+        help="opens conversations that have no system text of their own, as context (default: none)",
+    )
+    parser.add_argument(
+        "--system_prompt_share",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="of these conversations that get it (default: 1), so that the model also learns to do without",
     )
     parser.add_argument(
         "--padding",
@@ -191,6 +206,7 @@ def run(args: argparse.Namespace) -> int:
         cleaning=cleaning.settings_from_args(args),
         tokens=None if args.tokens is None else parse_tokens(args.tokens),
         mix=None if args.mix is None else Mix.parse(args.mix),
+        system_prompt=SystemPrompt(args.system_prompt, args.system_prompt_share),
     )
     manifests = preprocess(
         args.datasets_dir,
@@ -306,6 +322,13 @@ def _check_settings(settings: PreprocessSettings) -> None:
             f"--packing {settings.packing} says how documents share samples, but with --padding max_length they share "
             "none; leave one of the two out"
         )
+    prompt = settings.system_prompt
+    if not 0 < prompt.share <= 1:
+        raise UserError(f"--system_prompt_share {prompt.share} is not possible; it must be above 0 and at most 1")
+    if prompt.text and not prompt.text.strip():
+        raise UserError("--system_prompt holds nothing but blanks; give a text, or leave it out")
+    if prompt.share < 1 and not prompt.text:
+        raise UserError("--system_prompt_share needs a --system_prompt; give one, or leave it out")
     if settings.mix is not None and settings.tokens is None:
         raise UserError("--mix says how to share out --tokens; give a number of --tokens too, or give --mix to "
                         "merge_datasets")  # fmt: skip
@@ -449,6 +472,11 @@ class _Job:
         }
         if share is not None:
             self.settings["tokens"] = share
+        if settings.system_prompt.text and self.kind == "finetune":
+            self.settings |= {
+                "system_prompt": settings.system_prompt.text,
+                "system_prompt_share": settings.system_prompt.share,
+            }
         if not self.is_small:
             for file in self.inputs:
                 file.state = file_state(Path(file.path))
@@ -858,7 +886,9 @@ def _start_worker(
 ) -> None:
     encoder = encoders.load_encoder(tokenizer_path, backend)
     length = cutting_length(settings.row_maker, settings.sequence_length)
-    tokenizing = Tokenizing(encoder, length, train_on_prompts=settings.train_on_prompts)
+    tokenizing = Tokenizing(
+        encoder, length, train_on_prompts=settings.train_on_prompts, system_prompt=settings.system_prompt
+    )
     _worker["state"] = _WorkerState(encoder, tokenizing, settings, index_dir)
 
 

@@ -22,15 +22,15 @@ from safetensors import SafetensorError
 
 from doge_lm.errors import UserError
 from doge_lm.model.configuration_doge import DogeConfig
-from doge_lm.training.settings import ModelSettings, Settings
+from doge_lm.training.settings import ModelSettings
 
 RECORD_NAME = "run.json"
 STAGING_PREFIX = ".tmp-"
 _NAME = re.compile(r"checkpoint-(\d+)")
-# Patterns of names: several processes write a state of random numbers each.
+# Patterns of names: several processes write a state of random numbers each, and of LoRA there is an adapter alone.
 _REQUIRED = (
-    "config.json",
-    "model*.safetensors",
+    "*config.json",
+    "*model*.safetensors",
     "optimizer.pt",
     "scheduler.pt",
     "trainer_state.json",
@@ -106,6 +106,7 @@ class RunRecord:
     targets_seen: int = 0
     order: int = 1
     stream: dict[str, Any] | None = None
+    base_sha256: str = ""
     files: dict[str, FileRecord] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
@@ -225,6 +226,8 @@ def check_architecture(checkpoint: Path, config: DogeConfig) -> None:
     Raises:
         UserError: for another architecture, or other sizes (each is named).
     """
+    if not (checkpoint / "config.json").exists():
+        return  # an adapter: its record tells what it was made for
     saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     if saved.get("model_type") != DogeConfig.model_type:
         raise UserError(
@@ -239,8 +242,13 @@ def check_architecture(checkpoint: Path, config: DogeConfig) -> None:
         raise UserError(f"{checkpoint} is a checkpoint of another model: {listed}; use the settings it was made with")
 
 
-def check_record(checkpoint: Path, current: RunRecord) -> RunRecord:
+def check_record(checkpoint: Path, current: RunRecord, defaults: dict[str, dict[str, Any]]) -> RunRecord:
     """Check that a run may go on from a checkpoint: same data in the same order, same schedule.
+
+    Args:
+        checkpoint: where its record lies.
+        current: this run's.
+        defaults: values of settings, of which a checkpoint that is older than one knows nothing.
 
     Returns:
         The checkpoint's record.
@@ -256,8 +264,13 @@ def check_record(checkpoint: Path, current: RunRecord) -> RunRecord:
             "it with the doge-lm that made it, or start anew with --overwrite"
         )
     differing = []
-    defaults = Settings().to_dict()
-    for part, free in _FREE.items():
+    if set(saved.settings) != set(current.settings):
+        raise UserError(
+            f"{checkpoint} is of another kind of training, whose settings have the parts {', '.join(saved.settings)}; "
+            "give a checkpoint of this kind, or start anew with --overwrite"
+        )
+    for part in current.settings:
+        free = _FREE.get(part, set())
         # A key that is newer than the checkpoint starts with a default that is what was done before.
         before, now = {**defaults[part], **saved.settings.get(part, {})}, current.settings[part]
         differing += [
@@ -265,7 +278,15 @@ def check_record(checkpoint: Path, current: RunRecord) -> RunRecord:
             for key, value in now.items()
             if key not in free and before[key] != value
         ]
-    for name in ("sequences_per_step", "steps_per_epoch", "bf16", "rows", "data_sha256", "tokenizer_sha256"):
+    for name in (
+        "sequences_per_step",
+        "steps_per_epoch",
+        "bf16",
+        "rows",
+        "data_sha256",
+        "tokenizer_sha256",
+        "base_sha256",
+    ):
         if getattr(saved, name) != getattr(current, name):
             differing.append(f"{name} is {getattr(saved, name)!r} there and {getattr(current, name)!r} here")
     if differing:

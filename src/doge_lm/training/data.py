@@ -67,8 +67,8 @@ class TrainingData:
         return nullcontext() if self.stream is None else closing(self.stream)
 
 
-def load_prepared_data(train: TrainSettings, tokenizer_path: Path) -> TrainingData:
-    """Opens the prepared set of the settings.
+def load_prepared_data(train: TrainSettings, tokenizer_path: Path, kind: str | None = None) -> TrainingData:
+    """Opens the prepared set of the settings, of one kind ("pretrain", "finetune") or any.
 
     Raises:
         UserError: if it is missing or damaged, or was made for another tokenizer or sequence length.
@@ -78,11 +78,16 @@ def load_prepared_data(train: TrainSettings, tokenizer_path: Path) -> TrainingDa
         how = _HOW_TO_MAKE_DATA.format(sequence_length=train.sequence_length)
         raise UserError(f"dataset_path {path} does not exist; {how}")
     data = load_prepared(path)
+    if kind is not None and data.manifest.kind != kind:
+        raise UserError(
+            f"{path} is a set of the kind {data.manifest.kind!r}; give --dataset_path one of the kind {kind!r}, which "
+            "merge_datasets writes beside it if there are such sources"
+        )
     made_with = data.manifest.tokenizer
     if made_with.sha256 != tokenizer_sha256(tokenizer_path):
         raise UserError(
-            f"{path} was made with another tokenizer than {tokenizer_path}; give the one it was made with, or run "
-            "preprocess_datasets and merge_datasets again with this one"
+            f"{path} was made with another tokenizer than {tokenizer_path}; give the one it was made with by "
+            "--tokenizer_path, or run preprocess_datasets and merge_datasets again with this one"
         )
     if data.manifest.sequence_length != train.sequence_length:
         raise UserError(

@@ -248,10 +248,11 @@ def make_plan(
 
     sequences, micro, accumulate = _resolve_batch(train, world_size, hardware, memory_of)
     notes = []
-    steps_per_epoch = train.per_epoch_max_steps
+    wanted = _wanted_steps(train, sequences, rows)
+    steps_per_epoch = wanted
     if rows is not None:
-        steps_per_epoch = _steps_the_data_holds(train, sequences, rows, strict)
-        notes += _data_notes(train, sequences, rows, steps_per_epoch)
+        steps_per_epoch = _steps_the_data_holds(wanted, sequences, rows, strict)
+        notes += _data_notes(train.num_train_epochs, wanted, sequences, rows, steps_per_epoch)
     memory = memory_of(micro)
     if memory.total > hardware.memory:
         notes.append(
@@ -271,7 +272,7 @@ def make_plan(
         micro_batch=micro,
         accumulate_steps=accumulate,
         world_size=world_size,
-        wanted_steps_per_epoch=train.per_epoch_max_steps,
+        wanted_steps_per_epoch=wanted,
         steps_per_epoch=steps_per_epoch,
         epochs=train.num_train_epochs,
         warmup_steps=round(train.warmup_ratio * total_steps),
@@ -293,8 +294,18 @@ def _data_described(train: TrainSettings) -> str:
     )
 
 
-def _steps_the_data_holds(train: TrainSettings, sequences: int, rows: int, strict: bool) -> int:
-    wanted = train.per_epoch_max_steps
+def _wanted_steps(train: TrainSettings, sequences: int, rows: int | None) -> int:
+    """Steps of an epoch by the settings; null stands for all that the data holds, but one at least."""
+    if train.per_epoch_max_steps is not None:
+        return train.per_epoch_max_steps
+    if rows is None:
+        raise UserError(
+            "per_epoch_max_steps is null, all rows of the data, and here nothing is known of these; set a number"
+        )
+    return max(1, rows // sequences)
+
+
+def _steps_the_data_holds(wanted: int, sequences: int, rows: int, strict: bool) -> int:
     held = rows // sequences
     if held >= wanted:
         return wanted
@@ -312,18 +323,19 @@ def _steps_the_data_holds(train: TrainSettings, sequences: int, rows: int, stric
     return held
 
 
-def _data_notes(train: TrainSettings, sequences: int, rows: int, steps_per_epoch: int) -> list[str]:
+def _data_notes(epochs: int, wanted: int, sequences: int, rows: int, steps_per_epoch: int) -> list[str]:
     notes = []
     per_epoch = steps_per_epoch * sequences
-    if steps_per_epoch < train.per_epoch_max_steps:
+    over = rows - per_epoch
+    if steps_per_epoch < wanted:
         notes.append(
-            f"the data holds {steps_per_epoch:,} steps an epoch, not the {train.per_epoch_max_steps:,} of the "
-            "settings: epochs are shorter"
+            f"the data holds {steps_per_epoch:,} steps an epoch, not the {wanted:,} of the settings: epochs are shorter"
         )
-        if rows > per_epoch:
-            notes.append(f"the {rows - per_epoch:,} rows over after an epoch's last whole step open the next epoch")
+    if steps_per_epoch < wanted or 0 < over < sequences:
+        if over > 0:
+            notes.append(f"the {over:,} rows over after an epoch's last whole step open the next epoch")
     else:
-        left_out = max(0, rows - per_epoch * train.num_train_epochs)
+        left_out = max(0, rows - per_epoch * epochs)
         if left_out:
             notes.append(
                 f"the data is larger than the plan: {left_out:,} of its {rows:,} rows, drawn at random, stay out"

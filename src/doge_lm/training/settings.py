@@ -1,8 +1,9 @@
 """Settings of a run: nested dataclasses ↔ YAML ↔ `--set key=value`, strict about every key and every value.
 
-A settings file has two parts. `model:` holds the fields of `DogeConfig` that shape the model; `train:` holds the
-published training keys and a few more. A key that is not a field of the dataclasses below is an error that names
-the nearest one that is, and a value of the wrong kind says what would do: nothing in a file is silently ignored.
+A settings file of pre-training has two parts. `model:` holds the fields of `DogeConfig` that shape the model; `train:`
+holds the published training keys and a few more. Fine-tuning starts from a model that there is, so it has `train:` and
+`lora:` (and `dpo:`). A key that is not a field of the dataclasses below is an error that names the nearest one that is,
+and a value of the wrong kind says what would do: nothing in a file is silently ignored.
 """
 
 import difflib
@@ -12,7 +13,7 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
@@ -22,7 +23,7 @@ from doge_lm.model.configuration_doge import DogeConfig
 
 Auto = Literal["auto"]
 
-PARTS = ("model", "train")
+_Settings = TypeVar("_Settings", bound="RunSettings")
 
 
 @dataclass
@@ -65,6 +66,9 @@ class ModelSettings:
 class TrainSettings:
     """The `train:` part. Every preset comments every key; "step" always means a step of the optimizer."""
 
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset()
+    """Fields that are no keys of this kind of run."""
+
     # Data and length of the run
     dataset_path: str = "./datasets/pretrain"
     stream: str | None = None
@@ -75,7 +79,7 @@ class TrainSettings:
     sequences_per_step: int | Auto = "auto"
     per_device_train_batch_size: int | Auto = "auto"
     accumulate_steps: int | Auto = "auto"
-    per_epoch_max_steps: int = 4000
+    per_epoch_max_steps: int | None = 4000
     num_train_epochs: int = 2
     document_mask: bool = True
     seed: int = 233
@@ -104,6 +108,75 @@ class TrainSettings:
     per_device_eval_batch_size: int = 8
     save_steps: int = 500
     save_total_limit: int | None = 3
+
+
+@dataclass
+class TuneSettings(TrainSettings):
+    """The `train:` part of fine-tuning: as of pre-training, without a stream, and with values that fit."""
+
+    LEFT_OUT: ClassVar[frozenset[str]] = frozenset({"stream", "stream_workers", "stream_test_rows", "stream_on_error"})
+
+    dataset_path: str = "./datasets/finetune"
+    sequences_per_step: int | Auto = 16
+    per_epoch_max_steps: int | None = None
+    num_train_epochs: int = 2
+    learning_rate: float = 2e-4
+    weight_decay: float = 0.0
+    adam_beta2: float = 0.95
+    eval_steps: int = 100
+
+
+@dataclass
+class PairSettings(TuneSettings):
+    """The `train:` part of preference tuning: a "sequence" is a pair of answers."""
+
+    LEFT_OUT: ClassVar[frozenset[str]] = TuneSettings.LEFT_OUT | {"document_mask", "cuda_graphs"}
+
+    dataset_path: str = "./datasets/preferences"
+    sequence_length: int = 1024
+    num_train_epochs: int = 1
+    learning_rate: float = 2e-5
+    document_mask: bool = False
+    cuda_graphs: bool | Auto = False
+
+
+# The linear maps of a layer, and the tables of its experts.
+LORA_TARGETS = (
+    "q_proj",
+    "k_proj",
+    "o_proj",
+    "v_queries",
+    "shared_up_proj",
+    "shared_down_proj",
+    "queries",
+    "down_embed",
+    "up_embed",
+)
+
+
+@dataclass
+class LoraSettings:
+    """The `lora:` part: train low-rank changes of some matrices in place of all weights (arXiv 2106.09685)."""
+
+    rank: int = 0
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: str = " ".join(LORA_TARGETS)
+
+    @property
+    def names(self) -> list[str]:
+        """The modules that are changed."""
+        return self.targets.replace(",", " ").split()
+
+
+@dataclass
+class DpoSettings:
+    """The `dpo:` part: direct preference optimization (arXiv 2305.18290)."""
+
+    beta: float = 0.1
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "apo_zero", "sigmoid_norm"] = "sigmoid"
+    label_smoothing: float = 0.0
+    test_share: float = 0.05
 
 
 Check = tuple[Callable[[Any], bool], str]
@@ -143,24 +216,50 @@ _RANGES: dict[str, Check] = {
     "per_device_eval_batch_size": _at_least(1),
     "save_steps": _at_least(1),
     "save_total_limit": _at_least(1),
+    "rank": _at_least(0),
+    "alpha": _POSITIVE,
+    "dropout": _BELOW_ONE,
+    "beta": _POSITIVE,
+    "label_smoothing": ((lambda value: 0 <= value < 0.5), "0 or more and below 0.5"),
+    "test_share": ((lambda value: 0 < value < 1), "above 0 and below 1"),
+    "targets": (
+        (lambda value: bool(value.split()) and set(value.replace(",", " ").split()) <= set(LORA_TARGETS)),
+        f"some of: {' '.join(LORA_TARGETS)}",
+    ),
 }
 
 
 @dataclass
-class Settings:
-    """All settings of a run, and where they came from (for error messages)."""
+class RunSettings:
+    """All settings of a run, its parts; `origin` is where they came from (for error messages)."""
 
-    model: ModelSettings = field(default_factory=ModelSettings)
-    train: TrainSettings = field(default_factory=TrainSettings)
-    origin: str = "the defaults"
+    origin: str = field(default="the defaults", kw_only=True)
+
+    @classmethod
+    def parts(cls) -> list[str]:
+        """The names of the parts."""
+        return [each.name for each in fields(cls) if each.name != "origin"]
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """The two parts as plain values, every key present."""
-        return {part: asdict(getattr(self, part)) for part in PARTS}
+        """The parts as plain values, every key present."""
+        return {part: {key: getattr(getattr(self, part), key) for key in self.names(part)} for part in self.parts()}
 
     def to_yaml(self) -> str:
         """The text of a settings file that `load_settings` reads back to the same settings."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def names(self, part: str) -> list[str]:
+        """The keys of a part."""
+        values = getattr(self, part)
+        return [each.name for each in fields(values) if each.name not in getattr(values, "LEFT_OUT", ())]
+
+
+@dataclass
+class Settings(RunSettings):
+    """All settings of pre-training."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
 
     def model_config(self) -> DogeConfig:
         """The configuration of the model.
@@ -174,14 +273,44 @@ class Settings:
             raise UserError(f"{self.origin}: model: {error}") from error
 
 
+@dataclass
+class FinetuneSettings(RunSettings):
+    """All settings of fine-tuning."""
+
+    train: TuneSettings = field(default_factory=TuneSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+
+
+@dataclass
+class PreferenceSettings(RunSettings):
+    """All settings of preference tuning."""
+
+    train: PairSettings = field(default_factory=PairSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    dpo: DpoSettings = field(default_factory=DpoSettings)
+
+
 def load_settings(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read a settings file of pre-training; see `load_settings_of`."""
+    return load_settings_of(Settings, path_or_name, overrides)
+
+
+def load_settings_of(
+    kind: type[_Settings], path_or_name: str | Path, overrides: Sequence[str] = (), folder: str = ""
+) -> _Settings:
     """Read a settings file, given by path or as the bare name of a preset, and apply `--set key=value` overrides.
+
+    Args:
+        kind: the class of the settings.
+        path_or_name: a path, or a name among the presets of `folder`.
+        overrides: each `key=value`.
+        folder: of the presets, within that of pre-training's.
 
     Raises:
         UserError: for a missing or malformed file, an unknown or repeated key, and a value that does not fit.
     """
-    path = find_preset(path_or_name)
-    settings = parse_settings(_read_yaml(path), str(path))
+    path = find_preset(path_or_name, folder)
+    settings = parse_settings_of(kind, _read_yaml(path), str(path))
     for override in overrides:
         apply_override(settings, override)
     if overrides:
@@ -190,13 +319,19 @@ def load_settings(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Se
 
 
 def parse_settings(document: Any, origin: str) -> Settings:
-    """Turn the parsed content of a settings file into `Settings`; `origin` is the name used in error messages."""
+    """Turn the parsed content of a settings file of pre-training into `Settings`; see `parse_settings_of`."""
+    return parse_settings_of(Settings, document, origin)
+
+
+def parse_settings_of(kind: type[_Settings], document: Any, origin: str) -> _Settings:
+    """Turn the parsed content of a settings file into settings; `origin` is the name used in error messages."""
+    parts = kind.parts()
     if not isinstance(document, dict):
-        raise UserError(f"{origin}: expected two parts, `model:` and `train:`, at the top level")
-    settings = Settings(origin=origin)
+        raise UserError(f"{origin}: expected the parts {', '.join(f'`{part}:`' for part in parts)} at the top level")
+    settings = kind(origin=origin)
     for part, values in document.items():
-        if part not in PARTS:
-            raise UserError(f"{origin}: unknown part {part!r}; {_nearest(part, PARTS)}")
+        if part not in parts:
+            raise UserError(f"{origin}: unknown part {part!r}; {_nearest(part, parts)}")
         if values is None:
             continue
         if not isinstance(values, dict):
@@ -206,7 +341,7 @@ def parse_settings(document: Any, origin: str) -> Settings:
     return settings
 
 
-def apply_override(settings: Settings, override: str) -> None:
+def apply_override(settings: RunSettings, override: str) -> None:
     """Apply one `key=value`, where key is `train.learning_rate`, or `learning_rate` as no part shares a name.
 
     Raises:
@@ -218,21 +353,24 @@ def apply_override(settings: Settings, override: str) -> None:
     if not equals or not key:
         raise UserError(f"{where}: expected key=value, for example --set learning_rate=3e-4")
     part, dot, name = key.rpartition(".")
-    if dot and part not in PARTS:
-        raise UserError(f"{where}: unknown part {part!r}; {_nearest(part, PARTS)}")
-    parts = [part] if dot else [each for each in PARTS if name in _names(each)]
+    known = settings.parts()
+    if dot and part not in known:
+        raise UserError(f"{where}: unknown part {part!r}; {_nearest(part, known)}")
+    parts = [part] if dot else [each for each in known if name in settings.names(each)]
     if not parts:
-        raise UserError(f"{where}: unknown key {name!r}; {_nearest(name, _names('model') + _names('train'))}")
+        keys = [key for each in known for key in settings.names(each)]
+        raise UserError(f"{where}: unknown key {name!r}; {_nearest(name, keys)}")
     if len(parts) > 1:
         raise UserError(f"{where}: {name} is a key of both parts; write {' or '.join(f'{p}.{name}' for p in parts)}")
     value = _parse_yaml(text, f"{where}: {text!r} is not a YAML value")
     _assign(settings, parts[0], name, value, where)
 
 
-def find_preset(path_or_name: str | Path) -> Path:
+def find_preset(path_or_name: str | Path, folder: str = "") -> Path:
     """The settings file of that path, or else the preset of that bare name (`doge_25M` or `doge_25M.yaml`).
 
-    Presets are looked for in the checkout (`model/config`) or, for an installed package, inside the package.
+    Presets (of `folder`: "finetune", "dpo"; those of pre-training by default) are looked for in the checkout
+    (`model/config`) or, for an installed package, inside the package.
 
     Raises:
         UserError: if there is neither; the message lists the presets.
@@ -242,7 +380,7 @@ def find_preset(path_or_name: str | Path) -> Path:
         return path
     if path.is_dir():
         raise UserError(f"{path} is a directory; --config_path wants a .yaml file or the name of a preset")
-    presets = preset_paths()
+    presets = preset_paths(folder)
     wanted = str(path_or_name).removesuffix(".yaml")
     if wanted in presets:
         return presets[wanted]
@@ -252,12 +390,12 @@ def find_preset(path_or_name: str | Path) -> Path:
     )
 
 
-def preset_paths() -> dict[str, Path]:
-    """The presets by name: of the checkout where the package runs from one, else those in the package."""
+def preset_paths(folder: str = "") -> dict[str, Path]:
+    """The presets of a folder by name: of the checkout where the package runs from one, else those in the package."""
     package = Path(doge_lm.__file__).resolve().parent
     checkout, installed = package.parents[1] / "model" / "config", package / "config"
     directory = installed if installed.is_dir() else checkout
-    return {path.stem: path for path in sorted(directory.glob("*.yaml"))}
+    return {path.stem: path for path in sorted((directory / folder).glob("*.yaml"))}
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -313,25 +451,17 @@ def _one_line(error: yaml.YAMLError) -> str:
     return f"line {mark.line + 1}: {problem}" if mark is not None else str(problem)
 
 
-def _class_of(part: str) -> type:
-    return ModelSettings if part == "model" else TrainSettings
-
-
-def _names(part: str) -> list[str]:
-    return [each.name for each in fields(_class_of(part))]
-
-
 def _nearest(word: object, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.0)
     return f"the nearest known one is {close[0]!r}" if close else "nothing is known here"
 
 
-def _assign(settings: Settings, part: str, key: Any, value: Any, where: str) -> None:
-    cls = _class_of(part)
-    if key not in _names(part):
-        raise UserError(f"{where}: unknown key {key!r}; {_nearest(key, _names(part))}")
-    kind = typing.get_type_hints(cls)[key]
+def _assign(settings: RunSettings, part: str, key: Any, value: Any, where: str) -> None:
+    names = settings.names(part)
+    if key not in names:
+        raise UserError(f"{where}: unknown key {key!r}; {_nearest(key, names)}")
+    kind = typing.get_type_hints(type(getattr(settings, part)))[key]
     try:
         converted = _convert(value, kind)
     except ValueError:

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerControl, TrainingArguments
 
 from doge_lm.data.streaming import StreamState
+from doge_lm.data.tokenizer import TOKENIZER_NAME
 from doge_lm.errors import UserError
 from doge_lm.evaluation.bits_per_byte import Evaluation, evaluate
 from doge_lm.model.modeling_doge import DogeCDMoE
@@ -44,8 +46,10 @@ class Stopwatch:
         return time.perf_counter() - self._begun
 
 
-def training_arguments(train: TrainSettings, plan: Plan, output_dir: Path) -> TrainingArguments:
-    """The settings and the plan in transformers' words.
+def training_arguments(
+    train: TrainSettings, plan: Plan, output_dir: Path, kind: type[TrainingArguments] = TrainingArguments, **more: Any
+) -> TrainingArguments:
+    """The settings and the plan in transformers' words, or with a `kind` and `more` of its arguments, in TRL's.
 
     Precision, compilation and gradient checkpointing are not among them: `DogeTrainer` and `prepare_model` see to
     these, in the same way for every version of transformers. (By its own bf16 option the logits would be copied to
@@ -55,7 +59,7 @@ def training_arguments(train: TrainSettings, plan: Plan, output_dir: Path) -> Tr
     # A stream has processes of its own, and is read in this one.
     workers = 0 if train.stream is not None else train.dataloader_num_workers
     cuda = plan.hardware.device.type == "cuda"
-    arguments = TrainingArguments(
+    arguments = kind(
         output_dir=str(output_dir),
         max_steps=plan.total_steps,
         per_device_train_batch_size=plan.micro_batch,
@@ -92,6 +96,7 @@ def training_arguments(train: TrainSettings, plan: Plan, output_dir: Path) -> Tr
         use_cpu=plan.hardware.device.type == "cpu",
         report_to="none",
         disable_tqdm=True,
+        **more,
     )
     # Several GPUs are used through torchrun, one process each; never through nn.DataParallel.
     arguments._n_gpu = min(arguments.n_gpu, 1)
@@ -133,10 +138,14 @@ class DogeTrainer(Trainer):
         peak: what model-FLOPs utilization is a share of.
         output_dir: where checkpoints go.
         graphs: whether the model's passes are CUDA graphs (`prepare_model`).
+        more: arguments of a further base class.
     """
 
     control: TrainerControl
     optimizer: torch.optim.Optimizer | None
+
+    arguments_class: type[TrainingArguments] = TrainingArguments
+    """What the settings are told to the base class by."""
 
     def __init__(
         self,
@@ -150,6 +159,7 @@ class DogeTrainer(Trainer):
         peak: Peak,
         output_dir: Path,
         graphs: bool = False,
+        **more: Any,
     ):
         # What the model is saved with: `Trainer` switches the cache off for training.
         self._use_cache = model.config.use_cache
@@ -160,19 +170,29 @@ class DogeTrainer(Trainer):
         self._staging: Path | None = None
         super().__init__(
             model=model,
-            args=training_arguments(train, plan, output_dir),
-            train_dataset=data.train,
+            args=self.make_arguments(output_dir),
+            train_dataset=self.base_dataset(),
             eval_dataset=data.test,
             data_collator=collator,
             processing_class=tokenizer,
             callbacks=[StepSchedule(plan.steps_per_epoch)],
+            **more,
         )
+        self.train_dataset = data.train
         self._bf16 = record.bf16
         self._skips_logits = "skip_logits" in inspect.signature(model.forward).parameters
         self._tokens_seen = self._tokens_logged = record.tokens_seen
         self._targets_seen: torch.Tensor | int = record.targets_seen
 
+    def make_arguments(self, output_dir: Path) -> TrainingArguments:
+        """What the base class is told."""
+        return training_arguments(self.train_settings, self.plan, output_dir, self.arguments_class)
+
     # Data
+
+    def base_dataset(self) -> Any:
+        """The training set as the base class wants to see it; what is read is `data.train`."""
+        return self.data.train
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         """The rows of the whole run; those that are done already are counted by the Trainer, and never looked at."""
@@ -360,6 +380,10 @@ class DogeTrainer(Trainer):
             stream=None if (state := self._stream_state()) is None else asdict(state),
         )
 
+    def save_model_files(self, directory: Path) -> None:
+        """Save what the run was for, as `from_pretrained` loads it."""
+        self.save_weights(directory)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
             self.save_weights(Path(self.args.output_dir if output_dir is None else output_dir))
@@ -371,7 +395,14 @@ class DogeTrainer(Trainer):
             self.model.save_pretrained(directory)
         finally:
             self.model.config.use_cache = False
+        self.save_tokenizer(directory)
+
+    def save_tokenizer(self, directory: Path) -> None:
+        """Save the tokenizer; its main file as it is, since data that was made with it is known by those bytes."""
         self.processing_class.save_pretrained(directory)
+        original = Path(self.processing_class.name_or_path) / TOKENIZER_NAME
+        if original.is_file():
+            shutil.copyfile(original, directory / TOKENIZER_NAME)
 
 
 def evaluation_metrics(result: Evaluation, prefix: str = "eval") -> dict[str, float]:
