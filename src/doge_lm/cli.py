@@ -59,6 +59,12 @@ COMMANDS = (
         "teach a model to answer, by conversations",
         "with --resume_from_checkpoint it goes on from the last checkpoint",
     ),
+    Command(
+        "dpo",
+        "doge_lm.training.preference",
+        "teach a model which of two answers is better",
+        "with --resume_from_checkpoint it goes on from the last checkpoint",
+    ),
     Command("eval", "doge_lm.evaluation.command", "benchmarks and bits per byte of models, compared sample by sample"),
     Command("generate", "doge_lm.inference.generate", "continue a text with a trained model"),
     Command("demo", "doge_lm.demo", "the whole path on a small embedded corpus, without a network"),

@@ -1,4 +1,4 @@
-"""The report of fine-tuning: figures on held-out conversations and answers to fixed prompts, before and after."""
+"""The report of tuning: figures on held-out data and answers to fixed prompts, before and after."""
 
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ PROMPTS = (
     "请给我三条保持健康的建议。",
 )
 _LONGEST_ANSWER = 128
+_PREFERENCE = ("eval_loss", "eval_rewards/", "eval_logps/")
 
 
 def answer(path: Path, device: torch.device, prompts: tuple[str, ...] = PROMPTS) -> list[str]:
@@ -66,9 +67,9 @@ def write_report(before: Path, after: Path, log: Path, logging_dir: Path, device
     """
     evaluations = [record for record in read_log(log) if record["kind"] == "eval"]
     parts = [
-        "# Fine-tuning\n",
+        "# Tuning\n",
         f"From `{before}` to `{after}`, {evaluations[-1]['step']:,} steps.\n",
-        "## Held-out conversations\n",
+        "## Held-out data\n",
         _table(evaluations[0], evaluations[-1]),
         "## Answers\n",
         f"The likeliest ones (no sampling), up to {_LONGEST_ANSWER} tokens.\n",
@@ -83,7 +84,11 @@ def write_report(before: Path, after: Path, log: Path, logging_dir: Path, device
 
 
 def _table(first: dict[str, Any], last: dict[str, Any]) -> str:
-    """Loss and bits per byte by source; the first evaluation is of the model as it came."""
+    """Loss and bits per byte by source, or TRL's figures; the first evaluation is of the model as it came."""
+    if "eval_bits_per_byte" not in last:
+        names = [key for key in last if key.startswith(_PREFERENCE) and key in first]
+        rows = [f"| {name.removeprefix('eval_')} | {first[name]:.4f} | {last[name]:.4f} |" for name in names]
+        return "\n".join([f"| | step {first['step']} | step {last['step']} |", "|---|---|---|", *rows]) + "\n"
     lines = [
         f"| | loss, step {first['step']} | loss, step {last['step']} | bits per byte, before | after |",
         "|---|---|---|---|---|",

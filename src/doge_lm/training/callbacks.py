@@ -233,10 +233,12 @@ class ProgressBar(TrainerCallback):
             if self._bar.disable:
                 print(f"step {state.global_step:,} of {state.max_steps:,}: {numbers}", flush=True)
         elif kind_of(logs) == "eval":
-            self._bar.write(
-                f"step {state.global_step:,}: test loss {logs['eval_loss']:.4f}, "
-                f"{logs['eval_bits_per_byte']:.4f} bits per byte"
-            )
+            if "eval_bits_per_byte" in logs:
+                more = f"{logs['eval_bits_per_byte']:.4f} bits per byte"
+            else:  # of preference tuning
+                share = logs["eval_rewards/accuracies"]
+                more = f"margin {logs['eval_rewards/margins']:.4f}, the better answer is ahead in {share:.1%}"
+            self._bar.write(f"step {state.global_step:,}: test loss {logs['eval_loss']:.4f}, {more}")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Say where the checkpoint is."""

@@ -36,6 +36,11 @@ class FinetuneTrainer(TuningTrainer, SFTTrainer):
 
     arguments_class = SFTConfig
 
+    def __init__(self, **keyword: Any):
+        super().__init__(**keyword)
+        # TRL puts a forward pass in place of the model's, which `compute_loss` does without.
+        self.model.__dict__.pop("forward", None)
+
     def make_arguments(self, output_dir: Path) -> TrainingArguments:
         """What TRL is told: nothing is left for it to prepare; the first figure is of the model as it came."""
         return training_arguments(

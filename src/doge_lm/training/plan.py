@@ -102,7 +102,7 @@ def estimate_memory(
     logits one chunk exists at a time (`linear_cross_entropy`), with the gradients of the head's input and of its
     matrix.
     """
-    tokens = micro_batch * train.sequence_length
+    tokens = micro_batch * train.sequence_length * train.ROWS
     d, e, width = config.hidden_size, config.private_expert_intermediate_size, 2 if bf16 else 4
     experts, heads = config.num_cdmmoe_experts, config.num_cdmmoe_heads
     hidden = (1 if kernels and train.recompute_activation else 2) * config.cross_domain_intermediate_size

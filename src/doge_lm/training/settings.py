@@ -68,6 +68,8 @@ class TrainSettings:
 
     LEFT_OUT: ClassVar[frozenset[str]] = frozenset()
     """Fields that are no keys of this kind of run."""
+    ROWS: ClassVar[int] = 1
+    """Rows that the model reads for what is counted as a sequence."""
 
     # Data and length of the run
     dataset_path: str = "./datasets/pretrain"
@@ -130,10 +132,12 @@ class TuneSettings(TrainSettings):
 class PairSettings(TuneSettings):
     """The `train:` part of preference tuning: a "sequence" is a pair of answers."""
 
-    LEFT_OUT: ClassVar[frozenset[str]] = TuneSettings.LEFT_OUT | {"document_mask", "cuda_graphs"}
+    LEFT_OUT: ClassVar[frozenset[str]] = TuneSettings.LEFT_OUT | {"document_mask", "torch_compile", "cuda_graphs"}
+    ROWS: ClassVar[int] = 2
 
     dataset_path: str = "./datasets/preferences"
     sequence_length: int = 1024
+    torch_compile: bool | Auto = False
     num_train_epochs: int = 1
     learning_rate: float = 2e-5
     document_mask: bool = False

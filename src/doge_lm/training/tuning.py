@@ -117,9 +117,7 @@ class TuningTrainer(DogeTrainer):
     def __init__(self, *, base_path: Path, lora: LoraSettings, **keyword: Any):
         self.base_path, self.lora = base_path, lora
         super().__init__(**keyword)
-        # TRL puts a forward pass in place of the model's, which never is what `compute_loss` needs here; and its tags.
-        self.model.__dict__.pop("forward", None)
-        self.model.model_tags = None
+        self.model.model_tags = None  # TRL's
 
     def base_dataset(self) -> Any:
         """TRL asks for a `datasets.Dataset`, and looks at its first row."""
