@@ -24,8 +24,8 @@ from doge_lm.training.tuning import TuningTrainer, add_tuning_arguments, base_co
 FOLDER = "dpo"
 """Of the presets."""
 
-# Lengths of batches differ, but not by less; kernels like whole blocks.
-_LENGTH_MULTIPLE = 8
+# Batches have few different lengths, since kernels are compiled for each anew.
+_LENGTH_MULTIPLE = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
