@@ -813,7 +813,7 @@ def test_an_answer_may_take_half_of_few_positions_by_default(
 
 
 def test_a_console_without_chinese_gets_utf8(chain_dir: Path) -> None:
-    """The whole command in a process of its own, its words in Chinese; a reader that leaves is no error."""
+    """The whole command in a process of its own, its words in Chinese."""
     command = [sys.executable, "-m", "doge_lm.cli", "chat", str(chain_dir), "--language", "zh"]
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     done = subprocess.run(
