@@ -11,11 +11,13 @@ from lm_eval.tasks import TaskManager
 from doge_lm.cli import COMMANDS
 from doge_lm.data.storage import row_schema
 from doge_lm.evaluation.local_data import TASKS
+from doge_lm.inference import chat
+from doge_lm.inference.chat_session import COMMANDS as COMMANDS_OF_CHAT
 from doge_lm.model.cdmoe import PATHS
 from doge_lm.training.settings import Settings, TrainSettings, apply_override
 from tests.conftest import REPOSITORY
 
-PAGES = ("docs/data.md", "docs/evaluation.md", "docs/packing.md", "docs/speed.md")
+PAGES = ("docs/chat.md", "docs/zh/chat.md", "docs/data.md", "docs/evaluation.md", "docs/packing.md", "docs/speed.md")
 
 
 def read(page: str) -> str:
@@ -71,3 +73,12 @@ def test_links_lead_to_files(page: str) -> None:
     assert not [
         target for target in targets if not (REPOSITORY / page).parent.joinpath(target.partition("#")[0]).exists()
     ]
+
+
+@pytest.mark.parametrize("page", ["docs/chat.md", "docs/zh/chat.md"])
+def test_the_commands_and_flags_of_a_conversation_are_listed(page: str) -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    chat.add_arguments(parser)
+    flags = {option for action in parser._actions for option in action.option_strings}
+    assert set(re.findall(r"^\| `/(\w+)", read(page), flags=re.MULTILINE)) == set(COMMANDS_OF_CHAT)
+    assert flags <= set(re.findall(r"--\w+", read(page)))

@@ -67,6 +67,7 @@ COMMANDS = (
     ),
     Command("eval", "doge_lm.evaluation.command", "benchmarks and bits per byte of models, compared sample by sample"),
     Command("generate", "doge_lm.inference.generate", "continue a text with a trained model"),
+    Command("chat", "doge_lm.inference.chat", "talk with a trained model in the terminal, or through a pipe"),
     Command("demo", "doge_lm.demo", "the whole path on a small embedded corpus, without a network"),
 )
 
