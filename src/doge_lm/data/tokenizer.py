@@ -156,7 +156,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     directory = Path(path)
     read_files(directory)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     except Exception as error:  # `tokenizers` raises Exception itself, transformers whatever it stumbles over
         broken = _broken_file(directory)
         raise UserError(

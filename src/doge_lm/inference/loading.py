@@ -40,7 +40,10 @@ def load_model(path: Path, device: torch.device, dtype: str = "auto") -> PreTrai
     if not (path / "config.json").is_file():
         raise UserError(f"{path} holds no model (no config.json there); give the --output_dir of `doge-lm train`")
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        # Code of a checkpoint is never run, nor is the user asked, on a standard input that is for something else.
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
     except (ValueError, KeyError, AttributeError, OSError, RuntimeError, SafetensorError) as error:
         # transformers reports sizes that do not fit as RuntimeError, and a foreign config in any of these ways.
         raise UserError(f"the model in {path} cannot be loaded: {type(error).__name__}: {error}") from error
@@ -63,6 +66,6 @@ def load_model_tokenizer(path: Path, model: PreTrainedModel) -> PreTrainedTokeni
     if isinstance(model, DogeForCausalLM):
         return load_tokenizer(path)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever transformers and `tokenizers` stumble over
         raise UserError(f"the tokenizer in {path} cannot be loaded: {type(error).__name__}: {error}") from error
