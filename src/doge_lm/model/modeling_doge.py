@@ -211,18 +211,19 @@ class DogeInnerFuncAttn(nn.Module):
         (straight-through). E and the product stay in float32: rows that start at 1 + N(0, 0.02) would lose their
         noise in bfloat16, whose steps near 1 are 0.0078.
         """
+        values_nd = whole_table(self.v_embed, self.config.num_inner_values, x_BTd.device)
         if kernels_take(x_BTd) and scores_BTn.shape[-1] <= MOST_VALUES:
             x_Md, scores_Mn = x_BTd.to(scores_BTn.dtype).flatten(0, 1), scores_BTn.flatten(0, 1)
-            return fused_inner_value(x_Md, scores_Mn, self.v_embed.weight).view(x_BTd.shape)
+            return fused_inner_value(x_Md, scores_Mn, values_nd).view(x_BTd.shape)
         if not torch.is_grad_enabled():
-            return x_BTd * nn.functional.embedding(scores_BTn.argmax(dim=-1), self.v_embed.weight)
+            return x_BTd * nn.functional.embedding(scores_BTn.argmax(dim=-1), values_nd)
         hard_BTn = nn.functional.one_hot(scores_BTn.argmax(dim=-1), self.config.num_inner_values)
         soft_BTn = scores_BTn.softmax(dim=-1, dtype=_at_least_float32(x_BTd))
         # The difference is exactly 0, so the sum is exactly one-hot.
         choice_BTn = hard_BTn.to(soft_BTn.dtype) + (soft_BTn - soft_BTn.detach())
         with torch.autocast(x_BTd.device.type, enabled=False):
             # A product with n columns: a look-up's backward pass would add all tokens to the same few rows.
-            gains_BTd = choice_BTn @ self.v_embed.weight.to(choice_BTn.dtype)
+            gains_BTd = choice_BTn @ values_nd.to(choice_BTn.dtype)
         return x_BTd * gains_BTd
 
     def forward(
@@ -275,14 +276,15 @@ class DogeCDMoE(nn.Module):
         self.num_heads = config.num_cdmmoe_heads
         self.experts_per_head = config.num_cdmmoe_experts_per_head
         self.path = config.cdmoe_path
-        self.n1, n2 = key_table_sizes(config.num_cdmmoe_experts)
+        self.num_experts = config.num_cdmmoe_experts
+        self.n1, n2 = key_table_sizes(self.num_experts)
         self.act_fn = ACT2FN[config.hidden_act]
         self.shared_up_proj = nn.Linear(d, config.cross_domain_intermediate_size, bias=bias)
         self.shared_down_proj = nn.Linear(config.cross_domain_intermediate_size, e, bias=bias)
         self.queries = nn.Linear(e, self.num_heads * e, bias=bias)
         self.keys = nn.Parameter(torch.empty(self.num_heads, self.n1 + n2, e // 2))
-        self.down_embed = nn.Embedding(config.num_cdmmoe_experts, e)
-        self.up_embed = nn.Embedding(config.num_cdmmoe_experts, d)
+        self.down_embed = nn.Embedding(self.num_experts, e)
+        self.up_embed = nn.Embedding(self.num_experts, d)
 
     def route(self, c_Me: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and indices of the chosen experts, each (M, H, k)."""
@@ -307,7 +309,7 @@ class DogeCDMoE(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, T, d) to (B, T, d)."""
         c_Me = self.shared(hidden_states).flatten(0, 1)
-        down, up = self.down_embed.weight, self.up_embed.weight
+        down, up = (whole_table(table, self.num_experts, c_Me.device) for table in (self.down_embed, self.up_embed))
         if self._merges(c_Me):
             output_Md = merged_cdmoe(c_Me, self.fold(), down, up, self.n1, self.num_heads, self.experts_per_head)
         else:
@@ -342,7 +344,7 @@ class DogeCDMoE(nn.Module):
             and self._is_silu()
             and self.is_foldable()
             and folding_pays(c_Me.shape[0], 2 * half, rows)
-            and merges(c_Me, self.down_embed.num_embeddings, heads * self.experts_per_head, self.path)
+            and merges(c_Me, self.num_experts, heads * self.experts_per_head, self.path)
         )
 
 
@@ -695,7 +697,7 @@ def is_unwatched(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
-    """Whether a linear map or a norm is no more than its weight, which may then be used in the module's place.
+    """Whether a linear map, a norm or a table is no more than its weight, which may then be used in the module's place.
 
     With a bias, a hook, an adapter (LoRA) or a quantized weight, the module itself must be called.
     """
@@ -706,6 +708,14 @@ def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
         and type(module.weight) is nn.Parameter
         and module.weight.is_floating_point()
     )
+
+
+def whole_table(module: nn.Module, rows: int, device: torch.device) -> Tensor:
+    """All rows of an embedding, (rows, width): its weight, or what it gives with an adapter (LoRA) or a hook."""
+    if is_plain(module, nn.Embedding):
+        assert isinstance(module.weight, Tensor)
+        return module.weight
+    return module(torch.arange(rows, device=device))
 
 
 def _at_least_float32(x: Tensor) -> torch.dtype:
