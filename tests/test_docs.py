@@ -15,7 +15,14 @@ from doge_lm.model.cdmoe import PATHS
 from doge_lm.training.settings import Settings, TrainSettings, apply_override
 from tests.conftest import REPOSITORY
 
-PAGES = ("docs/data.md", "docs/evaluation.md", "docs/export.md", "docs/packing.md", "docs/speed.md", "docs/zh/export.md")
+PAGES = (
+    "docs/data.md",
+    "docs/evaluation.md",
+    "docs/export.md",
+    "docs/packing.md",
+    "docs/speed.md",
+    "docs/zh/export.md",
+)
 
 
 def read(page: str) -> str:
