@@ -17,7 +17,16 @@ from doge_lm.model.cdmoe import PATHS
 from doge_lm.training.settings import Settings, TrainSettings, apply_override
 from tests.conftest import REPOSITORY
 
-PAGES = ("docs/chat.md", "docs/zh/chat.md", "docs/data.md", "docs/evaluation.md", "docs/packing.md", "docs/speed.md")
+PAGES = (
+    "docs/chat.md",
+    "docs/data.md",
+    "docs/evaluation.md",
+    "docs/export.md",
+    "docs/packing.md",
+    "docs/speed.md",
+    "docs/zh/chat.md",
+    "docs/zh/export.md",
+)
 
 
 def read(page: str) -> str:

@@ -68,6 +68,7 @@ COMMANDS = (
     Command("eval", "doge_lm.evaluation.command", "benchmarks and bits per byte of models, compared sample by sample"),
     Command("generate", "doge_lm.inference.generate", "continue a text with a trained model"),
     Command("chat", "doge_lm.inference.chat", "talk with a trained model in the terminal, or through a pipe"),
+    Command("export", "doge_lm.inference.export", "a model for transformers, in few bits, or for onnxruntime"),
     Command("demo", "doge_lm.demo", "the whole path on a small embedded corpus, without a network"),
 )
 

@@ -455,7 +455,9 @@ def _text_config(model: PreTrainedModel) -> Any:
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
-    return model.get_output_embeddings().weight.shape[0]
+    head = model.get_output_embeddings()
+    rows = getattr(head, "out_features", None)  # a weight of few bits may be packed into another shape
+    return head.weight.shape[0] if rows is None else rows
 
 
 def _refuse_other_models(model: PreTrainedModel) -> None:
