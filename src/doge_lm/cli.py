@@ -55,6 +55,7 @@ COMMANDS = (
     ),
     Command("eval", "doge_lm.evaluation.command", "benchmarks and bits per byte of models, compared sample by sample"),
     Command("generate", "doge_lm.inference.generate", "continue a text with a trained model"),
+    Command("serve", "doge_lm.inference.serve", "an HTTP server with OpenAI's API, and a chat page"),
     Command("demo", "doge_lm.demo", "the whole path on a small embedded corpus, without a network"),
 )
 
