@@ -229,6 +229,7 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------- the engine's thread
 
+    @torch.inference_mode()
     def _run(self) -> None:
         if self._threads is not None:
             torch.set_num_threads(self._threads)

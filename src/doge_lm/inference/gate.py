@@ -5,6 +5,7 @@ another host than this one (DNS rebinding) or another origin (a page of another 
 """
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 import json
@@ -22,6 +23,10 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 BODY_SECONDS = 30.0
 """How long a client may take to send the body of a request."""
+
+DISCARD_SECONDS = 5.0
+DISCARD_BYTES = 64 << 20
+"""How long, and how much, of a body that is refused is read before the answer."""
 
 PROTECTED = ("/v1/", "/metrics")
 """Paths that need the API key, where there is one."""
@@ -123,6 +128,7 @@ class Gate:
                 self._check(scope)
                 body = await self._body(scope, receive)
             except RefusalError as refusal:
+                await self._discard(scope, receive)
                 await send_refusal(refusal, answer, head_only=scope["method"] == "HEAD")
                 return
             if body is not None:
@@ -190,7 +196,7 @@ class Gate:
             return b""
         most = self._access.max_body_bytes
         too_large = RefusalError(
-            413, f"the body has more than {most} bytes (--max_body_bytes)", code="request_too_large", headers=_CLOSE
+            413, f"the body has more than {most} bytes (--max_body_bytes)", code="request_too_large"
         )
         length = _Headers(scope["headers"]).only("content-length")
         if length is not None and length.isdecimal() and int(length[:20]) > most:
@@ -212,6 +218,19 @@ class Gate:
         except TimeoutError as error:
             raise RefusalError(408, f"the body took more than {BODY_SECONDS:.0f} seconds", headers=_CLOSE) from error
 
+    async def _discard(self, scope: Scope, receive: Receive) -> None:
+        """Read what is left of a body that is refused: most clients see no answer before they have sent all of it."""
+        if scope["method"] != "POST" or _Headers(scope["headers"]).has("expect"):
+            return
+        size = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DISCARD_SECONDS):
+                while size < DISCARD_BYTES:
+                    message = await receive()
+                    if not message.get("more_body", False):
+                        return
+                    size += len(message.get("body", b""))
+
 
 _CLOSE = {"connection": "close"}
 
@@ -230,6 +249,10 @@ class _Headers:
         if len(values) > 1:
             raise RefusalError(400, f"the header {name} is there {len(values)} times; send it once")
         return values[0].decode("latin-1") if values else None
+
+    def has(self, name: str) -> bool:
+        """Whether a header is there."""
+        return any(key.lower() == name.encode() for key, _ in self._headers)
 
 
 def stopping() -> RefusalError:

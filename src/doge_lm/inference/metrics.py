@@ -11,8 +11,8 @@ from .engine import Load
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 PATHS = frozenset(
-    {"/", "/chat.css", "/chat.js", "/health", "/metrics", "/openapi.json", "/v1/models", "/v1/completions"}
-    | {"/v1/chat/completions"}
+    {"/", "/chat.css", "/chat.js", "/icon.svg", "/health", "/metrics", "/openapi.json"}
+    | {"/v1/models", "/v1/completions", "/v1/chat/completions"}
 )
 """Other paths are counted together: their number is the clients' choice."""
 

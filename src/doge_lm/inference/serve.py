@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     if device.type == "cpu":
         args.threads = args.threads or max(1, _cores() - 1)
         torch.set_num_threads(args.threads)
-    with _listening(args.host, args.port) as listening:  # before the model is loaded, which takes long
+    with listening_socket(args.host, args.port) as listening:  # before the model is loaded, which takes long
         slots, tokenizer = _load(args, device)
         settings = Settings(
             model_id=args.model_name or args.model.resolve().name,
@@ -258,8 +258,14 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _listening(host: str, port: int) -> socket.socket:
-    """A socket that is bound, and refuses connections until the server is ready."""
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A socket that is bound, and refuses connections until the server is ready.
+
+    It names its protocol, by which asyncio knows that it may send small packets at once (TCP_NODELAY).
+
+    Raises:
+        UserError: for an address that is not this machine's, or is in use.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

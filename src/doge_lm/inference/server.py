@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
@@ -43,9 +42,8 @@ PAGE = {
     "/": ("index.html", "text/html"),
     "/chat.css": ("chat.css", "text/css"),
     "/chat.js": ("chat.js", "text/javascript"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -194,10 +194,11 @@ class Slots:
     def _step_on_empty(self, ids: Sequence[int], places: Sequence[int]) -> Tensor:
         """A step on an empty cache, which is empty again after it."""
         logits = self.step(ids, places)
-        for layer in self._layers():  # no more than was written: memory for the rest is not taken yet
-            for slot, place in enumerate(places):
-                layer.keys[slot, :, place].zero_()
-                layer.values[slot, :, place].zero_()
+        for layer in self._layers():
+            for kept in (layer.keys, layer.values):
+                kept[:, :, 0].zero_()  # of slots without a token
+                for slot, place in enumerate(places):
+                    kept[slot, :, place].zero_()
         return logits
 
 
