@@ -79,10 +79,8 @@ def sent_by(page: Page) -> list[dict[str, Any]]:
 
 def fake_answer(page: Page, *texts: str) -> None:
     """Let the server's answer be these texts, as events."""
-    events = "".join(
-        'data: {"choices": [{"delta": {"content": %s}, "finish_reason": null}]}\n\n' % json.dumps(text)
-        for text in texts
-    )
+    chunks = [{"choices": [{"delta": {"content": text}, "finish_reason": None}]} for text in texts]
+    events = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
     page.route(
         "**/v1/chat/completions",
         lambda route: route.fulfill(content_type="text/event-stream", body=events + "data: [DONE]\n\n"),

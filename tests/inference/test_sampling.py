@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
@@ -38,7 +39,10 @@ def logits_of(rows: int, scale: float = 2.0, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, 3.0])
 def test_each_row_is_chosen_by_its_own_rule(scale: float) -> None:
-    """As by `decoding.choose`, alone, with the same draw; flat logits make draws that fall behind the shortlist."""
+    """As by `decoding.choose`, alone, with the same draw; flat logits make draws that fall behind the shortlist.
+
+    Without k and p, tokens stand in the order of their ids.
+    """
     prompt = list(range(40))
     # Equal logits would leave the order of the tokens open.
     logits = logits_of(len(RULES), scale) + 1e-9 * torch.arange(VOCABULARY)
@@ -50,8 +54,26 @@ def test_each_row_is_chosen_by_its_own_rule(scale: float) -> None:
             settings = Sampling(1, rule.temperature, rule.top_k, rule.top_p, rule.repetition_penalty)
             seen = torch.zeros(1, VOCABULARY, dtype=torch.bool)
             seen[0, prompt] = True
-            expected = choose(logits[row : row + 1], draw[None].double(), settings, seen)
-            assert found[row] == int(expected), rule
+            if rule.temperature >= sampling.MIN_TEMPERATURE and rule.top_p == 1 and not rule.top_k:
+                expected = by_id(logits[row].tolist(), rule, set(prompt), float(draw))
+            else:
+                expected = int(choose(logits[row : row + 1], draw[None].double(), settings, seen))
+            assert found[row] == expected, rule
+
+
+def by_id(logits: list[float], rule: Rule, seen: set[int], draw: float) -> int:
+    """The token at which the probabilities of those up to it go beyond the draw."""
+    penalty = rule.repetition_penalty
+    for token in seen:
+        logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+    most = max(logits)
+    shares = [math.exp((logit - most) / rule.temperature) for logit in logits]
+    left = draw * sum(shares)
+    for token, share in enumerate(shares):
+        left -= share
+        if left < 0:
+            return token
+    raise AssertionError("no token has the last share")
 
 
 def test_rows_that_sort_all_are_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,11 +107,17 @@ def test_penalties_are_subtracted_from_what_the_answer_has() -> None:
 
 
 def test_draws_go_on_and_repeat_with_the_seed() -> None:
-    """They are those of `doge-lm generate --seed`."""
     chooser = Chooser(Rule(), [1], seed=5)
     draws = [chooser.draw() for _ in range(40)]
     assert draws == torch.rand(1, 40, generator=torch.Generator().manual_seed(5))[0].tolist()
     assert Chooser(Rule(), [1]).draw() != Chooser(Rule(), [1]).draw()
+
+
+def test_a_draw_next_to_the_whole_takes_a_token_that_has_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Chooser, "draw", lambda self: 1.0)
+    logits = torch.tensor([[5.0, -math.inf, 4.0, -math.inf, -math.inf]])
+    for rule in (Rule(), Rule(top_p=0.999), Rule(top_k=4)):
+        assert choose_each(logits.clone(), [Chooser(rule, [1])]) == [2]
 
 
 def test_logits_that_are_no_numbers_choose_some_token() -> None:

@@ -411,7 +411,8 @@ def test_paths_and_methods(server: Serving) -> None:
         assert (reply.status, bool(reply.error["message"])) == (status, True)
 
 
-def test_bodies_that_are_too_large(place: Path) -> None:
+def test_bodies_that_are_too_large(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "DISCARD_SECONDS", 0.5)
     with serving(place, max_body_bytes=2000) as server:
         assert server.complete("a " * 100, max_tokens=1).status == 200
         assert server.complete("a " * 1000).status == 413
@@ -427,6 +428,7 @@ def test_bodies_that_are_too_large(place: Path) -> None:
 
 def test_a_body_that_does_not_come(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(gate, "DISCARD_SECONDS", 0.1)
     with (
         serving(place) as server,
         socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection,
