@@ -627,6 +627,8 @@ def test_what_takes_longer_than_the_drain_ends_with_an_error(place: Path) -> Non
         (["--drain_seconds", "nan"], "--drain_seconds is nan"),
         (["--allow_origin", "chat.example"], "--allow_origin chat.example"),
         (["--allow_origin", "https://chat.example/"], "--allow_origin https://chat.example/"),
+        (["--model_name", ""], "--model_name"),
+        (["--model_name", "a\udcff"], "--model_name"),
         (["--api_key", ""], "--api_key is empty"),
         (["--api_key", "a b"], "--api_key is empty, or holds spaces"),
     ],

@@ -32,6 +32,7 @@ API_KEY_VARIABLE = "DOGE_LM_API_KEY"
 DEFAULT_CONTEXT = 2048
 DEFAULT_SLOTS = 64
 
+_BACKLOG = 2048
 _KEEP_ALIVE_SECONDS = 65
 _LAST_SECONDS = 2  # after draining, for what is still to be sent
 
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     with listening_socket(args.host, args.port) as listening:  # before the model is loaded, which takes long
         slots, tokenizer = _load(args, device)
         settings = Settings(
-            model_id=args.model_name or args.model.resolve().name,
+            model_id=_model_id(args),
             limits=Limits(slots.columns, min(args.max_tokens_limit or slots.columns, slots.columns)),
             access=Access(
                 api_key, frozenset(map(str.lower, args.allow_host)), frozenset(args.allow_origin), args.max_body_bytes
@@ -216,10 +217,18 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--port is {args.port}; it must be 0 to 65535")
     if not 0 <= args.drain_seconds < float("inf"):
         raise UserError(f"--drain_seconds is {args.drain_seconds}; it must be at least 0")
+    _model_id(args)
     for origin in args.allow_origin:
         parts = urlsplit(origin)
         if parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}" or not parts.netloc:
             raise UserError(f"--allow_origin {origin}: give a scheme and a host, e.g. https://chat.example.org")
+
+
+def _model_id(args: argparse.Namespace) -> str:
+    name = args.model.resolve().name if args.model_name is None else args.model_name
+    if not name or not name.isprintable():  # bytes that are no UTF-8 arrive as lone surrogates
+        raise UserError(f"the model's name {name!a} is empty or cannot be written; give another --model_name")
+    return name
 
 
 def _api_key(args: argparse.Namespace) -> str | None:
@@ -259,7 +268,7 @@ def _cores() -> int:
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """A socket that is bound, and refuses connections until the server is ready.
+    """A socket that listens; who connects before the server is ready waits.
 
     It names its protocol, by which asyncio knows that it may send small packets at once (TCP_NODELAY).
 
@@ -277,6 +286,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
         if os.name == "posix":  # elsewhere it would let two servers share a port
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+        listening.listen(_BACKLOG)  # two that are only bound could share a port until one listens
     except OSError as error:
         listening.close()
         raise UserError(
