@@ -212,6 +212,15 @@ def test_what_is_no_number_does_not_reach_the_next_text_in_its_slot() -> None:
         assert all(not layer.keys[0].any() for layer in slots._cache.layers)  # it has left nothing behind
 
 
+@pytest.mark.gpu
+def test_answers_on_a_gpu_are_the_decoders() -> None:
+    decoder = Decoder(tiny_model(dtype=torch.float64).cuda())
+    tasks = [Task(prompt_of(length, length), 20, GREEDY) for length in (1, 9, 40, 100)]
+    with running(Slots(tiny_model(dtype=torch.float64).cuda(), 8, 128), end=-1) as engine:
+        found = [answer.text() for answer in [ask(engine, task) for task in tasks]]
+    assert found == [letters(row) for task in tasks for row in decoder.generate([task.prompt], Sampling(20))]
+
+
 # --------------------------------------------------------------------------------------------- ends and limits
 
 

@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import os
-import signal
 import socket
 import sys
 import time
@@ -174,6 +173,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._running, self._drain_seconds, self._on_started = running, drain_seconds, on_started
         self._deadline: float | None = None
+        self._said = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to take requests."""
@@ -188,11 +188,6 @@ class Server(uvicorn.Server):
             return
         self._deadline = time.monotonic() + self._drain_seconds
         self._running.state.draining = True
-        left = self._running.state.requests
-        if left:
-            print(
-                f"{signal.Signals(sig).name}: {left} requests are still answered; once more ends them", file=sys.stderr
-            )
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end; called every tenth of a second."""
@@ -201,10 +196,17 @@ class Server(uvicorn.Server):
         if engine is not None and engine.failure is not None:
             return True
         if self._deadline is not None:
+            self._say_once(running.state.requests)
             if engine is not None and time.monotonic() > self._deadline:
                 await asyncio.to_thread(engine.stop)  # tells those who still wait
             self.should_exit |= running.state.requests == 0 or time.monotonic() > self._deadline
         return await super().on_tick(counter)
+
+    def _say_once(self, requests: int) -> None:
+        """Why it does not end yet. Not said by the signal's handler, which may interrupt another line."""
+        if requests and not self._said:
+            print(f"{requests} requests are still answered; another signal ends them", file=sys.stderr)
+        self._said = True
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -234,7 +234,8 @@ class _EventStream(Response):
     """Server-sent events, until they end or the client leaves."""
 
     def __init__(self, events: AsyncIterator[bytes], end: Callable[[], None]) -> None:
-        super().__init__(media_type="text/event-stream")
+        # A proxy (nginx) is to pass events on as they come.
+        super().__init__(media_type="text/event-stream", headers={"x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events, self._end = events, end
 
