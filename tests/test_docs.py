@@ -13,6 +13,9 @@ from doge_lm.data.storage import row_schema
 from doge_lm.evaluation.local_data import TASKS
 from doge_lm.inference import chat
 from doge_lm.inference.chat_session import COMMANDS as COMMANDS_OF_CHAT
+from doge_lm.inference import serve
+from doge_lm.inference.api import ChatRequest, CompletionRequest
+from doge_lm.inference.service import DEFAULT_MAX_TOKENS
 from doge_lm.model.cdmoe import PATHS
 from doge_lm.training.settings import Settings, TrainSettings, apply_override
 from tests.conftest import REPOSITORY
@@ -22,10 +25,14 @@ PAGES = (
     "docs/data.md",
     "docs/evaluation.md",
     "docs/export.md",
+    "docs/finetuning.md",
     "docs/packing.md",
+    "docs/serving.md",
     "docs/speed.md",
     "docs/zh/chat.md",
     "docs/zh/export.md",
+    "docs/zh/finetuning.md",
+    "docs/zh/serving.md",
 )
 
 
@@ -60,6 +67,25 @@ def test_settings_take_the_values_that_are_named(page: str) -> None:
         settings = Settings()
         apply_override(settings, f"{key}={value}")
         settings.model_config()
+
+
+@pytest.mark.parametrize("page", ["docs/serving.md", "docs/zh/serving.md"])
+def test_fields_and_statuses_of_the_server_are_there(page: str) -> None:
+    """Every field that the API takes is on the page, and every default of the limits is right."""
+    text = read(page)
+    fields = {*CompletionRequest.model_fields, *ChatRequest.model_fields}
+    assert fields <= set(re.findall(r"`(\w+)`", text))
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    defaults = vars(parser.parse_args(["model"]))
+    listed = dict(re.findall(r"^\| `--(\w+)` \| ([\d,]+)", text, flags=re.MULTILINE))
+    assert int(listed.pop("max_slots").rstrip(",")) == serve.DEFAULT_SLOTS
+    assert {name: int(value.replace(",", "")) for name, value in listed.items()} == {
+        name: defaults[name] for name in ("max_queue", "max_body_bytes")
+    }
+    assert re.search(rf"--drain_seconds`[ （(]+{defaults['drain_seconds']:.0f}\D", text)
+    assert f"{serve.DEFAULT_CONTEXT:,}" in text
+    assert f"{DEFAULT_MAX_TOKENS} " in text
 
 
 def test_the_ready_tasks_are_listed_with_their_files_and_fields() -> None:

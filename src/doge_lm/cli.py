@@ -69,6 +69,7 @@ COMMANDS = (
     Command("generate", "doge_lm.inference.generate", "continue a text with a trained model"),
     Command("chat", "doge_lm.inference.chat", "talk with a trained model in the terminal, or through a pipe"),
     Command("export", "doge_lm.inference.export", "a model for transformers, in few bits, or for onnxruntime"),
+    Command("serve", "doge_lm.inference.serve", "an HTTP server with OpenAI's API, and a chat page"),
     Command("demo", "doge_lm.demo", "the whole path on a small embedded corpus, without a network"),
 )
 

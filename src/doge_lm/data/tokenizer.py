@@ -287,6 +287,12 @@ class StreamDecoder:
         return bytes([int(piece[3:5], 16)]) if _BYTE_TOKEN.fullmatch(piece) else piece.replace(SPACE, " ").encode()
 
 
+def spelled_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
+    """What each id spells in UTF-8, as `StreamDecoder` puts it together; control tokens spell nothing."""
+    decoder = StreamDecoder(tokenizer)
+    return [decoder._bytes(index) for index in range(len(tokenizer))]
+
+
 def _escape(text: str) -> str:
     return text.replace(MARK, MARK + ESCAPE) if MARK in text else text
 
