@@ -11,10 +11,9 @@ from lm_eval.tasks import TaskManager
 from doge_lm.cli import COMMANDS
 from doge_lm.data.storage import row_schema
 from doge_lm.evaluation.local_data import TASKS
-from doge_lm.inference import chat
-from doge_lm.inference.chat_session import COMMANDS as COMMANDS_OF_CHAT
-from doge_lm.inference import serve
+from doge_lm.inference import chat, serve
 from doge_lm.inference.api import ChatRequest, CompletionRequest
+from doge_lm.inference.chat_session import COMMANDS as COMMANDS_OF_CHAT
 from doge_lm.inference.service import DEFAULT_MAX_TOKENS
 from doge_lm.model.cdmoe import PATHS
 from doge_lm.training.settings import Settings, TrainSettings, apply_override
