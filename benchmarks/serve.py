@@ -36,7 +36,7 @@ import torch
 from train_step import circumstances, write_whole
 
 from doge_lm import DogeForCausalLM
-from doge_lm.data.tokenizer import build_tokenizer, encode_text, load_tokenizer
+from doge_lm.data.tokenizer import StreamDecoder, build_tokenizer, encode_text, load_tokenizer
 from doge_lm.inference.decoding import Decoder, Sampling
 from doge_lm.inference.loading import load_model
 from doge_lm.training.settings import load_settings
@@ -68,17 +68,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = args.model or random_model(args.preset, Path(folder) / args.preset)
         requests = make_requests(args.requests, args.max_tokens)
-        with start(place, args.flags) as process:
+        process = start(place, args.flags)
+        try:
             port = port_of(process)
             record = asyncio.run(measure(args, place, requests, port, psutil.Process(process.pid)))
             if args.fuzz:
-                record["fuzz"] = fuzz(port, place.name, args.fuzz)
+                record["fuzz"] = fuzz(port, place.resolve().name, args.fuzz)
                 print(f"malformed: {record['fuzz']}", flush=True)
             process.terminate()
             record["exit_status"] = process.wait(60)
+        finally:
+            process.kill()
+            process.wait()
     print(f"exit status after SIGTERM: {record['exit_status']}")
     if args.json:
-        write_whole(args.json, json.dumps({**circumstances(torch.device("cpu")), **record}, indent=1))
+        write_whole(args.json, {**circumstances(), **record})
 
 
 def arguments() -> argparse.Namespace:
@@ -147,7 +151,7 @@ async def measure(
     tally, begin, before = Tally(), time.monotonic(), mebibytes(server)
     end = begin + args.seconds
     order = itertools.cycle(range(len(requests)))
-    watch = asyncio.create_task(watch_memory(server, tally, begin))
+    watch = asyncio.create_task(watch_memory(server, tally, begin, args.seconds / 60))
     await asyncio.gather(
         *(client(port, place.name, requests, expected, order, tally, end) for _ in range(args.clients))
     )
@@ -190,8 +194,8 @@ def by_decoder(place: Path, greedy: list[tuple[Record, str]]) -> list[str]:
     for request, _ in greedy:
         ids = [tokenizer.bos_token_id, *encode_text(tokenizer, request["prompt"])]
         (row,) = decoder.generate([ids], Sampling(request["max_tokens"]), eos_token_id=tokenizer.eos_token_id)
-        before = tokenizer.decode(ids, skip_special_tokens=True)
-        texts.append(tokenizer.decode(ids + row, skip_special_tokens=True).removeprefix(before))
+        spelling = StreamDecoder(tokenizer, continues=True)
+        texts.append("".join(map(spelling.put, row)) + spelling.end())
     return texts
 
 
@@ -240,10 +244,10 @@ async def stream(port: int, model: str, request: Record, tally: Tally) -> str:
     return "".join(choice["text"] for event in events for choice in event["choices"])
 
 
-async def watch_memory(server: psutil.Process, tally: Tally, begin: float) -> None:
+async def watch_memory(server: psutil.Process, tally: Tally, begin: float, pause: float) -> None:
     while True:
         tally.memory.append((round(time.monotonic() - begin, 1), mebibytes(server)))
-        await asyncio.sleep(5)
+        await asyncio.sleep(pause)
 
 
 def mebibytes(server: psutil.Process) -> float:
