@@ -233,8 +233,17 @@ TRAIN = (
     "--set num_train_epochs=1 --set save_steps=1 --set per_device_eval_batch_size=1 --set bf16=false"
 )
 
+# In the background, asked once, and told to stop.
+SERVED = (
+    "--port 0 > served.txt 2>&1 & server=$!\n"
+    "for wait in $(seq 600); do grep -q http:// served.txt && break; sleep 0.2; done\n"
+    "url=$(grep -om 1 'http://[0-9.:]*' served.txt)\n"
+    """python -c "import sys; from urllib.request import urlopen; print(urlopen(sys.argv[1]).read())" $url/health\n"""
+    "kill $server; wait $server"
+)
+
 RUNS = {
-    "make demo": Run(makes=("demo/model/config.json",), says="next:", after=check_demo),
+    "make demo": Run("DEMO_FLAGS='--steps 60'", makes=("demo/model/config.json",), says="next:", after=check_demo),
     "make test": Run(itself=True),
     "python3 -m venv .venv": Run(),
     '.venv/bin/python -m pip install --constraint constraints.txt --editable ".[dev]"': Run(),
@@ -279,6 +288,11 @@ RUNS = {
         TRAIN,
         makes=("results_finetune/model.safetensors", "log_finetune/report.md"),
         says="report: log_finetune/report.md",
+    ),
+    "doge-lm chat ./results_finetune": Run('--message "Who are you?" --max_new_tokens 4'),
+    "doge-lm serve ./results_finetune": Run(SERVED, says='"status":"ok"'),
+    "doge-lm export ./results_finetune --output_dir ./exported --dtype bfloat16": Run(
+        makes=("exported/model.safetensors", "exported/export.json")
     ),
     "doge-lm dpo --config_path doge_25M --model_path ./results_finetune --dataset_path ./pairs.jsonl "
     "--logging_dir ./log_dpo --output_dir ./results_dpo": Run(
