@@ -134,7 +134,7 @@ def serving(
 ) -> Iterator[Serving]:
     """A server in a thread."""
     model = load_model(place, torch.device("cpu"), "float32")
-    settings = Settings(place.name, Limits(context, max_tokens or context), Access(**access), queue)
+    settings = Settings(place.name, Limits(context, max_tokens or context), Access(**access), queue, threads=1)
     running, started = Running(), threading.Event()
     app = create_app(Slots(model, slots, context), load_tokenizer(place), settings, running)
     server = Server(app, running, 5.0, started.set)

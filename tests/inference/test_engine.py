@@ -26,6 +26,15 @@ END = 2
 GREEDY = Rule(temperature=0.0)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Several wait for each other at every product where the cores have other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Letters:
     """What ids spell: a letter each, in place of a tokenizer."""
 
@@ -66,7 +75,7 @@ class Answer:
 @contextmanager
 def running(slots: Slots, **options: Any) -> Iterator[Engine]:
     spelling: Any = Letters()
-    engine = Engine(slots, spelling, options.pop("end", END), **options)
+    engine = Engine(slots, spelling, options.pop("end", END), **{"threads": 1, **options})
     try:
         yield engine
     finally:
@@ -156,6 +165,11 @@ def test_company_changes_no_bit(experts: int) -> None:
     assert together == alone
     with running(Slots(tiny_model(**sizes), 1, 128)) as engine:  # nor does the number of slots
         assert [written(ask(engine, task)) for task in tasks[:20]] == alone[:20]
+
+
+def test_rows_agree_with_two_threads_too() -> None:
+    torch.set_num_threads(2)
+    assert Slots(tiny_model(hidden_size=48, vocab_size=500), 16, 128).texts_are_independent
 
 
 def test_where_rows_depend_on_their_number_all_are_taken() -> None:

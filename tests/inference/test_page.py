@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from doge_lm.inference.api import ChatRequest
+from doge_lm.inference.slots import Slots
 from tests.inference.serving import Serving, serving
 from tests.small_model import make_model
 
@@ -126,7 +128,14 @@ _STOPS_AT_THE_FIRST_WORD = """() => new MutationObserver((_, observer) => {
 }).observe(document.body, {childList: true, subtree: true, characterData: true})"""
 
 
-def test_the_stop_button_ends_an_answer(page: Page, server: Serving) -> None:
+def test_the_stop_button_ends_an_answer(page: Page, server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Slots.step
+
+    def slow(*args: Any, **kwargs: Any) -> Any:  # else so small a model is done before the browser is told
+        time.sleep(0.05)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(Slots, "step", slow)
     server.headers["authorization"] = "Bearer secret"
     page.fill("#max_tokens", "450")
     page.fill("#input", "Hello")
