@@ -100,6 +100,16 @@ class ParallelCDMoE(OpenCDMoE):
         return self.shared(hidden_states) + self.experts(hidden_states)
 
 
+class GatedParallelCDMoE(ParallelCDMoE):
+    """The MLP beside the experts is a SwiGLU, two thirds as wide: y = SwiGLU(x) + experts(x). Needs e = d."""
+
+    shared_mlp: "GatedMLP"
+
+    def shared(self, x_BTd: Tensor) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        return self.shared_mlp(x_BTd)
+
+
 class SharedOnlyCDMoE(DogeCDMoE):
     """No experts: y = c, an ordinary MLP. Their parameters stay, unused. Needs e = d."""
 
@@ -220,6 +230,17 @@ def _gated_mlp(model: DogeForCausalLM) -> None:
             nn.init.normal_(matrix.weight, std=model._std(matrix.in_features))
 
 
+def _gated_parallel(model: DogeForCausalLM) -> None:
+    d = model.config.hidden_size
+    _feed_forward_of(GatedParallelCDMoE)(model)
+    for feed_forward in _feed_forwards(model):
+        width = round(2 * model.config.cross_domain_intermediate_size / 3)
+        feed_forward.shared_mlp = GatedMLP(d, width, feed_forward.act_fn)
+        for matrix in (m for m in feed_forward.shared_mlp.modules() if isinstance(m, nn.Linear)):
+            nn.init.normal_(matrix.weight, std=model._std(matrix.in_features))
+        del feed_forward.shared_up_proj, feed_forward.shared_down_proj
+
+
 def _feed_forwards(model: DogeForCausalLM) -> list[DogeCDMoE]:
     return [layer.feed_forward for layer in model.model.layers]
 
@@ -249,6 +270,7 @@ CHANGES: dict[str, Change] = {
     "input_norm": _input_normed,
     "residual": _feed_forward_of(ResidualCDMoE),
     "parallel": _feed_forward_of(ParallelCDMoE),
+    "gated_parallel": _gated_parallel,
     "weights_outside": _weights_outside,
     "slow_experts": _slow_experts,
     "gated_mlp": _gated_mlp,
