@@ -302,8 +302,12 @@ def test_a_question_that_does_not_fit_leaves_the_conversation_alone(talk: Talk) 
     assert talk.ask("again") == ANSWER + "\n"
 
 
-def test_a_context_shorter_than_the_positions(chain_dir: Path) -> None:
+def test_a_context_shorter_than_the_positions(chain_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = loaded(chain_dir)
+    assert Answerer(model, tokenizer, chain_dir).limit == 256
+    monkeypatch.setattr(tokenizer, "model_max_length", 100)  # what the model was trained on
+    assert Answerer(model, tokenizer, chain_dir).limit == 100
+    assert Answerer(model, tokenizer, chain_dir, context_length=200).limit == 200
     answerer = Answerer(model, tokenizer, chain_dir, context_length=64)
     past = Conversation("", [Exchange("x " * 20, "y " * 20)])
     assert answerer.fit(past, "z", 16) == Prompt(answerer.template.ids([{"role": "user", "content": "z"}]), 1)

@@ -1,6 +1,7 @@
 """Fine-tuning on conversations: what is trained on, and a whole run, resumed and with adapters."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import yaml
 import zstandard
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from doge_lm.cli import main
@@ -273,12 +274,13 @@ def joined(talks):
             yield run
 
 
-def test_conversations_in_a_sample_know_nothing_of_each_other(base, data):
+@pytest.mark.parametrize("blocks", [False, True], ids=["mask", "blocks"])
+def test_conversations_in_a_sample_know_nothing_of_each_other(base, data, blocks):
     """Another conversation in front changes no logit of one behind it, nor any of its gradients."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).train()
     row = max(load_prepared(data).train, key=lambda row: len(row["document_lengths"]))
     assert len(row["document_lengths"]) > 2
-    batch = PackedCollator(0, LENGTH, document_mask=True)([row])
+    batch = PackedCollator(0, LENGTH, document_mask=True, document_blocks=blocks)([row])  # the trainer's has blocks
     where = np.cumsum([0, *row["document_lengths"]]).tolist()
     begin, end = where[-2], where[-1]
     packed = model(**batch, use_cache=False).logits[0, begin:end]
@@ -367,3 +369,15 @@ def test_an_identity_prompt_is_a_setting_of_the_data(world, tmp_path, capsys):
     ):
         assert main([*command, *wrong]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_a_model_says_how_long_its_texts_were(run, base, data, tmp_path):
+    """Of pre-training and of tuning, the longer ones: chat and server let a model see no more."""
+    tokenizer = AutoTokenizer.from_pretrained(run / "out")
+    assert tokenizer.model_max_length == LENGTH
+    longer = tmp_path / "base"
+    shutil.copytree(base, longer)
+    config = json.loads((longer / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (longer / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": 3 * LENGTH}))
+    assert tune(tmp_path, longer, data, per_epoch_max_steps=1, num_train_epochs=1) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == 3 * LENGTH

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -104,6 +105,7 @@ def test_the_margin_on_held_out_pairs_rises(run, base, data, world):
     assert last["eval_rewards/margins"] == pytest.approx(expected, rel=1e-3)
     report = (run / "log" / "report.md").read_text(encoding="utf-8")
     assert f"| rewards/margins | 0.0000 | {last['eval_rewards/margins']:.4f} |" in report
+    assert f"| rewards/accuracies | - | {last['eval_rewards/accuracies']:.4f} |" in report
 
 
 _models = {}
@@ -203,6 +205,13 @@ def test_forms_of_a_pair():
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "found int"),
         ({"prompt": [{"role": "cat", "content": "q"}], "chosen": "a", "rejected": "b"}, "message 1 must have a role"),
         ({"prompt": [], "chosen": "a", "rejected": "b"}, "must end with a message of the user"),
+        ({"prompt": " ", "chosen": "a", "rejected": "b"}, "a message of the user is empty"),
+        ({"prompt": "q", "chosen": "a", "rejected": " a\n"}, "are the same"),
+        ({"prompt": "q", "chosen": "a \ud800", "rejected": "b"}, r"lone surrogate U\+D800"),
+        (
+            {"prompt": [{"role": ["user"], "content": "q"}], "chosen": "a", "rejected": "b"},
+            "message 1 must have a role",
+        ),
     ],
 )
 def test_a_bad_pair_names_its_line(world, tmp_path, row, message):
@@ -245,3 +254,14 @@ def test_what_does_not_fit_is_refused(base, tmp_path, capsys):
     assert tune(tmp_path, base, tmp_path, torch_compile=True) == 1
     assert "unknown key 'torch_compile'" in capsys.readouterr().err
     assert module.FOLDER == "dpo"
+
+
+def test_the_model_that_came_is_never_in_the_way(base, data, tmp_path, capsys):
+    """`--overwrite` removes what lies in the place of the output; that must not be what the run starts from."""
+    place = tmp_path / "run"
+    shutil.copytree(base, place / "out")
+    before = {path: path.read_bytes() for path in (place / "out").rglob("*") if path.is_file()}
+    for path in (place / "out", list_checkpoints(place / "out")[-1]):
+        assert tune(place, path, data, "--overwrite") == 1
+        assert f"--model_path {path} lies in --output_dir {place / 'out'}" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (place / "out").rglob("*") if path.is_file()} == before

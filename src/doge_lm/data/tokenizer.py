@@ -165,6 +165,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         ) from error
     names = ("pad_token", "bos_token", "eos_token", "split_special_tokens")
     check_form(tokenizer.get_vocab(), {name: getattr(tokenizer, name) for name in names}, directory)
+    # Texts longer than what a model was trained on (`model_max_length`) are cut and packed; a warning would be noise.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 

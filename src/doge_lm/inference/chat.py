@@ -41,14 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_new_tokens",
         type=int,
         default=None,
-        help=f"stop an answer after so many tokens (default {MAX_NEW_TOKENS}, or half of the positions)",
+        help=f"stop an answer after so many tokens (default {MAX_NEW_TOKENS}, or half of --context_length)",
     )
     parser.add_argument(
         "--context_length",
         type=int,
         default=None,
         metavar="N",
-        help="let the model see so many tokens at once, the answer's included (default: as many as it has positions)",
+        help="let the model see so many tokens at once, the answer's included (default: as many as it was trained on)",
     )
     add_sampling_arguments(parser)
     add_model_arguments(parser)

@@ -16,7 +16,7 @@ from ..data.sources import ConversationRow, read_located_rows
 from ..errors import UserError
 from ..model import DogeForCausalLM
 from .chat_words import RefusedError
-from .decoding import Sampling, position_limit
+from .decoding import Sampling, position_limit, trained_length
 from .writing import Writer, make_spelling, make_writer
 
 Messages = list[dict[str, str]]
@@ -182,7 +182,7 @@ class Answerer:
         tokenizer: its tokenizer, with a chat template.
         path: where both lie, for messages.
         compiled: compile the decoding step of a Doge.
-        context_length: tokens that the model may see at once; None: as many as it has positions.
+        context_length: tokens that the model may see at once; None: as many as it was trained on.
 
     Raises:
         UserError: if model and tokenizer do not make a chat model, or a flag does not fit them.
@@ -202,11 +202,12 @@ class Answerer:
         self._writer: Writer = make_writer(model, compiled, path)
         self._model = model
         self._tokenizer = tokenizer
-        self.limit = position_limit(model)
+        self.limit = trained_length(model, tokenizer)
         if context_length is not None:
-            if not 2 <= context_length <= self.limit:
+            positions = position_limit(model)
+            if not 2 <= context_length <= positions:
                 raise UserError(
-                    f"--context_length is {context_length}; it must be from 2 to {self.limit}, the positions of the "
+                    f"--context_length is {context_length}; it must be from 2 to {positions}, the positions of the "
                     "model"
                 )
             self.limit = context_length

@@ -30,8 +30,9 @@ from typing import Any, SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 from transformers.cache_utils import Cache, StaticLayer
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from ..model.modeling_doge import DogeCDMoE, DogeInnerFuncAttn
 
@@ -447,6 +448,16 @@ def position_limit(model: PreTrainedModel) -> float:
     """How many tokens a model can see at once: infinity where it does not say, or says -1."""
     limit = getattr(_text_config(model), "max_position_embeddings", None)
     return inf if limit is None or limit < 0 else limit
+
+
+def trained_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+    """How many tokens the sequences had that a model was trained on, as its tokenizer says (`model_max_length`).
+
+    Beyond them a model has learned nothing, whatever positions it has. Where the tokenizer does not say, it is the
+    positions; infinity without either.
+    """
+    known = tokenizer.model_max_length
+    return min(position_limit(model), known if 0 < known < VERY_LARGE_INTEGER else inf)
 
 
 def _text_config(model: PreTrainedModel) -> Any:

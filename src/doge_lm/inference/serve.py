@@ -14,12 +14,12 @@ from urllib.parse import urlsplit
 import psutil  # type: ignore[import-untyped]
 import torch
 import uvicorn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
-from .decoding import position_limit, refuse_other_models
+from .decoding import position_limit, refuse_other_models, trained_length
 from .gate import Access
 from .loading import load_model, pick_device
 from .server import Running, Settings, create_app
@@ -70,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max_context",
         type=int,
-        help=f"tokens of a prompt and its answer together (default: the model's positions, {DEFAULT_CONTEXT} at most)",
+        help="tokens of a prompt and its answer together (default: as many as the model was trained on, "
+        f"{DEFAULT_CONTEXT} at most)",
     )
     parser.add_argument("--max_tokens_limit", type=int, help="tokens of an answer (default: --max_context)")
     parser.add_argument(
@@ -127,7 +128,7 @@ def _load(args: argparse.Namespace, device: torch.device) -> tuple[Slots, PreTra
     dtype = "float32" if args.dtype == "auto" and device.type == "cpu" else args.dtype
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, device, dtype)
-    context = _context(args, position_limit(model))
+    context = _context(args, model, tokenizer)
     try:
         refuse_other_models(model)
         count = _slot_count(args, model, context)
@@ -242,9 +243,10 @@ def _api_key(args: argparse.Namespace) -> str | None:
     return key
 
 
-def _context(args: argparse.Namespace, positions: float) -> int:
+def _context(args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    positions = position_limit(model)
     if args.max_context is None:
-        return int(min(positions, DEFAULT_CONTEXT))
+        return int(min(trained_length(model, tokenizer), DEFAULT_CONTEXT))
     if args.max_context > positions:
         raise UserError(f"--max_context is {args.max_context}; the model in {args.model} has {positions} positions")
     return args.max_context

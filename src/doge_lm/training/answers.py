@@ -87,7 +87,9 @@ def _table(first: dict[str, Any], last: dict[str, Any]) -> str:
     """Loss and bits per byte by source, or TRL's figures; the first evaluation is of the model as it came."""
     if "eval_bits_per_byte" not in last:
         names = [key for key in last if key.startswith(_PREFERENCE) and key in first]
-        rows = [f"| {name.removeprefix('eval_')} | {first[name]:.4f} | {last[name]:.4f} |" for name in names]
+        # Before the first step both answers of every pair have the same reward: neither is ahead.
+        told = {name: f"{first[name]:.4f}" for name in names} | {"eval_rewards/accuracies": "-"}
+        rows = [f"| {name.removeprefix('eval_')} | {told[name]} | {last[name]:.4f} |" for name in names]
         return "\n".join([f"| | step {first['step']} | step {last['step']} |", "|---|---|---|", *rows]) + "\n"
     lines = [
         f"| | loss, step {first['step']} | loss, step {last['step']} | bits per byte, before | after |",

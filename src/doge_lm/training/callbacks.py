@@ -236,8 +236,9 @@ class ProgressBar(TrainerCallback):
             if "eval_bits_per_byte" in logs:
                 more = f"{logs['eval_bits_per_byte']:.4f} bits per byte"
             else:  # of preference tuning
-                share = logs["eval_rewards/accuracies"]
-                more = f"margin {logs['eval_rewards/margins']:.4f}, the better answer is ahead in {share:.1%}"
+                more = f"margin {logs['eval_rewards/margins']:.4f}"
+                if state.global_step:  # before the first step neither answer of any pair is ahead
+                    more += f", the better answer is ahead in {logs['eval_rewards/accuracies']:.1%}"
             self._bar.write(f"step {state.global_step:,}: test loss {logs['eval_loss']:.4f}, {more}")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         trainer=FinetuneTrainer,
         open_data=lambda _: _open(settings, tokenizer_path),
         more=lambda: {"base_path": base, "lora": settings.lora},
+        base_path=base,
         base_sha256=base_sha256(base),
     )
     trainer = run_job(job, args)

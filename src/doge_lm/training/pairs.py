@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from doge_lm.data.sources import file_suffix, find_files, read_objects
+from doge_lm.data.tokenizer import refuse_surrogates
 from doge_lm.errors import UserError
 
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
@@ -126,8 +127,14 @@ def parse_pair(values: dict[str, Any], place: str) -> Pair:
             raise UserError(f"{place}: {name} must be one answer of the assistant, which is not empty")
     if not prompt or prompt[-1][0] != "user":
         raise UserError(f"{place}: the prompt must end with a message of the user")
-    if chosen == rejected:
+    if any(role == "user" and not content.strip() for role, content in prompt):
+        raise UserError(f"{place}: a message of the user is empty; leave the row out")
+    if chosen[0][1].strip() == rejected[0][1].strip():
         raise UserError(f"{place}: chosen and rejected are the same; a pair needs two answers")
+    try:
+        refuse_surrogates([content for _, content in [*prompt, *chosen, *rejected]])
+    except ValueError as error:
+        raise UserError(f"{place}: {error}; mend the escapes (\\ud800 to \\udfff) or leave the row out") from error
     return Pair(tuple(prompt), chosen[0][1], rejected[0][1])
 
 
@@ -159,7 +166,7 @@ def _messages(value: Any, role: str, where: str) -> list[tuple[str, str]]:
     for number, message in enumerate(value, start=1):
         speaker = message.get("role", message.get("from")) if isinstance(message, dict) else None
         content = message.get("content", message.get("value")) if isinstance(message, dict) else None
-        if speaker not in _ROLES or not isinstance(content, str):
+        if not isinstance(speaker, str) or speaker not in _ROLES or not isinstance(content, str):
             raise UserError(
                 f"{where}: message {number} must have a role (user, assistant or system) and a content that is text"
             )
@@ -182,5 +189,5 @@ def _encoded(pair: Pair, tokenizer: PreTrainedTokenizerBase, place: str) -> dict
 
 
 def _is_held_out(pair: Pair, share: float) -> bool:
-    words = "\0".join(content for _, content in pair.prompt).encode("utf-8", "surrogatepass")
+    words = "\0".join(content for _, content in pair.prompt).encode("utf-8")
     return int.from_bytes(hashlib.sha256(words).digest()[:8], "big") < share * 2**64

@@ -137,7 +137,7 @@ class Plan:
     hardware: Hardware
     notes: tuple[str, ...]
     data: str = ""
-    document_mask: bool = False
+    attention: str = ""
 
     @property
     def tokens_per_step(self) -> int:
@@ -197,7 +197,7 @@ class Plan:
             ("tokens in total", f"{self.total_tokens:,}"),
             ("data", self.data),
             ("rows of data", "not looked at" if self.rows is None else f"{self.rows:,}"),
-            ("attention", "within documents" if self.document_mask else "over all documents of a sequence"),
+            ("attention", self.attention),
             ("work for a token", f"{self.flops_per_token / 1e6:,.1f} MFLOP, forward and backward"),
             ("work in total", f"{self.total_flops:.3e} FLOP"),
             (
@@ -281,8 +281,14 @@ def make_plan(
         hardware=hardware,
         notes=tuple(notes),
         data=_data_described(train),
-        document_mask=train.document_mask,
+        attention=_attention_described(train),
     )
+
+
+def _attention_described(train: TrainSettings) -> str:
+    if train.ROWS > 1:
+        return "each answer of a pair alone, with its prompt"
+    return "within documents" if train.document_mask else "over all documents of a sequence"
 
 
 def _data_described(train: TrainSettings) -> str:

@@ -103,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
             "dpo": settings.dpo,
             "ref_model": load_base(base, train, LoraSettings()),
         },
+        base_path=base,
         base_sha256=base_sha256(base),
     )
     trainer = run_job(job, args)

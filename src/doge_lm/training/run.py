@@ -57,7 +57,8 @@ class Job:
         open_data: finds the data, by the tokenizer; what the settings name by default.
         collator: rows to a batch, by the tokenizer; `PackedCollator` by default.
         more: further arguments of the trainer.
-        base_sha256: stands for the model that is trained on, where there is one.
+        base_path: the model that is trained on, where there is one.
+        base_sha256: stands for its weights.
     """
 
     settings: RunSettings
@@ -69,6 +70,7 @@ class Job:
     open_data: Callable[[PreTrainedTokenizerBase], Opened] | None = None
     collator: Callable[[PreTrainedTokenizerBase], Collator] | None = None
     more: Callable[[], dict[str, Any]] = dict
+    base_path: Path | None = None
     base_sha256: str = ""
 
 
@@ -118,6 +120,7 @@ def run_job(job: Job, args: argparse.Namespace) -> DogeTrainer | None:
         UserError: for anything in settings, data, checkpoint or places that does not fit.
     """
     train = job.train
+    _refuse_own_base(job.base_path, args.output_dir)
     hardware = detect_hardware()
     machine = Machine.settle(train, job.config, hardware)
     if args.dry_run and train.per_epoch_max_steps is not None:
@@ -142,6 +145,7 @@ def run_job(job: Job, args: argparse.Namespace) -> DogeTrainer | None:
     checkpoints.check_free_disk(args.output_dir, plan.checkpoint_bytes, "one checkpoint")
     # Before the place is cleared: what cannot be built must not cost an earlier run.
     model = _fresh_model(job, machine)
+    more = job.more()
     # From here on several processes may be at work; the first of them alone changes files. All of them have looked at
     # the place by now: the barrier keeps the first from clearing it under another's eyes.
     process = PartialState(cpu=hardware.device.type == "cpu")
@@ -154,7 +158,7 @@ def run_job(job: Job, args: argparse.Namespace) -> DogeTrainer | None:
         _clear_place(args, fresh=checkpoint is None)
     process.wait_for_everyone()
 
-    trainer = _build(model, job, plan, machine, data, tokenizer, record, args)
+    trainer = _build(model, job, plan, machine, data, tokenizer, record, args, more)
     if process.is_main_process:
         print(_least_time(plan, trainer.peak), flush=True)
     with data.opened(), checkpoints.disk_errors_explained(args.logging_dir), _interruption_explained(args.output_dir):
@@ -308,6 +312,15 @@ def _checkpoint(args: argparse.Namespace, job: Job) -> Path | None:
     return checkpoint
 
 
+def _refuse_own_base(base: Path | None, output_dir: Path) -> None:
+    """A run that is started anew removes the model in its place, and what it writes there takes that one's names."""
+    if base is not None and output_dir.resolve() in (base.resolve(), *base.resolve().parents):
+        raise UserError(
+            f"--model_path {base} lies in --output_dir {output_dir}, where the tuned model takes its place; choose "
+            "another --output_dir"
+        )
+
+
 def _refuse_other_run(output_dir: Path, logging_dir: Path) -> None:
     found = checkpoints.list_checkpoints(output_dir)
     if found:
@@ -367,6 +380,7 @@ def _build(
     tokenizer: PreTrainedTokenizerBase,
     record: RunRecord,
     args: argparse.Namespace,
+    more: dict[str, Any],
 ) -> DogeTrainer:
     train = job.train
     trainer = job.trainer(
@@ -380,7 +394,7 @@ def _build(
         peak=peak_flops(machine.hardware, machine.bf16),
         output_dir=args.output_dir,
         graphs=machine.graphs,
-        **job.more(),
+        **more,
     )
     trainer.remove_callback(PrinterCallback)
     for callback in (JsonLog(args.logging_dir, _plan_numbers(plan, trainer)), TensorBoardLog(args.logging_dir)):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerControl, TrainingArguments
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from doge_lm.data.streaming import StreamState
 from doge_lm.data.tokenizer import TOKENIZER_NAME
@@ -398,7 +399,14 @@ class DogeTrainer(Trainer):
         self.save_tokenizer(directory)
 
     def save_tokenizer(self, directory: Path) -> None:
-        """Save the tokenizer; its main file as it is, since data that was made with it is known by those bytes."""
+        """Save the tokenizer; its main file as it is, since data that was made with it is known by those bytes.
+
+        Its `model_max_length` says how long the texts were that the model has learned from, in tokens: those of this
+        run, or of the one before if its were longer.
+        """
+        known = self.processing_class.model_max_length
+        earlier = known if known < VERY_LARGE_INTEGER else 0
+        self.processing_class.model_max_length = max(self.train_settings.sequence_length, earlier)
         self.processing_class.save_pretrained(directory)
         original = Path(self.processing_class.name_or_path) / TOKENIZER_NAME
         if original.is_file():
