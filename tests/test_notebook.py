@@ -169,7 +169,9 @@ def test_it_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name, value in settings.items():
         monkeypatch.setenv(f"DOGE_NOTEBOOK_{name}", str(value))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # on a loaded machine, threads mostly wait for each other
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # no settings of the user's
+    for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):  # no settings and kernels of the user's
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.delenv("JUPYTER_PATH", raising=False)
     monkeypatch.delenv("MPLBACKEND", raising=False)
     place = tmp_path / "place"
     place.mkdir()
