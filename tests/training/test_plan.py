@@ -3,7 +3,8 @@ import torch
 
 from doge_lm.cli import main
 from doge_lm.errors import UserError
-from doge_lm.training.hardware import Hardware, known_peak
+from doge_lm.training import hardware as hardware_module
+from doge_lm.training.hardware import Hardware, bf16_is_faster, known_peak
 from doge_lm.training.plan import count_model, estimate_memory, make_plan
 from doge_lm.training.settings import load_settings, preset_paths
 
@@ -182,6 +183,28 @@ def test_data_larger_than_the_plan_says_how_much_stays_out():
     plan = plan_of(make_settings(), rows=100)  # two epochs of 48
     assert plan.total_steps == 12
     assert "4 of its 100 rows" in plan.table()
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "faster", "asked"),
+    [
+        (1 / 40, 1 / 90, False, {256}),
+        (0.8, 0.9, False, {256, None}),
+        (0.6, 1.4, False, {256, None}),
+        (0.9, 3.0, True, {256, None}),
+    ],
+)
+def test_a_cpu_is_asked_whether_bfloat16_pays(monkeypatch, small, large, faster, asked):
+    """By small products where these tell already; `small` and `large`: its rate as a share of that of float32."""
+    sizes = []
+
+    def measured(device, dtype, seconds=0.2, size=None):
+        sizes.append(size)
+        return 1e11 * ((small if size else large) if dtype == torch.bfloat16 else 1)
+
+    monkeypatch.setattr(hardware_module, "measure_matmul", measured)
+    assert bf16_is_faster(CPU.device) is faster
+    assert set(sizes) == asked
 
 
 def test_known_gpus_by_the_names_they_report():
