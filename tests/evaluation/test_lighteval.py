@@ -28,6 +28,7 @@ from doge_lm.evaluation.harness import SUITES, Choice, TaskResult
 from doge_lm.evaluation.lighteval_results import Found, Guess, Sample, read_results
 from doge_lm.evaluation.report import RESULT_NAME, Results
 from doge_lm.evaluation.scorer import PlainScorer, make_scorer
+from doge_lm.evaluation.texts import windows
 from doge_lm.inference.loading import load_model
 from tests.small_model import make_model
 
@@ -152,10 +153,10 @@ def shuffled(scores: list[float]) -> list[float]:
 def assert_same(mine: dict[str, TaskResult], its: dict[str, TaskResult]) -> None:
     """Sample by sample."""
     assert set(mine) == set(its)
-    for name in mine:
-        assert mine[name].metrics.keys() == its[name].metrics.keys()
-        assert mine[name].breakdown == its[name].breakdown
-        for metric, figure in mine[name].metrics.items():
+    for name, result in mine.items():
+        assert result.metrics.keys() == its[name].metrics.keys()
+        assert result.breakdown == its[name].breakdown
+        for metric, figure in result.metrics.items():
             other = its[name].metrics[metric]
             assert figure.samples == shuffled(other.samples)
             assert (figure.chance, figure.higher_is_better) == (other.chance, other.higher_is_better)
@@ -322,8 +323,8 @@ def mine(world: Path) -> Path:
 @needs_lighteval
 def test_tasks_of_ones_own(world: Path, mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--include_path", mine, "--tasks", "mine", "--output_dir", tmp_path]
-    status, out, err = run(capsys, world / "one", *flags)
-    assert (status, err) == (0, "")
+    status, out, _ = run(capsys, world / "one", *flags)
+    assert status == 0
     results = Results.read(tmp_path / RESULT_NAME)
     assert results.settings["engine"] == "lighteval"
     assert set(results.tasks) == {"mine:one", "mine:two", "mine"}
@@ -339,6 +340,8 @@ def test_tasks_of_ones_own(world: Path, mine: Path, tmp_path: Path, capsys: pyte
 def test_scores_for_their_length_or_information_and_of_whole_texts(
     world: Path, mine: Path, scorer: PlainScorer, engine: ModuleType
 ) -> None:
+    from lighteval.tasks.requests import Doc  # noqa: PLC0415
+
     results = engine.run_tasks(scorer, Choice(["norms", "texts"], include_path=[mine]))
     rows = [json.loads(line) for line in (world / "rows" / "test.jsonl").read_text(encoding="utf-8").splitlines()]
     ids = [
@@ -355,6 +358,14 @@ def test_scores_for_their_length_or_information_and_of_whole_texts(
         expected["acc_norm_pmi"].append(float(by_information.index(max(by_information)) == row["y"]))
     found = {name: metric.samples for name, metric in results["norms"].metrics.items()}
     assert found == {name: shuffled(scores) for name, scores in expected.items()}
+    # a text longer than the model's positions is scored whole, each token once
+    long = engine.ScorerModel(scorer, False, None, set()).loglikelihood_rolling([Doc("old mill " * 600, [], 0)])
+    ids = encode(scorer, "old mill " * 600)
+    assert len(ids) > 2 * scorer.max_length
+    parts = windows(ids, scorer.max_length)
+    assert long[0].logprobs[0] == pytest.approx(
+        sum(likelihood(scorer, [*context, *rest], len(context)) for context, rest in parts), rel=1e-5
+    )
     nats = sum(likelihood(scorer, encode(scorer, row["q"]), 1) for row in rows)
     size = sum(len(row["q"].encode()) for row in rows)
     assert results["texts"].metrics["bits_per_byte"].value == pytest.approx(-nats / size / math.log(2), rel=1e-5)
@@ -385,6 +396,8 @@ def likelihood(scorer: PlainScorer, ids: list[int], begin: int) -> float:
         (["--include_path", "{mine}", "--tasks", "mine", "--num_fewshot", "6"], "6 examples are more than"),
         (["--include_path", "{world}/none.py", "--tasks", "mine"], "none.py"),
         (["--include_path", "{world}/wrong.py", "--tasks", "mine"], "the task mine:one cannot be used (KeyError: 'r')"),
+        (["--include_path", "{mine}", "--tasks", "texts", "--chat"], "which --chat has no place for"),
+        (["--include_path", "{world}/taken.py", "--tasks", "mine"], "the name local_mine is one of a ready task"),
         (["--tasks", "local_copa"], "--data_dir"),
         (["--tasks", "local_cpa", "--data_dir", "{world}/data"], "did you mean local_copa"),
         (["--tasks", "local_humaneval", "--data_dir", "{world}/data"], "--run_code"),
@@ -395,6 +408,9 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     (world / "bad.py").write_text("1 / 0", encoding="utf-8")
     (world / "empty.py").touch()
+    (world / "taken.py").write_text(
+        mine.read_text(encoding="utf-8").replace("mine:one", "local_mine"), encoding="utf-8"
+    )
     (world / "wrong.py").write_text(mine.read_text(encoding="utf-8").replace('row["q"]', 'row["r"]'), encoding="utf-8")
     status, _, err = run(capsys, world / "one", *[flag.format(world=world, mine=mine) for flag in flags])
     assert status == 1
@@ -411,6 +427,17 @@ def test_what_does_not_fit_is_left_out_or_refused(world: Path, tmp_path: Path, e
     assert "local_gsm8k" in told[0]
     with pytest.raises(UserError, match="256 tokens, and this one has 16 positions"):
         engine.run_tasks(scorer, Choice(names, world / "data"))
+
+
+@needs_lighteval
+def test_programs_of_a_model_run_only_if_allowed(engine: ModuleType) -> None:
+    from lighteval.tasks.lighteval_task import LightevalTask  # noqa: PLC0415
+    from lighteval.tasks.tasks.lcb.main import TASKS_TABLE  # noqa: PLC0415
+
+    task = LightevalTask(TASKS_TABLE[0])
+    with pytest.raises(UserError, match="--run_code"):
+        engine._check(task, Choice([]))
+    engine._check(task, Choice([], run_code=True))
 
 
 @needs_lighteval

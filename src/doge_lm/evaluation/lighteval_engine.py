@@ -5,6 +5,7 @@ lm-evaluation-harness uses too, so a Doge is read in the same batches, and both 
 """
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -34,8 +35,11 @@ from doge_lm.evaluation.harness import Choice, TaskResult, reason
 from doge_lm.evaluation.lighteval_results import Found, Guess, Sample, read_results
 from doge_lm.evaluation.lighteval_tasks import BREAKDOWN, CONTEXTS, ProgramPasses, load_tasks
 from doge_lm.evaluation.scorer import PlainScorer
+from doge_lm.evaluation.texts import windows
 
 _BOOTSTRAPS = 1000
+# The part of lighteval whose metric runs what a model writes.
+_CODE_OF_LIGHTEVAL = "lighteval.tasks.tasks.lcb"
 # What lighteval takes out of a written answer before it looks at it.
 _REASONING = [("<think>", "</think>")]
 
@@ -157,12 +161,11 @@ class ScorerModel(LightevalModel):
         ]
 
     def loglikelihood_rolling(self, docs: list[Doc]) -> list[ModelResponse]:
-        """The log-likelihood of each whole text."""
-        requests = [
-            Instance("loglikelihood_rolling", {}, (self.contexts(doc)[0],), index) for index, doc in enumerate(docs)
-        ]
-        found = self.scorer.loglikelihood_rolling(requests, disable_tqdm=not self.scorer.shows_progress)
-        return [ModelResponse(logprobs=[log_likelihood]) for log_likelihood in found]
+        """The log-likelihood of each whole text, behind `<s>`, in windows where it is long."""
+        requests = self.scorer.encode_pairs([("", doc.query) for doc in docs])
+        parts = [list(windows([*first, *rest], self.max_length)) for _, first, rest in requests]
+        found = iter(self.scorer.score_windows([window for some in parts for window in some]))
+        return [ModelResponse(logprobs=[math.fsum(next(found) for _ in some)]) for some in parts]
 
 
 def _keep_quiet() -> None:
@@ -202,7 +205,7 @@ def _too_long(task: LightevalTask, scorer: PlainScorer) -> str:
 
 def _check(task: LightevalTask, choice: Choice) -> None:
     """Refuse what would fail after a long time, or do harm."""
-    if any(isinstance(metric.sample_level_fn, ProgramPasses) for metric in task.metrics) and not choice.run_code:
+    if _runs_code(task) and not choice.run_code:
         raise UserError(
             f"the task {task.name} runs programs that the model writes, on this machine; allow it with --run_code, in "
             "a place where they can do no harm"
@@ -212,10 +215,19 @@ def _check(task: LightevalTask, choice: Choice) -> None:
             f"the task {task.name} wants {max(task.num_samples)} answers to a question, drawn at random; here answers "
             "are the likeliest ones: leave the task out"
         )
-    if choice.chat and _compares_by_information(task):
+    if choice.chat and (_compares_by_information(task) or SamplingMethod.PERPLEXITY in task.sampling_methods):
         raise UserError(
-            f"the task {task.name} scores answers without a question too, which --chat has no place for; leave out one"
+            f"the task {task.name} scores texts without a question, which --chat has no place for; leave out one"
         )
+
+
+def _runs_code(task: LightevalTask) -> bool:
+    """Whether answers are run as programs: HumanEval's, and LiveCodeBench's, whose metric says nothing of it."""
+    return any(
+        isinstance(metric.sample_level_fn, ProgramPasses)
+        or type(metric.sample_level_fn).__module__.startswith(_CODE_OF_LIGHTEVAL)
+        for metric in task.metrics
+    )
 
 
 def _docs(task: LightevalTask, choice: Choice) -> list[Doc]:

@@ -156,6 +156,8 @@ def _of_file(path: Path) -> dict[str, LightevalTaskConfig]:
     table = getattr(module, "TASKS_TABLE", None)
     if not table or not all(isinstance(config, LightevalTaskConfig) for config in table):
         raise UserError(f"--include_path {path} holds no TASKS_TABLE, a list of LightevalTaskConfig; name one")
+    if taken := [config.name for config in table if config.name.startswith(PREFIX)]:
+        raise UserError(f"--include_path {path}: the name {taken[0]} is one of a ready task; choose another")
     return {config.name: config for config in table}
 
 
