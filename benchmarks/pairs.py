@@ -2,8 +2,9 @@
 
     python benchmarks/pairs.py CONVERSATIONS … --output FILE.jsonl [--most 6000] [--seed 233]
 
-Of each conversation the first question and answer; the rejected answer is that of another conversation of the same file,
-drawn at random. So a model learns that an answer belongs to its question, and nothing of taste: a test, not a recipe.
+Of each conversation the first question and answer; the rejected answer is that of another conversation of the same
+file, drawn at random. So a model learns that an answer belongs to its question, and nothing of taste: a test, not a
+recipe.
 """
 
 import argparse

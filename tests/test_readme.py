@@ -223,13 +223,27 @@ def write_benchmarks(root: Path) -> None:
     make_benchmarks(root / "benchmarks", count=3)
 
 
+def write_pairs(root: Path) -> None:
+    rows = [{"prompt": f"{n} + 1?", "chosen": f"{n + 1}", "rejected": "I do not know."} for n in range(12)]
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 TRAIN = (
     "--set sequences_per_step=1 --set per_device_train_batch_size=1 --set per_epoch_max_steps=2 "
     "--set num_train_epochs=1 --set save_steps=1 --set per_device_eval_batch_size=1 --set bf16=false"
 )
 
+# In the background, asked once, and told to stop.
+SERVED = (
+    "--port 0 > served.txt 2>&1 & server=$!\n"
+    "for wait in $(seq 600); do grep -q http:// served.txt && break; sleep 0.2; done\n"
+    "url=$(grep -om 1 'http://[0-9.:]*' served.txt)\n"
+    """python -c "import sys; from urllib.request import urlopen; print(urlopen(sys.argv[1]).read())" $url/health\n"""
+    "kill $server; wait $server"
+)
+
 RUNS = {
-    "make demo": Run(makes=("demo/model/config.json",), says="next:", after=check_demo),
+    "make demo": Run("DEMO_FLAGS='--steps 60'", makes=("demo/model/config.json",), says="next:", after=check_demo),
     "make test": Run(itself=True),
     "python3 -m venv .venv": Run(),
     '.venv/bin/python -m pip install --constraint constraints.txt --editable ".[dev]"': Run(),
@@ -268,6 +282,24 @@ RUNS = {
     'doge-lm generate ./results "Once upon a time"': Run("--max_new_tokens 8", says="Once upon a time"),
     "doge-lm eval ./results --data_dir ./benchmarks --texts en=./texts": Run(
         "--tasks local_copa --limit 2", says="| local_copa | acc", before=write_benchmarks
+    ),
+    "python finetune.py --config_path ./model/config/finetune/doge_25M.yaml --model_path ./results "
+    "--dataset_path ./datasets/finetune --logging_dir ./log_finetune --output_dir ./results_finetune": Run(
+        TRAIN,
+        makes=("results_finetune/model.safetensors", "log_finetune/report.md"),
+        says="report: log_finetune/report.md",
+    ),
+    "doge-lm chat ./results_finetune": Run('--message "Who are you?" --max_new_tokens 4'),
+    "doge-lm serve ./results_finetune": Run(SERVED, says='"status":"ok"'),
+    "doge-lm export ./results_finetune --output_dir ./exported --dtype bfloat16": Run(
+        makes=("exported/model.safetensors", "exported/export.json")
+    ),
+    "doge-lm dpo --config_path doge_25M --model_path ./results_finetune --dataset_path ./pairs.jsonl "
+    "--logging_dir ./log_dpo --output_dir ./results_dpo": Run(
+        f"{TRAIN} --set dpo.test_share=0.5",
+        makes=("results_dpo/model.safetensors", "log_dpo/report.md"),
+        says="pairs to train on",
+        before=write_pairs,
     ),
     "doge-lm data inspect ./datasets/pretrain --tokenizer_path ./tokenizer": Run(
         makes=("pretrain-inspect.png",), says="cosmopedia-v2"

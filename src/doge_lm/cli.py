@@ -6,6 +6,7 @@ called for, so that `doge-lm --help` is quick and data preparation does not wait
 
 import argparse
 import errno
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -67,6 +68,9 @@ COMMANDS = (
     ),
     Command("eval", "doge_lm.evaluation.command", "benchmarks and bits per byte of models, compared sample by sample"),
     Command("generate", "doge_lm.inference.generate", "continue a text with a trained model"),
+    Command("chat", "doge_lm.inference.chat", "talk with a trained model in the terminal, or through a pipe"),
+    Command("export", "doge_lm.inference.export", "a model for transformers, in few bits, or for onnxruntime"),
+    Command("serve", "doge_lm.inference.serve", "an HTTP server with OpenAI's API, and a chat page"),
     Command("demo", "doge_lm.demo", "the whole path on a small embedded corpus, without a network"),
 )
 
@@ -74,6 +78,10 @@ COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; the exit status is 0, 1 for an error the user can mend, 2 for wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Where torchao (of the extra `export`) is installed, importing transformers imports it, and it complains of kernels
+    # for machines that are not there, and of PyTorch.
+    for noisy in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     # The commands on data are named by two words.
     if len(arguments) > 1 and arguments[0] == "data" and not arguments[1].startswith("-"):
         arguments[:2] = [" ".join(arguments[:2])]

@@ -298,3 +298,14 @@ def test_a_checkpoint_that_lacks_weights_is_an_error(
     status, _, err = run(capsys, str(tmp_path), "x")
     assert status == 1
     assert "v_keys" in err
+
+
+def test_code_of_a_checkpoint_is_neither_run_nor_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A question about it would take the first line of a pipe for its answer."""
+    (tmp_path / "config.json").write_text('{"model_type": "x", "auto_map": {"AutoConfig": "code.Config"}}')
+    (tmp_path / "code.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    assert main(["generate", str(tmp_path), "text"]) == 1
+    assert "cannot be loaded" in capsys.readouterr().err

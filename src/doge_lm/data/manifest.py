@@ -665,16 +665,18 @@ def partial_directory(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path, *, mark: str = MANIFEST_NAME, flag: str = "--save_dir") -> Iterator[Path]:
     """A directory that takes its place only when the block ends without an exception.
 
     The block writes into the yielded directory `.tmp-NAME`, a sibling of the target. What an interrupted run left
     there is removed first. While the block runs, `.tmp-NAME.lock` beside it is locked: of two runs that make the same
     target at once, the second ends with an error. An existing target is replaced if it is empty or one of ours (it
-    holds `manifest.json` or `source.json`).
+    holds the mark: `manifest.json` or `source.json`, if no other is given).
 
     Args:
         target: where the finished directory belongs.
+        mark: the file by which a directory is known to be ours.
+        flag: what chooses the target, for messages.
 
     Yields:
         The directory to write into.
@@ -683,11 +685,11 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         UserError: if the target is something that doge-lm did not make, another process is making it, the disk is
             full, or it cannot be written.
     """
-    _refuse_foreign(target)
+    _refuse_foreign(target, mark)
     temporary = partial_directory(target)
-    with explain_disk_errors(target):
+    with explain_disk_errors(target, flag):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target):
+        with _locked(target, flag):
             try:
                 if temporary.exists():
                     shutil.rmtree(temporary)
@@ -796,12 +798,12 @@ def scratch_directory(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(target: Path) -> Iterator[None]:
+def _locked(target: Path, flag: str = "--save_dir") -> Iterator[None]:
     """Holds the lock of a target; the operating system lets go of it if the process is killed."""
     lock = _try_lock(target)
     if lock is None:
         raise UserError(
-            f"another process is writing {target} at this moment; wait until it has ended, or choose another --save_dir"
+            f"another process is writing {target} at this moment; wait until it has ended, or choose another {flag}"
         )
     try:
         yield
@@ -837,22 +839,22 @@ def _refuse_in_a_file(target: Path) -> None:
             )
 
 
-def _refuse_foreign(target: Path) -> None:
+def _refuse_foreign(target: Path, mark: str = MANIFEST_NAME) -> None:
     _refuse_in_a_file(target)
     if not target.exists():
         return
     if not target.is_dir():
         raise UserError(f"{target} is a file, but a directory has to be written there; move it or choose another place")
-    ours = (target / MANIFEST_NAME).is_file() or (target / SOURCE_NAME).is_file()
-    if not ours and any(target.iterdir()):
+    marks = (mark,) if mark != MANIFEST_NAME else (MANIFEST_NAME, SOURCE_NAME)
+    if not any((target / name).is_file() for name in marks) and any(target.iterdir()):
         raise UserError(
-            f"{target} exists and was not made by doge-lm (no {MANIFEST_NAME} or {SOURCE_NAME} in it); it is not "
-            "overwritten: move it or choose another place"
+            f"{target} exists and was not made by doge-lm (no {' or '.join(marks)} in it); it is not overwritten: move "
+            "it or choose another place"
         )
 
 
 @contextlib.contextmanager
-def explain_disk_errors(target: Path) -> Iterator[None]:
+def explain_disk_errors(target: Path, flag: str = "--save_dir") -> Iterator[None]:
     """Turns what the operating system says of a full or locked disk into a `UserError` that names the target.
 
     Raises:
@@ -864,13 +866,13 @@ def explain_disk_errors(target: Path) -> Iterator[None]:
         if error.errno in FULL_DISK:
             raise UserError(
                 f"the disk is full ({error}): {target} could not be finished, and nothing half written was put there; "
-                "free some space and run the same command again, or choose another --save_dir"
+                f"free some space and run the same command again, or choose another {flag}"
             ) from error
         if error.errno in _NOT_WRITABLE and _lies_under(error.filename, target.parent):
             # Permissions do not help where the whole disk can only be read.
             mend = "" if error.errno == errno.EROFS else ", or change the permissions"
             raise UserError(
-                f"{target} cannot be written ({error.strerror}: {error.filename}); choose another --save_dir{mend}"
+                f"{target} cannot be written ({error.strerror}: {error.filename}); choose another {flag}{mend}"
             ) from error
         raise
 

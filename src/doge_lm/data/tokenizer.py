@@ -156,7 +156,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     directory = Path(path)
     read_files(directory)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     except Exception as error:  # `tokenizers` raises Exception itself, transformers whatever it stumbles over
         broken = _broken_file(directory)
         raise UserError(
@@ -285,6 +285,12 @@ class StreamDecoder:
             return b"" if self._added[index].special else self._added[index].content.encode()
         piece: str = self._tokenizer.convert_ids_to_tokens(index)
         return bytes([int(piece[3:5], 16)]) if _BYTE_TOKEN.fullmatch(piece) else piece.replace(SPACE, " ").encode()
+
+
+def spelled_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
+    """What each id spells in UTF-8, as `StreamDecoder` puts it together; control tokens spell nothing."""
+    decoder = StreamDecoder(tokenizer)
+    return [decoder._bytes(index) for index in range(len(tokenizer))]
 
 
 def _escape(text: str) -> str:

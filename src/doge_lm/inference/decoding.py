@@ -120,10 +120,10 @@ class Decoder:
     _ground: tuple[Any, ...]
 
     def __init__(self, model: PreTrainedModel, *, compiled: bool = False, graphs: bool = True) -> None:
-        _refuse_other_models(model)
+        refuse_other_models(model)
         self._model = model
         self._free = Lock()
-        fixed_frequencies = not _rope_types(_text_config(model)) & _ROPE_BY_LENGTH
+        fixed_frequencies = not rope_follows_length(model)
         self._logits = self._next_logits
         self._compiled = compiled and fixed_frequencies
         self._graphs = graphs and fixed_frequencies
@@ -455,10 +455,12 @@ def _text_config(model: PreTrainedModel) -> Any:
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
-    return model.get_output_embeddings().weight.shape[0]
+    head = model.get_output_embeddings()
+    rows = getattr(head, "out_features", None)  # a weight of few bits may be packed into another shape
+    return head.weight.shape[0] if rows is None else rows
 
 
-def _refuse_other_models(model: PreTrainedModel) -> None:
+def refuse_other_models(model: PreTrainedModel) -> None:
     """Raises TypeError for no model, and ValueError for what the mask or the cache of a decoder does not fit."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"the model is {model!r:.80}; it must be a loaded model, or the one within a wrapper")
@@ -479,6 +481,11 @@ def _refuse_other_models(model: PreTrainedModel) -> None:
         )
     if model.get_output_embeddings() is None:
         raise ValueError("the model has no head for tokens; load it as a causal language model")
+
+
+def rope_follows_length(model: PreTrainedModel) -> bool:
+    """Whether the frequencies of the positions follow the longest text of a batch (`dynamic`, `longrope`)."""
+    return bool(_rope_types(_text_config(model)) & _ROPE_BY_LENGTH)
 
 
 def _rope_types(config: Any) -> set[str]:

@@ -1,5 +1,6 @@
 """Opens a trained model and its tokenizer, of this architecture or another, on a device."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -35,14 +36,23 @@ def load_model(path: Path, device: torch.device, dtype: str = "auto") -> PreTrai
     """Load a checkpoint for inference.
 
     Raises:
-        UserError: if `path` holds no model, or one that neither this package nor transformers knows.
+        UserError: if `path` holds no model, or one that neither this package nor transformers knows; for a type of
+            its own for a quantized one.
     """
     if not (path / "config.json").is_file():
         raise UserError(f"{path} holds no model (no config.json there); give the --output_dir of `doge-lm train`")
+    if dtype != "auto" and _is_quantized(path / "config.json"):
+        raise UserError(
+            f"the weights in {path} are quantized, which fixes the type of the others; leave --dtype {dtype} out"
+        )
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    except (ValueError, KeyError, AttributeError, OSError, RuntimeError, SafetensorError) as error:
-        # transformers reports sizes that do not fit as RuntimeError, and a foreign config in any of these ways.
+        # Code of a checkpoint is never run, nor is the user asked, on a standard input that is for something else.
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+    except (ValueError, KeyError, AttributeError, OSError, RuntimeError, ImportError, SafetensorError) as error:
+        # transformers reports sizes that do not fit as RuntimeError, a foreign config in any of these ways, and as
+        # ImportError that the library of quantized weights is not there.
         raise UserError(f"the model in {path} cannot be loaded: {type(error).__name__}: {error}") from error
     if loading["missing_keys"]:  # transformers would go on with random weights in their place
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
@@ -54,6 +64,13 @@ def load_model(path: Path, device: torch.device, dtype: str = "auto") -> PreTrai
     return model.to(device).eval()
 
 
+def _is_quantized(config: Path) -> bool:
+    try:
+        return "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:  # transformers says what is wrong with it
+        return False
+
+
 def load_model_tokenizer(path: Path, model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model: this project's for a Doge, whatever transformers finds for another.
 
@@ -63,6 +80,6 @@ def load_model_tokenizer(path: Path, model: PreTrainedModel) -> PreTrainedTokeni
     if isinstance(model, DogeForCausalLM):
         return load_tokenizer(path)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever transformers and `tokenizers` stumble over
         raise UserError(f"the tokenizer in {path} cannot be loaded: {type(error).__name__}: {error}") from error

@@ -184,6 +184,8 @@ class DogeInnerFuncAttn(nn.Module):
 
     def merges(self, x_BTd: Tensor) -> bool:
         """Whether `merged_projection` may take the place of the modules, and pays."""
+        if torch.compiler.is_exporting():  # a graph that is to hold for every length must not be decided by one
+            return False
         return self.folded is not None or (x_BTd.shape[:-1].numel() >= MERGE_MIN_TOKENS and self.is_foldable())
 
     def is_foldable(self) -> bool:
@@ -300,7 +302,9 @@ class DogeCDMoE(nn.Module):
 
     def is_foldable(self) -> bool:
         """Whether the queries are no more than their matrix, and few enough keys that they are best done without."""
-        return not PLAIN and is_plain(self.queries) and self.keys.shape[1] < 4 * self.keys.shape[2]
+        if PLAIN or torch.compiler.is_exporting():  # see `DogeInnerFuncAttn.merges`
+            return False
+        return is_plain(self.queries) and self.keys.shape[1] < 4 * self.keys.shape[2]
 
     def fold(self) -> Tensor:
         """`folded_keys`, all heads below each other: (H·(n1 + n2), e)."""

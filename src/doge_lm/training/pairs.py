@@ -1,8 +1,8 @@
 """Pairs of answers for preference tuning: files of `prompt`, `chosen`, `rejected` -> token ids.
 
 Each field is a text, or a list of messages: `{"role": "user" | "assistant" | "system", "content": ...}`, or
-`{"from": "human" | "gpt" | "system", "value": ...}`. Without a `prompt`, `chosen` and `rejected` are whole conversations
-that differ in the last answer. Everything goes through the tokenizer's chat template, as `doge-lm chat` does it.
+`{"from": "human" | "gpt" | "system", "value": ...}`. Without a `prompt`, `chosen` and `rejected` are conversations that
+differ in the last answer. Everything goes through the tokenizer's chat template, as `doge-lm chat` does it.
 """
 
 import hashlib
@@ -117,8 +117,8 @@ def parse_pair(values: dict[str, Any], place: str) -> Pair:
         prompt = chosen[:-1]
         if not prompt or rejected[:-1] != prompt:
             raise UserError(
-                f"{place}: without the field 'prompt', chosen and rejected must be conversations that differ in the last "
-                "message alone"
+                f"{place}: without the field 'prompt', chosen and rejected must be conversations that differ in the "
+                "last message alone"
             )
         chosen, rejected = chosen[-1:], rejected[-1:]
     for name, answer in (("chosen", chosen), ("rejected", rejected)):

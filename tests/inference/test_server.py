@@ -1,0 +1,659 @@
+"""`doge-lm serve` over HTTP: what it takes and gives, whom it serves, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from openai import OpenAI
+
+from doge_lm.cli import main
+from doge_lm.data.tokenizer import encode_text, load_tokenizer
+from doge_lm.inference import gate
+from doge_lm.inference.api import ChatCompletion, Completion
+from doge_lm.inference.decoding import Decoder, Sampling
+from doge_lm.inference.loading import load_model
+from tests.inference.serving import Serving, serving, serving_process
+from tests.small_model import make_model
+
+GREEDY = {"temperature": 0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Several wait for each other at every product where the cores have other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(scope="module")
+def server(place: Path) -> Iterator[Serving]:
+    with serving(place) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(server: Serving) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as found:
+        yield found
+
+
+class Reference:
+    """Greedy answers of the decoder, one prompt at a time."""
+
+    def __init__(self, place: Path) -> None:
+        self.tokenizer = load_tokenizer(place)
+        self._decoder = Decoder(load_model(place, torch.device("cpu"), "float32"))
+
+    def complete(self, prompt: str, count: int) -> str:
+        ids = [self.tokenizer.bos_token_id, *encode_text(self.tokenizer, prompt)]
+        (row,) = self._decoder.generate([ids], Sampling(count), eos_token_id=self.tokenizer.eos_token_id)
+        whole = self.tokenizer.decode(ids + row, skip_special_tokens=True)
+        return whole.removeprefix(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+@pytest.fixture(scope="module")
+def reference(place: Path) -> Reference:
+    return Reference(place)
+
+
+# ------------------------------------------------------------------------------------------------- OpenAI's client
+
+
+def test_models_are_listed(client: OpenAI, server: Serving) -> None:
+    (model,) = client.models.list().data
+    assert model.id == client.models.retrieve(server.model).id == server.model
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+def test_a_completion_is_the_decoders(client: OpenAI, server: Serving, reference: Reference) -> None:
+    found = client.completions.create(model=server.model, prompt="Once upon a time", max_tokens=20, temperature=0)
+    assert found.choices[0].text == reference.complete("Once upon a time", 20)
+    assert found.choices[0].finish_reason == "length"
+    assert found.usage is not None
+    prompt_tokens = 1 + len(encode_text(reference.tokenizer, "Once upon a time"))
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (prompt_tokens, 20)
+    assert found.usage.total_tokens == prompt_tokens + 20
+    default = client.completions.create(model=server.model, prompt="Once", temperature=0)
+    assert default.usage is not None
+    assert default.usage.completion_tokens == 16
+
+
+def test_a_stream_is_the_whole_in_parts(client: OpenAI, server: Serving) -> None:
+    asked: Any = {"model": server.model, "prompt": ["Once", "In the end"], "max_tokens": 12, "n": 2, "seed": 3}
+    whole = client.completions.create(**asked)
+    texts, reasons, usages = [""] * 4, [None] * 4, []
+    for chunk in client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+        usages.append(chunk.usage)
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+    assert texts == [choice.text for choice in whole.choices]
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+    assert usages[-1] == whole.usage
+    assert not any(usages[:-1])
+    assert len(set(texts)) == 4  # the answers of one request have draws of their own
+
+
+def test_a_conversation(client: OpenAI, server: Serving, reference: Reference) -> None:
+    messages: Any = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
+    asked: Any = {"model": server.model, "max_tokens": 15, "temperature": 0}
+    found = client.chat.completions.create(**asked, messages=messages)
+    ids = reference.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    (row,) = reference._decoder.generate([ids], Sampling(15), eos_token_id=2)
+    assert found.choices[0].message.content == reference.tokenizer.decode(row, skip_special_tokens=True)
+    assert found.choices[0].message.role == "assistant"
+    assert found.usage is not None
+    assert found.usage.prompt_tokens == len(ids)
+
+    parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "kind."}]
+    same = client.chat.completions.create(**asked, messages=[{"role": "developer", "content": parts}, messages[1]])
+    assert same.choices == found.choices
+
+    stream = client.chat.completions.create(
+        **asked, messages=messages, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == found.choices[0].message.content
+    assert chunks[-1].usage == found.usage
+
+    # The answer goes back as the client has it, empty fields and all.
+    messages += [found.choices[0].message.model_dump(), {"role": "user", "content": "And now?"}]
+    assert client.chat.completions.create(**asked, messages=messages).usage.prompt_tokens > len(ids)  # type: ignore[union-attr]
+
+
+def test_logprobs(client: OpenAI, server: Serving) -> None:
+    asked: Any = {"model": server.model, "max_tokens": 10, "temperature": 0}
+    completion = client.completions.create(**asked, prompt="Once", logprobs=3).choices[0]
+    assert completion.logprobs is not None
+    assert completion.logprobs.tokens is not None
+    assert len(completion.logprobs.tokens) == len(completion.logprobs.token_logprobs or []) == 10
+    for token, logprob, best in zip(
+        completion.logprobs.tokens,
+        completion.logprobs.token_logprobs or [],
+        completion.logprobs.top_logprobs or [],
+        strict=True,
+    ):
+        assert best[token] == logprob == max(best.values()) < 0
+    messages: Any = [{"role": "user", "content": "Hello"}]
+    chat = client.chat.completions.create(**asked, messages=messages, logprobs=True, top_logprobs=20).choices[0]
+    assert chat.logprobs is not None
+    content = chat.logprobs.content or []
+    assert [len(token.top_logprobs) for token in content] == [20] * 10
+    spelled = b"".join(bytes(token.bytes or []) for token in content)
+    assert spelled.decode("utf-8", "replace").removeprefix(" ") == chat.message.content
+    chunks = client.chat.completions.create(**asked, messages=messages, logprobs=True, top_logprobs=20, stream=True)
+    streamed = [chunk.choices[0].logprobs for chunk in chunks]
+    assert [token for part in streamed if part for token in part.content or []] == content
+
+
+def test_stop_strings(client: OpenAI, server: Serving, reference: Reference) -> None:
+    text = reference.complete("Once upon a time", 40)
+    stop = text[9:12]
+    asked: Any = {"model": server.model, "prompt": "Once upon a time", "max_tokens": 40, "temperature": 0}
+    for given in (stop, [stop, "never"]):
+        choice = client.completions.create(**asked, stop=given).choices[0]
+        assert (choice.text, choice.finish_reason) == (text[: text.index(stop)], "stop")
+        streamed = "".join(
+            chunk.choices[0].text for chunk in client.completions.create(**asked, stop=given, stream=True)
+        )
+        assert streamed == choice.text
+
+
+def test_a_seed_repeats(client: OpenAI, server: Serving) -> None:
+    def draw(**options: Any) -> list[str]:
+        found = client.completions.create(model=server.model, prompt="Once", max_tokens=16, n=2, **options)
+        return [choice.text for choice in found.choices]
+
+    assert draw(seed=7) == draw(seed=7) != draw(seed=8)
+    assert draw(seed=-1) == draw(seed=-1)
+    assert draw() != draw()
+
+
+def test_ids_are_taken_as_they_are(client: OpenAI, server: Serving, reference: Reference) -> None:
+    ids = [1, *encode_text(reference.tokenizer, "Once upon a time")]
+    for prompt in (ids, [ids, ids]):
+        found = client.completions.create(model=server.model, prompt=prompt, max_tokens=9, temperature=0)
+        assert {choice.text for choice in found.choices} == {reference.complete("Once upon a time", 9)}
+
+
+def test_bodies_are_of_the_described_form(server: Serving) -> None:
+    Completion.model_validate(server.complete(logprobs=2, n=2).json)
+    ChatCompletion.model_validate(server.chat(logprobs=True, top_logprobs=1, max_tokens=3).json)
+
+
+# ----------------------------------------------------------------------------------------------- many at a time
+
+
+def test_clients_at_the_same_time_get_what_each_would_get_alone(place: Path, reference: Reference) -> None:
+    """64 streams at once, twice as many as there are slots; also those whose draws are seeded."""
+    requests = [
+        {
+            "prompt": f"{number} " + "word " * (number % 7),
+            "max_tokens": 5 + number % 20,
+            "temperature": number % 2,
+            "seed": number,
+        }
+        for number in range(64)
+    ]
+    with serving(place, slots=32) as server:
+
+        def text(asked: dict[str, Any]) -> str:
+            events = server.complete(**asked, stream=True).events
+            return "".join(event["choices"][0]["text"] for event in events)
+
+        with ThreadPoolExecutor(64) as pool:
+            together = list(pool.map(text, requests))
+        assert together[::3] == [text(asked) for asked in requests[::3]]
+    for asked, found in zip(requests, together, strict=True):
+        if asked["temperature"] == 0:
+            assert found == reference.complete(asked["prompt"], asked["max_tokens"])
+
+
+def test_a_slow_reader_holds_up_nobody(server: Serving) -> None:
+    """One that never reads on, with more answers than the buffers of the connection hold."""
+    stuck = server.begin_stream(200)
+    try:
+        assert server.complete(max_tokens=100).status == 200
+        server.wait_until_idle()
+    finally:
+        stuck.close()
+
+
+def test_a_client_that_leaves_stops_its_answer(place: Path) -> None:
+    with serving(place, slots=1, context=512) as server:
+        connection = server.begin_stream(500)
+        connection.close()
+        server.wait_until_idle()
+        assert server.metric("doge_lm_written_tokens_total") < 400
+        # One that waits for the whole answer, and one that waits for a slot.
+        blocking = server.begin_stream(500)
+        before = server.metric("doge_lm_written_tokens_total")
+        body = json.dumps({"model": server.model, "prompt": "a", "max_tokens": 500}).encode()
+        waiting = socket.create_connection(("127.0.0.1", server.port))
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        waiting.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        while not server.metric("doge_lm_waiting"):
+            time.sleep(0.01)
+        waiting.close()
+        while server.metric("doge_lm_waiting"):
+            time.sleep(0.01)
+        blocking.close()
+        server.wait_until_idle()
+        assert server.metric("doge_lm_written_tokens_total") < before + 450
+
+
+def test_a_full_queue_is_told(place: Path) -> None:
+    with serving(place, slots=1, queue=1, context=512) as server:
+        first, second = server.begin_stream(500), None
+        try:
+            second = threading.Thread(target=server.complete, kwargs={"max_tokens": 1})
+            second.start()
+            while not server.metric("doge_lm_waiting"):
+                time.sleep(0.01)
+            refused = server.complete(max_tokens=1)
+            assert refused.status == 429
+            assert refused.headers["retry-after"] == "1"
+            assert refused.error["code"] == "queue_full"
+            assert server.complete(max_tokens=1, n=3).error["param"] == "n"  # never fits
+        finally:
+            first.close()
+            if second is not None:
+                second.join()
+        assert server.complete(max_tokens=1).status == 200
+
+
+# ------------------------------------------------------------------------------------------- what is refused
+
+CHAT = "/v1/chat/completions"
+COMPLETE = "/v1/completions"
+USER = [{"role": "user", "content": "Hello"}]
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    (COMPLETE, {"prompt": "a", "unknown": 1}, "unknown"),
+    (COMPLETE, {"prompt": "a", "echo": True}, "echo"),
+    (COMPLETE, {"prompt": "a", "best_of": 2}, "best_of"),
+    (COMPLETE, {"prompt": "a", "suffix": "b"}, "suffix"),
+    (COMPLETE, {"prompt": "a", "temperature": -0.1}, "temperature"),
+    (COMPLETE, {"prompt": "a", "temperature": 2.1}, "temperature"),
+    (COMPLETE, {"prompt": "a", "temperature": "1"}, "temperature"),
+    (COMPLETE, {"prompt": "a", "temperature": True}, "temperature"),
+    (COMPLETE, {"prompt": "a", "top_p": 0}, "top_p"),
+    (COMPLETE, {"prompt": "a", "top_k": -1}, "top_k"),
+    (COMPLETE, {"prompt": "a", "presence_penalty": 3}, "presence_penalty"),
+    (COMPLETE, {"prompt": "a", "repetition_penalty": 0}, "repetition_penalty"),
+    (COMPLETE, {"prompt": "a", "max_tokens": 0}, "max_tokens"),
+    (COMPLETE, {"prompt": "a", "max_tokens": 1.5}, "max_tokens"),
+    (COMPLETE, {"prompt": "a", "max_tokens": 10**9}, "max_tokens"),
+    (COMPLETE, {"prompt": "a", "max_tokens": 10**30}, "max_tokens"),
+    (COMPLETE, {"prompt": "a", "n": 0}, "n"),
+    (COMPLETE, {"prompt": "a", "n": 129}, "n"),
+    (COMPLETE, {"prompt": "a", "seed": 2**63}, "seed"),
+    (COMPLETE, {"prompt": "a", "stop": ""}, "stop"),
+    (COMPLETE, {"prompt": "a", "stop": ["a"] * 5}, "stop"),
+    (COMPLETE, {"prompt": "a", "stop": ["\ud800"]}, "stop"),
+    (COMPLETE, {"prompt": "a", "logprobs": 6}, "logprobs"),
+    (COMPLETE, {"prompt": "a", "logprobs": True}, "logprobs"),
+    (COMPLETE, {"prompt": "a", "stream": "yes"}, "stream"),
+    (COMPLETE, {"prompt": "a", "stream_options": {}}, "stream_options"),
+    (COMPLETE, {"prompt": "a", "stream": True, "stream_options": {"other": 1}}, "stream_options"),
+    (COMPLETE, {}, "prompt"),
+    (COMPLETE, {"prompt": []}, "prompt"),
+    (COMPLETE, {"prompt": [[]]}, "prompt"),
+    (COMPLETE, {"prompt": [1, "a"]}, "prompt"),
+    (COMPLETE, {"prompt": [-1]}, "prompt"),
+    (COMPLETE, {"prompt": [32768]}, "prompt"),
+    (COMPLETE, {"prompt": ["a"] * 200}, "prompt"),
+    (COMPLETE, {"prompt": "\ud800"}, "prompt"),
+    (COMPLETE, {"prompt": "word " * 300}, "prompt"),
+    (COMPLETE, {"prompt": "a " * 200, "max_tokens": 100}, "prompt"),
+    (COMPLETE, {"prompt": "x" * 100_000}, "prompt"),
+    (CHAT, {"messages": USER, "tools": []}, "tools"),
+    (CHAT, {"messages": USER, "functions": []}, "functions"),
+    (CHAT, {"messages": USER, "tool_choice": "none"}, "tool_choice"),
+    (CHAT, {"messages": USER, "response_format": {"type": "json_object"}}, "response_format"),
+    (CHAT, {"messages": USER, "logprobs": 3}, "logprobs"),
+    (CHAT, {"messages": USER, "top_logprobs": 3}, "top_logprobs"),
+    (CHAT, {"messages": USER, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    (CHAT, {"messages": USER, "max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+    (CHAT, {"messages": USER, "max_completion_tokens": 10**9}, "max_completion_tokens"),
+    (CHAT, {"messages": []}, "messages"),
+    (CHAT, {"messages": "Hello"}, "messages"),
+    (CHAT, {"messages": [{"role": "tool", "content": "a"}]}, "messages"),
+    (CHAT, {"messages": [{"role": "user"}]}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": "a", "name": "b"}]}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]}, "messages"),
+    (CHAT, {"messages": [*USER, *USER]}, "messages"),
+    (CHAT, {"messages": [{"role": "assistant", "content": "a"}, *USER]}, "messages"),
+    (CHAT, {"messages": [*USER, {"role": "assistant", "content": "a"}]}, "messages"),
+    (CHAT, {"messages": [*USER, {"role": "system", "content": "a"}]}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": "word " * 300}]}, "messages"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "field"), REFUSED, ids=lambda value: ascii(value)[:60])
+def test_what_is_unknown_or_out_of_range_is_refused_by_name(
+    server: Serving, path: str, body: dict[str, Any], field: str
+) -> None:
+    for stream in ({}, {"stream": True}) if "stream" not in body and field != "stream_options" else ({},):
+        reply = server.post(path, **body, **stream)
+        assert reply.status == 400
+        assert reply.error["param"] == field
+        assert reply.error["type"] == "invalid_request_error"
+
+
+def test_what_says_nothing_about_the_answer_is_ignored(server: Serving) -> None:
+    known = {"user": "me", "metadata": {"a": "b"}, "safety_identifier": "x", "prompt_cache_key": "y"}
+    assert server.complete(max_tokens=1, **known).status == 200
+    assert server.chat(max_tokens=1, response_format={"type": "text"}, **known).status == 200
+    nothing = dict.fromkeys(["temperature", "stop", "seed", "n", "stream", "stream_options", "logprobs", "user"])
+    assert server.complete(max_tokens=1, **nothing).status == 200
+
+
+def test_another_model_is_not_found(server: Serving) -> None:
+    reply = server.ask("POST", COMPLETE, {"model": "gpt-4", "prompt": "a"})
+    assert (reply.status, reply.error["param"], reply.error["code"]) == (404, "model", "model_not_found")
+    assert server.ask("POST", COMPLETE, {"prompt": "a"}).error["param"] == "model"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"", b"{", b"[]", b"null", b'"a"', b"\xff\xfe", b"[" * 100_000, b'{"a":' * 50_000, b"1" * 10_000, b"NaN",
+        b'{"model": "small", "prompt": "a", "temperature": NaN}', b'{"model": "small", "prompt": "a", "n": 1e999}',
+        b'{"\\ud800": 1}', b'{"model": "\\ud800", "prompt": "a"}', b'{"model": "small", "prompt": "\\u0000", "x": 1}',
+    ],
+    ids=lambda raw: ascii(raw[:40]),
+)  # fmt: skip
+def test_a_body_that_is_no_request_is_refused(server: Serving, raw: bytes) -> None:
+    for path in (COMPLETE, CHAT):
+        reply = server.ask("POST", path, raw=raw)
+        assert reply.status in (400, 404)
+        assert reply.error["message"]
+
+
+def test_content_types(server: Serving) -> None:
+    body = json.dumps({"model": server.model, "prompt": "a", "max_tokens": 1}).encode()
+    for kind in ("application/json", "application/json; charset=utf-8", "Application/JSON"):
+        assert server.ask("POST", COMPLETE, raw=body, headers={"content-type": kind}).status == 200
+    # A page of another site may send these without being asked whether it may.
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
+        assert server.ask("POST", COMPLETE, raw=body, headers={"content-type": kind}).status == 415
+    assert server.ask("POST", COMPLETE, raw=body, headers={"content-encoding": "gzip"}).status == 415
+
+
+def test_paths_and_methods(server: Serving) -> None:
+    for method, path, status in [
+        ("GET", "/nothing", 404),
+        ("GET", "/v1/", 404),
+        ("GET", "/v1/models/", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("GET", "/v1/completions", 405),
+        ("DELETE", "/v1/models", 405),
+        ("PUT", "/", 405),
+        ("GET", "/docs", 404),
+        ("GET", "/../serve.py", 404),
+    ]:
+        reply = server.ask(method, path, {} if method == "POST" else None)
+        assert (reply.status, bool(reply.error["message"])) == (status, True)
+
+
+def test_bodies_that_are_too_large(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "DISCARD_SECONDS", 0.5)
+    with serving(place, max_body_bytes=2000) as server:
+        assert server.complete("a " * 100, max_tokens=1).status == 200
+        assert server.complete("a " * 1000).status == 413
+        assert server.complete("a " * 5_000_000).error["code"] == "request_too_large"
+        # Without a length, in chunks.
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n" + b"400\r\n" + b" " * 1024 + b"\r\n")
+            connection.sendall(b"400\r\n" + b" " * 1024 + b"\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 413")
+        assert server.complete("a", max_tokens=1).status == 200
+
+
+def test_a_body_that_does_not_come(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(gate, "DISCARD_SECONDS", 0.1)
+    with (
+        serving(place) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection,
+    ):
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(head + b"Content-Length: 100\r\n\r\n{")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+# ------------------------------------------------------------------------------------------- whom it serves
+
+
+def test_the_api_key(place: Path) -> None:
+    with serving(place, api_key="secret") as server:
+        for headers in (
+            {},
+            {"authorization": "Bearer other"},
+            {"authorization": "secret"},
+            {"authorization": "Bearer \xe9"},
+        ):
+            for method, path in (("POST", COMPLETE), ("POST", CHAT), ("GET", "/v1/models"), ("GET", "/metrics")):
+                reply = server.ask(method, path, {} if method == "POST" else None, headers)
+                assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
+        for path in ("/", "/chat.js", "/health"):
+            assert server.ask("GET", path).status == 200
+        assert server.ask("GET", "/metrics", headers={"authorization": "bearer secret"}).status == 200
+        with OpenAI(base_url=f"{server.url}/v1", api_key="secret") as client:
+            assert client.completions.create(model=server.model, prompt="a", max_tokens=1).choices
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("127.0.0.1:1234", 200),
+        ("[::1]:8000", 200),
+        ("192.168.0.7", 200),
+        (socket.gethostname(), 200),
+        ("LOCALHOST:80", 200),
+        ("evil.example", 403),
+        ("localhost.evil.example", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("evil.example@localhost", 403),
+        ("localhost/evil.example", 403),
+        ("", 403),
+        ("[::1", 403),
+        ("localhost:port", 403),
+    ],
+)
+def test_names_that_are_not_the_servers_are_refused(server: Serving, host: str, status: int) -> None:
+    """A page may have made its name lead here (DNS rebinding)."""
+    assert server.ask("GET", "/v1/models", headers={"host": host}).status == status
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("http://localhost:8000", 200),
+        ("https://localhost:8000", 200),  # behind a proxy
+        ("http://localhost:8001", 403),
+        ("http://localhost", 403),
+        ("http://127.0.0.1:8000", 403),
+        ("https://evil.example", 403),
+        ("null", 403),
+        ("", 403),
+        ("http://[", 403),
+        ("http://evil.example\\@localhost:8000", 403),
+    ],
+)
+def test_pages_of_other_origins_are_refused(server: Serving, origin: str, status: int) -> None:
+    headers = {"host": "localhost:8000", "origin": origin}
+    body = {"model": server.model, "prompt": "a", "max_tokens": 1}
+    assert server.ask("POST", COMPLETE, body, headers).status == status
+    assert server.ask("GET", "/v1/models", headers=headers).status == status
+    preflight = {**headers, "access-control-request-method": "POST"}
+    assert "access-control-allow-origin" not in server.ask("OPTIONS", COMPLETE, headers=preflight).headers
+
+
+def test_an_origin_and_a_host_can_be_allowed(place: Path) -> None:
+    site = "https://chat.example"
+    with serving(place, origins=frozenset({site}), hosts=frozenset({"gpu.example"}), api_key="k") as server:
+        headers = {"host": "gpu.example:8000", "origin": site}
+        asked = {
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization,content-type",
+        }
+        preflight = server.ask("OPTIONS", COMPLETE, headers={**headers, **asked})
+        assert (preflight.status, preflight.headers["access-control-allow-origin"]) == (200, site)
+        body = {"model": server.model, "prompt": "a", "max_tokens": 1}
+        reply = server.ask("POST", COMPLETE, body, {**headers, "authorization": "Bearer k"})
+        assert (reply.status, reply.headers["access-control-allow-origin"]) == (200, site)
+        assert server.ask("GET", "/health", headers={**headers, "origin": "https://other.example"}).status == 403
+
+
+def test_headers_that_are_there_twice_are_refused(server: Serving) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\nOrigin: http://localhost\r\nOrigin: http://a\r\n\r\n"
+        )
+        assert connection.recv(4096).startswith(b"HTTP/1.1 400")
+
+
+def test_every_answer_forbids_what_the_page_does_not_need(server: Serving) -> None:
+    for path in ("/", "/chat.js", "/health", "/nothing"):
+        headers = server.ask("GET", path).headers
+        assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'self';")
+        assert headers["x-content-type-options"] == "nosniff"
+
+
+# --------------------------------------------------------------------------------------------- health and end
+
+
+def test_health_and_metrics(server: Serving) -> None:
+    assert server.ask("GET", "/health").json == {"status": "ok"}
+    server.wait_until_idle()
+    before = server.metric("doge_lm_written_tokens_total")
+    server.complete(max_tokens=7, **GREEDY)
+    assert server.metric("doge_lm_written_tokens_total") == before + 7
+    text = server.ask("GET", "/metrics").body.decode()
+    assert 'doge_lm_requests_total{method="POST",path="/v1/completions",status="200"}' in text
+    server.ask("GET", "/some/strange/path")
+    server.ask("BREW", "/health")
+    text = server.ask("GET", "/metrics").body.decode()
+    assert "strange" not in text
+    assert "BREW" not in text
+
+
+def test_a_failure_of_the_engine_ends_the_server(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(place) as server:
+        assert server.running is not None
+        assert server.running.engine is not None
+
+        def fail(*_: object) -> None:
+            raise ZeroDivisionError("a bug")
+
+        monkeypatch.setattr(server.running.engine._slots, "step", fail)
+        reply = server.complete(max_tokens=5)
+        assert (reply.status, reply.error["type"]) == (503, "server_error")
+        assert isinstance(server.running.engine.failure, ZeroDivisionError)
+
+
+@pytest.mark.slow
+def test_sigterm_lets_answers_end_and_takes_no_more(place: Path) -> None:
+    """In a process of its own, with a key from the environment."""
+    flags = ("--max_slots", "4", "--max_context", "512")
+    with serving_process(place, *flags, environment={"DOGE_LM_API_KEY": "k"}) as (server, process):
+        assert server.ask("GET", "/v1/models").status == 401
+        server.headers["authorization"] = "Bearer k"
+        stream = server.begin_stream(480)
+        process.send_signal(signal.SIGTERM)
+        while server.ask("GET", "/health").json != {"status": "draining"}:
+            time.sleep(0.01)
+        refused = server.complete(max_tokens=1)
+        assert (refused.status, refused.error["code"]) == (503, "shutting_down")
+        received = b""
+        while b"[DONE]" not in received:
+            part = stream.recv(65536)
+            assert part, received
+            received += part
+        stream.close()
+        assert process.wait(60) == 0
+
+
+@pytest.mark.slow
+def test_what_takes_longer_than_the_drain_ends_with_an_error(place: Path) -> None:
+    flags = ("--max_slots", "1", "--max_context", "512", "--drain_seconds", "0.1", "--threads", "1")
+    with serving_process(place, *flags) as (server, process):
+        streams = [server.begin_stream(500)]
+        body = {"model": server.model, "prompt": "a", "max_tokens": 500}
+        replies: list[Any] = []
+        others = [threading.Thread(target=lambda: replies.append(server.ask("POST", COMPLETE, body))) for _ in range(3)]
+        for other in others:
+            other.start()
+        while server.metric("doge_lm_waiting") < 3:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        for other in others:
+            other.join()
+        assert 503 in [reply.status for reply in replies]
+        assert process.wait(60) == 0
+        streams[0].close()
+
+
+# -------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--port", "70000"], "--port is 70000"),
+        (["--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
+        (["--max_slots", "0"], "--max_slots is 0"),
+        (["--max_slots", "100000000"], "lower --max_slots"),
+        (["--max_context", "513"], "--max_context is 513; the model"),
+        (["--drain_seconds", "-1"], "--drain_seconds is -1"),
+        (["--drain_seconds", "nan"], "--drain_seconds is nan"),
+        (["--allow_origin", "chat.example"], "--allow_origin chat.example"),
+        (["--allow_origin", "https://chat.example/"], "--allow_origin https://chat.example/"),
+        (["--model_name", ""], "--model_name"),
+        (["--model_name", "a\udcff"], "--model_name"),
+        (["--api_key", ""], "--api_key is empty"),
+        (["--api_key", "a b"], "--api_key is empty, or holds spaces"),
+    ],
+)
+def test_wrong_flags_are_named(place: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(place), "--port", "0", *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", str(place), "--port", str(port)]) == 1
+    assert f"cannot listen at 127.0.0.1 port {port}" in capsys.readouterr().err
+
+
+def test_what_holds_no_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(tmp_path), "--port", "0"]) == 1
+    assert str(tmp_path) in capsys.readouterr().err
