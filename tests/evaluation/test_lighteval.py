@@ -10,6 +10,7 @@ import json
 import math
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,16 +69,15 @@ def sample(gold: list[int], score: Any, choices: int = 4, kind: str = "a") -> Sa
     return Sample(["question"], ["x"] * choices, gold, {"acc": score, "odd": {"a": 1}}, {"kind": kind})
 
 
-def found(name: str, samples: list[Sample], **more: Any) -> Found:
+def found(name: str, samples: list[Sample], value: float = 0.5, **more: Any) -> Found:
     guesses = {"acc": Guess.RIGHT_SHARE, "em": Guess.NOTHING}
     figures = {"acc": 0.5, "acc_stderr": 0.1, "odd": 3.0, "odd_stderr": float("nan"), "em": 0.0}
-    return Found(name, 2, samples, guesses, {"acc": True}, figures, **more)
+    return Found(name, 2, samples, guesses, {"acc": True}, {**figures, "acc": value}, **more)
 
 
 def test_what_was_found_becomes_results() -> None:
     samples = [sample([0], 1, kind="a"), sample([1, 1, 2], True, kind="b"), sample([3], 0.0, choices=2, kind="b")]
-    parts = [found("g:one", samples, breakdown="kind"), found("g:two", samples[:2])]
-    results = read_results(parts, {"g:_average|2": {"acc": 0.75, "acc_stderr": 0.2, "em": 0.0}})
+    results = read_results([found("g:one", samples, breakdown="kind"), found("g:two", samples[:2], 1.0)])
     assert list(results) == ["g:one", "g:two", "g"]
     one = results["g:one"]
     assert (one.count, one.num_fewshot, list(one.metrics)) == (3, 2, ["acc", "odd", "em"])
@@ -91,16 +91,26 @@ def test_what_was_found_becomes_results() -> None:
     assert (group.count, group.num_fewshot, group.identity) == (5, None, [])
     assert (group.metrics["acc"].value, group.metrics["acc"].stderr) == (0.75, None)
     assert group.metrics["acc"].chance == pytest.approx((one.metrics["acc"].chance + 0.375) / 2)
+    assert (group.metrics["odd"].chance, group.metrics["em"].chance) == (None, 0.0)
+
+
+def test_a_group_has_what_all_its_tasks_have() -> None:
+    one, two = found("g:one", [sample([0], 1)]), found("g:two", [sample([0], 1)])
+    less = replace(two, figures={"em": 0.5, "f1": 0.5})
+    assert list(read_results([one, less])["g"].metrics) == ["em"]
+    assert list(read_results([one, replace(two, figures={"f1": 0.5})])) == ["g:one", "g:two"]
+    assert list(read_results([one, replace(two, num_fewshot=5)])) == ["g:one", "g:two"]
+    assert list(read_results([found("g", one.samples), two])) == ["g", "g:two", "g:_average"]
 
 
 def test_samples_are_paired_by_all_that_was_asked() -> None:
     same = [sample([0], 1), sample([1], 0)]
-    first = read_results([found("t", same)], {})
-    differences, left_out = compare(first, read_results([found("t", [sample([0], 0), sample([1], 0)])], {}))
+    first = read_results([found("t", same)])
+    differences, left_out = compare(first, read_results([found("t", [sample([0], 0), sample([1], 0)])]))
     assert [(of.metric, of.better, of.worse) for of in differences] == [("acc", 0, 1)]
     assert not left_out
     for other in ([same[1], same[0]], [sample([0], 1), sample([2], 0)]):
-        assert compare(first, read_results([found("t", other)], {}))[1]
+        assert compare(first, read_results([found("t", other)]))[1]
 
 
 @pytest.mark.parametrize(
@@ -279,12 +289,13 @@ def test_questions_in_the_form_of_a_chat(world: Path, scorer: PlainScorer, engin
 
 
 TASKS = """
-import numpy as np
 from lighteval.metrics.dynamic_metrics import LogLikelihoodAccMetric
 from lighteval.metrics.metrics import Metrics
+from lighteval.metrics.metrics_sample import LoglikelihoodAcc
+from lighteval.metrics.utils.metric_utils import SampleLevelMetric
 from lighteval.metrics.normalizations import LogProbPMINorm, LogProbTokenNorm
 from lighteval.tasks.lighteval_task import LightevalTaskConfig
-from lighteval.tasks.requests import Doc
+from lighteval.tasks.requests import Doc, SamplingMethod
 
 def ask(row, name):
     return Doc(row["q"], [" " + choice for choice in row["a"]], row["y"], unconditioned_query="so", task_name=name)
@@ -292,15 +303,28 @@ def ask(row, name):
 def read(row, name):
     return Doc(row["q"], [], 0, task_name=name)
 
-def config(name, prompt, metrics):
+def config(name, prompt, metrics, splits=("test",), select=None):
     return LightevalTaskConfig(name=name, prompt_function=prompt, hf_repo="FOLDER", hf_subset="default",
-                               hf_avail_splits=["test"], evaluation_splits=["test"], metrics=metrics)
+                               hf_avail_splits=splits, evaluation_splits=["test"], few_shots_select=select,
+                               metrics=metrics)
+
+class NoFile:
+    def compute_corpus(self, items):
+        return open("no such file")
 
 TASKS_TABLE = [
     config("mine:one", ask, [Metrics.loglikelihood_acc]),
     config("mine:two", ask, [Metrics.loglikelihood_acc]),
     config("norms", ask, [LogLikelihoodAccMetric(LogProbPMINorm()), LogLikelihoodAccMetric(LogProbTokenNorm())]),
     config("texts", read, [Metrics.bits_per_byte]),
+    config("train", ask, [Metrics.loglikelihood_acc], splits=["train", "test"]),
+    config("mixed:acc", ask, [Metrics.loglikelihood_acc]),
+    config("mixed:bits", read, [Metrics.bits_per_byte]),
+    config("broken", ask, [SampleLevelMetric(
+        metric_name="acc", sample_level_fn=LoglikelihoodAcc(), category=SamplingMethod.LOGPROBS,
+        corpus_level_fn=NoFile().compute_corpus, higher_is_better=True)]),
+    *[config(f"select_{way}", ask, [Metrics.loglikelihood_acc], select=way) for way in
+      ("balanced", "random", "sequential", "random_sampling", "random_sampling_from_train")],
 ]
 """
 
@@ -315,6 +339,7 @@ def mine(world: Path) -> Path:
         for i in range(6)
     ]
     (folder / "test.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:2]), encoding="utf-8")
     file = world / "mine.py"
     file.write_text(TASKS.replace("FOLDER", str(folder)), encoding="utf-8")
     return file
@@ -334,6 +359,29 @@ def test_tasks_of_ones_own(world: Path, mine: Path, tmp_path: Path, capsys: pyte
     status, out, _ = run(capsys, tmp_path, world / "two", *flags[:-2])
     assert status == 0
     assert "| mine:two | acc" in out[out.index("sample by sample") :]
+
+
+@needs_lighteval
+def test_a_group_whose_tasks_have_not_the_same_metrics(mine: Path, scorer: PlainScorer, engine: ModuleType) -> None:
+    results = engine.run_tasks(scorer, Choice(["mixed"], include_path=[mine], limit=1))
+    assert {name: list(result.metrics) for name, result in results.items()} == {
+        "mixed:acc": ["acc"],
+        "mixed:bits": ["bits_per_byte"],
+    }
+
+
+@needs_lighteval
+def test_as_many_examples_as_there_are(world: Path, mine: Path, engine: ModuleType) -> None:
+    """All other rows where a question is one of them, all rows where it is not, however they are chosen."""
+    ways = [f"select_{way}" for way in ("balanced", "random", "sequential", "random_sampling")]
+    names = [*ways, "select_random_sampling_from_train"]
+    choice = Choice([*(f"{name}|5" for name in names), "train|2"], include_path=[mine])
+    tasks = engine.load_tasks(choice, print)
+    rows = [json.loads(line)["q"] for line in (world / "rows" / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    for task in tasks.values():
+        for doc in engine._docs(task, choice):
+            shown = sorted(example.query for example in doc.fewshot_samples)
+            assert shown == (rows[:2] if task.name == "train" else sorted(set(rows) - {doc.query}))
 
 
 @needs_lighteval
@@ -394,6 +442,8 @@ def likelihood(scorer: PlainScorer, ids: list[int], begin: int) -> float:
         (["--include_path", "{mine}", "--tasks", "mine,mine:one|1"], "the task mine:one is named twice"),
         (["--include_path", "{mine}", "--tasks", "norms", "--chat"], "which --chat has no place for"),
         (["--include_path", "{mine}", "--tasks", "mine", "--num_fewshot", "6"], "6 examples are more than"),
+        (["--include_path", "{mine}", "--tasks", "train|3"], "3 examples are more than the task train has: 2"),
+        (["--include_path", "{mine}", "--tasks", "broken"], "a metric of the task broken|0 failed (FileNotFoundError"),
         (["--include_path", "{world}/none.py", "--tasks", "mine"], "none.py"),
         (["--include_path", "{world}/wrong.py", "--tasks", "mine"], "the task mine:one cannot be used (KeyError: 'r')"),
         (["--include_path", "{mine}", "--tasks", "texts", "--chat"], "which --chat has no place for"),

@@ -4,11 +4,12 @@ lighteval takes a model as an object of its class `LightevalModel`. The one here
 lm-evaluation-harness uses too, so a Doge is read in the same batches, and both engines see the same likelihoods.
 """
 
+import contextlib
 import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +34,7 @@ from lm_eval.api.instance import Instance
 from doge_lm.errors import UserError
 from doge_lm.evaluation.harness import Choice, TaskResult, reason
 from doge_lm.evaluation.lighteval_results import Found, Guess, Sample, read_results
-from doge_lm.evaluation.lighteval_tasks import BREAKDOWN, CONTEXTS, ProgramPasses, load_tasks
+from doge_lm.evaluation.lighteval_tasks import BREAKDOWN, CONTEXTS, ProgramPasses, asks_and_shows, load_tasks
 from doge_lm.evaluation.scorer import PlainScorer
 from doge_lm.evaluation.texts import windows
 
@@ -66,14 +67,7 @@ def run_tasks(
     mutual = {name for name, task in tasks.items() if _compares_by_information(task)}
     model = ScorerModel(scorer, choice.chat, choice.system, mutual)
     outputs = _measure(model, tasks, docs)
-    logger = MetricsLogger()
-    for name, scores in outputs.items():
-        for sample in scores:
-            logger.log(name, sample)
-    logger.aggregate(tasks, bootstrap_iters=_BOOTSTRAPS)
-    figures = logger.metric_aggregated
-    found = [_found(task, docs[name], outputs[name], figures[name], model) for name, task in tasks.items()]
-    return read_results(found, {name: of for name, of in figures.items() if "|" in name and name not in tasks})
+    return read_results([_found(task, docs[name], outputs[name], model) for name, task in tasks.items()])
 
 
 class ScorerModel(LightevalModel):
@@ -236,22 +230,32 @@ def _docs(task: LightevalTask, choice: Choice) -> list[Doc]:
     Raises:
         UserError: if the task's own functions fail on its data, or there are too few rows for the examples.
     """
-    shots = task.config.num_fewshots
     try:
-        pool = task.fewshot_docs() if shots else []
+        _count_examples(task)
         docs: list[Doc] = task.get_docs(choice.limit)
+    except UserError:
+        raise
     except Exception as error:  # in the functions that come with the task
         raise UserError(
             f"the task {task.name} cannot be used ({reason(error)}); mend it, or its data, or leave it out"
         ) from error
-    if shots and shots >= len(pool):
-        raise UserError(
-            f"{shots} examples are more than the task {task.name} has beside a question: there are {len(pool)} rows; "
-            "give fewer with --num_fewshot"
-        )
     if any(doc.images for doc in docs):
         raise UserError(f"the task {task.name} shows images, which this model does not read; leave the task out")
     return docs
+
+
+def _count_examples(task: LightevalTask) -> None:
+    """Refuse more examples than there are: lighteval would show those it has, and say the number asked for."""
+    shots = task.config.num_fewshots
+    if not shots:
+        return
+    own = asks_and_shows(task)
+    most = max(0, len(task.fewshot_docs()) - own)
+    if shots > most:
+        beside = " beside a question" if own else ""
+        raise UserError(
+            f"{shots} examples are more than the task {task.name} has{beside}: {most}; give fewer with --num_fewshot"
+        )
 
 
 def _measure(
@@ -270,22 +274,37 @@ def _measure(
         for name in asked:
             mine = [next(responses) for _ in docs[name]]
             metrics = [metric for metric in tasks[name].metrics if metric.category == way]
-            try:
+            with _telling(name):
                 scores = apply_metric(mine, docs[name], metrics)
-            except Exception as error:  # of a metric: a package or a model of its own that is missing, say
-                raise UserError(f"a metric of the task {name} failed ({reason(error)}); leave the task out") from error
             for sample, more in zip(outputs[name], scores, strict=True):
                 sample.update(more)
     return outputs
 
 
-def _found(
-    task: LightevalTask,
-    docs: Sequence[Doc],
-    scores: Sequence[Mapping[str, Any]],
-    figures: Mapping[str, float],
-    model: ScorerModel,
-) -> Found:
+@contextlib.contextmanager
+def _telling(name: str) -> Iterator[None]:
+    """Name the task whose metric fails: for want of a package, a file or a model of its own, say."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"a metric of the task {name} failed ({reason(error)}); leave the task out") from error
+
+
+def _figures(task: LightevalTask, scores: Sequence[dict[str, Any]]) -> Mapping[str, float]:
+    """Means and errors as lighteval makes them, which for some metrics are no means of the samples.
+
+    Task by task: over all tasks at once it stops where those of a group have not the same metrics.
+    """
+    logger = MetricsLogger()
+    for sample in scores:
+        logger.log(task.full_name, sample)
+    with _telling(task.full_name):
+        logger.aggregate({task.full_name: task}, bootstrap_iters=_BOOTSTRAPS)
+    figures: Mapping[str, float] = logger.metric_aggregated[task.full_name]
+    return figures
+
+
+def _found(task: LightevalTask, docs: Sequence[Doc], scores: Sequence[dict[str, Any]], model: ScorerModel) -> Found:
     metrics = _metrics(task)
     samples = [
         Sample(model.contexts(doc), doc.choices, as_list(doc.gold_index), score, doc.specific or {})
@@ -297,7 +316,7 @@ def _found(
         higher[name] = better.get(name) if isinstance(metric, MetricGrouping) and isinstance(better, dict) else better
     breakdown = str(samples[0].fields.get(BREAKDOWN, ""))
     guesses = {name: _guess(metric) for name, metric in metrics.items()}
-    return Found(task.name, task.config.num_fewshots, samples, guesses, higher, figures, breakdown)
+    return Found(task.name, task.config.num_fewshots, samples, guesses, higher, _figures(task, scores), breakdown)
 
 
 def _guess(metric: Metric) -> Guess:

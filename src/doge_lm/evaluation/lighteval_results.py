@@ -6,6 +6,7 @@ Nothing here needs lighteval: its engine hands over what it found in these types
 import hashlib
 import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -14,7 +15,7 @@ from typing import Any
 
 from doge_lm.evaluation.harness import Metric, TaskResult, by_field
 
-# How lighteval names the mean over the tasks `GROUP:PART`, and the error of a figure.
+# What lighteval puts behind the name of a group, and of a figure for its error.
 _AVERAGE = ":_average"
 _STDERR = "_stderr"
 
@@ -69,20 +70,38 @@ class Found:
     breakdown: str = ""
 
 
-def read_results(found: Sequence[Found], averages: Mapping[str, Mapping[str, float]]) -> dict[str, TaskResult]:
-    """Results by task, then by group.
+def read_results(found: Sequence[Found]) -> dict[str, TaskResult]:
+    """Results by task, then by group: tasks `GROUP:PART` with one number of examples, each of which counts the same.
 
-    Args:
-        found: the tasks.
-        averages: figures of groups, by `GROUP:_average|EXAMPLES`, as lighteval means them: each task counts the same.
+    A group is left out where its parts share no metric; it is named `GROUP:_average`, as lighteval does, where a task
+    has its name.
     """
     results = {of.name: _task_result(of) for of in found}
-    for key, figures in averages.items():
-        group = key.partition("|")[0].removesuffix(_AVERAGE)
-        parts = [result for name, result in results.items() if name.startswith(f"{group}:")]
-        metrics = {name: Metric(float(value), None, _mean_chance(name, parts)) for name, value, _ in _figures(figures)}
-        results[group] = TaskResult(group, sum(part.count for part in parts), None, metrics)
+    groups: dict[str, list[TaskResult]] = defaultdict(list)
+    for name, result in results.items():
+        groups[name.partition(":")[0]].append(result)
+    for group, parts in groups.items():
+        metrics = _means(parts)
+        if len(parts) > 1 and metrics and len({part.num_fewshot for part in parts}) == 1:
+            name = f"{group}{_AVERAGE}" if group in results else group
+            results[name] = TaskResult(name, sum(part.count for part in parts), None, metrics)
     return results
+
+
+def _means(parts: Sequence[TaskResult]) -> dict[str, Metric]:
+    """The plain means of the metrics that all parts have."""
+    means = {}
+    for name in parts[0].metrics:
+        figures = [part.metrics[name] for part in parts if name in part.metrics]
+        if len(figures) == len(parts):
+            chances = [figure.chance for figure in figures if figure.chance is not None]
+            chance = _mean(chances) if len(chances) == len(parts) else None
+            means[name] = Metric(_mean([figure.value for figure in figures]), None, chance)
+    return means
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 def _task_result(found: Found) -> TaskResult:
@@ -118,12 +137,6 @@ def _chance(guess: Guess, samples: Sequence[Sample]) -> float | None:
     if guess is Guess.NOTHING:
         return 0.0
     return sum(len(set(sample.right)) / len(sample.choices) for sample in samples) / len(samples)
-
-
-def _mean_chance(metric: str, parts: Sequence[TaskResult]) -> float | None:
-    chances = [part.metrics[metric].chance for part in parts if metric in part.metrics]
-    known = [chance for chance in chances if chance is not None]
-    return sum(known) / len(known) if known and len(known) == len(chances) else None
 
 
 def _identity(sample: Sample) -> str:

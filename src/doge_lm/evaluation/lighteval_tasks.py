@@ -6,6 +6,7 @@ import os
 import re
 import string
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -52,7 +53,8 @@ class _Tasks(Registry):
     @staticmethod
     def groups(configs: Mapping[str, LightevalTaskConfig]) -> set[str]:
         """The names that stand for several tasks, `GROUP:PART`."""
-        return {name.partition(":")[0] for name in configs if ":" in name}
+        counts = Counter(name.partition(":")[0] for name in configs)
+        return {name for name, count in counts.items() if count > 1}
 
 
 class _OtherRows(FewShotSampler):
@@ -65,10 +67,15 @@ class _OtherRows(FewShotSampler):
     def sample_fewshot_examples(
         self, num_fewshot: int, variance_seed: int, sampler: Any = None, formatted_doc: Doc | None = None
     ) -> list[Doc]:
-        """Of one more than are needed, those with another number than the question has in its file."""
+        """Of more than are needed, those with another number than the question has; a number is that of a row in its
+        split, so as many may share it as there are splits.
+        """
         if num_fewshot == 0:
             return []
-        drawn: list[Doc] = super().sample_fewshot_examples(num_fewshot + 1, variance_seed, sampler, formatted_doc)
+        count = min(num_fewshot + len(self.task.evaluation_split), len(self.task.fewshot_docs()))
+        self._init_fewshot_pool(count, variance_seed)
+        adds_one = not self.few_shots_select.value.fewshotpool_unique
+        drawn: list[Doc] = self._sample_from_pool(variance_seed, count - adds_one, sampler)
         if formatted_doc is None:
             return drawn[:num_fewshot]
         return [doc for doc in drawn if doc.id != formatted_doc.id][:num_fewshot]
@@ -103,9 +110,14 @@ def load_tasks(choice: Choice, report: Callable[[str], None]) -> dict[str, Light
     tasks = _with_examples(configs, choice, fixed)
     for task in tasks.values():
         _load_data(task, ready)
-        if task.fewshot_split is None or task.fewshot_split in task.evaluation_split:
+        if asks_and_shows(task):
             task.fewshot_sampler = _OtherRows(task)
     return tasks
+
+
+def asks_and_shows(task: LightevalTask) -> bool:
+    """Whether examples come from the rows that are asked."""
+    return task.fewshot_split is None or task.fewshot_split in task.evaluation_split
 
 
 def _plain(name: str) -> str:
