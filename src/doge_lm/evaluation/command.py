@@ -174,7 +174,7 @@ def _engine(args: argparse.Namespace) -> Callable[..., dict[str, harness.TaskRes
     if args.engine == _HARNESS or all(_is_results(place) for place in args.models):
         return harness.run_tasks
     environment = (
-        "it needs older packages than the rest of doge-lm, so give it an environment of its own: python -m venv "
+        "it needs older packages than the rest of doge-lm, so give it an environment of its own: python3 -m venv "
         ".venv-lighteval, then .venv-lighteval/bin/pip install --constraint constraints-lighteval.txt --editable "
         "'.[lighteval]', and run .venv-lighteval/bin/doge-lm"
     )
