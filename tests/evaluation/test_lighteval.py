@@ -10,6 +10,7 @@ import json
 import math
 import random
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,8 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from doge_lm.cli import main
@@ -31,6 +34,7 @@ from doge_lm.evaluation.report import RESULT_NAME, Results
 from doge_lm.evaluation.scorer import PlainScorer, make_scorer
 from doge_lm.evaluation.texts import windows
 from doge_lm.inference.loading import load_model
+from tests.conftest import REPOSITORY
 from tests.small_model import make_model
 
 from .benchmarks import make_benchmarks
@@ -126,6 +130,23 @@ def test_flags_without_meaning_are_refused(
     status, _, err = run(capsys, world / "one", *flags)
     assert status == 1
     assert message in err
+
+
+def test_the_constraints_pin_what_the_extra_asks_for() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (REPOSITORY / "constraints-lighteval.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    versions = {canonicalize_name(name): version for name, version in pins.items()}
+    asked, extras = [Requirement(text) for text in project["dependencies"]], ["lighteval"]
+    for extra in extras:
+        for requirement in map(Requirement, project["optional-dependencies"][extra]):
+            if requirement.name == project["name"]:
+                extras += requirement.extras
+            else:
+                asked.append(requirement)
+    assert {"torch", "lighteval", "lm-eval", "datasets", "xxhash"} <= {requirement.name for requirement in asked}
+    for requirement in asked:
+        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
 
 
 def test_without_lighteval_the_way_to_it_is_said(
