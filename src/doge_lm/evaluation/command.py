@@ -1,9 +1,12 @@
 """`doge-lm eval MODEL …`: benchmarks and bits per byte of a trained model, and a comparison of several."""
 
 import argparse
+import importlib
+import importlib.util
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ from doge_lm.inference.loading import load_model, load_model_tokenizer, pick_dev
 
 _BATCH_TOKENS = {"cpu": 4096}
 _BATCH_TOKENS_ELSE = 65_536
+_HARNESS, _LIGHTEVAL = "harness", "lighteval"
+_SEED = 1234
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"directory of a trained model, or of results ({RESULT_NAME}); the first is compared with each other",
     )
     parser.add_argument(
-        "--tasks", action="append", default=[], metavar="NAME,…", help="tasks of lm-evaluation-harness, or of your own"
+        "--engine",
+        choices=[_HARNESS, _LIGHTEVAL],
+        default=_HARNESS,
+        help="harness (default): lm-evaluation-harness; lighteval: its tasks and metrics, in an environment of its own",
+    )
+    parser.add_argument(
+        "--tasks", action="append", default=[], metavar="NAME,…", help="tasks of the engine, or of your own"
     )
     parser.add_argument(
         "--suite",
@@ -43,7 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data_dir", type=Path, help="where local copies of benchmarks lie, JSON lines each")
     parser.add_argument(
-        "--include_path", type=Path, action="append", default=[], metavar="FOLDER", help="a folder with more task files"
+        "--include_path",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="a folder with more task files; for lighteval, a Python file with a TASKS_TABLE",
     )
     parser.add_argument(
         "--texts",
@@ -57,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="so many samples of each task or group of texts, to try it out")
     parser.add_argument("--chat", action="store_true", help="put questions as a user's turn, for a chat model")
     parser.add_argument("--system", help="the system prompt with --chat")
-    parser.add_argument("--seed", type=int, default=1234, help="draws the examples (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=_SEED, help="draws the examples (default: %(default)s)")
     parser.add_argument(
         "--run_code", action="store_true", help="run the programs that the model writes, on this machine, unprotected"
     )
@@ -75,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     """Run `doge-lm eval`."""
     _check(args)
     groups = _groups(args.texts)
+    run_tasks = _engine(args)
     tasks = _tasks(args)
     if not tasks and not groups and any(not _is_results(place) for place in args.models):
         raise UserError("nothing to evaluate on: give --tasks, --suite, --data_dir or --texts")
@@ -85,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"\n{found.model}")
             _show(found)
         else:
-            found = _evaluate(place, args, tasks, groups)
+            found = _evaluate(place, args, run_tasks, tasks, groups)
         results.append(found)
     for other in results[1:]:
         of_tasks, without_tasks = compare(results[0].tasks, other.tasks)
@@ -131,8 +148,46 @@ def _check(args: argparse.Namespace) -> None:
     for place in measured:
         if not (place / "config.json").is_file():
             raise UserError(f"{place} holds neither a model (config.json) nor results ({RESULT_NAME})")
+    if args.engine == _LIGHTEVAL:
+        _check_lighteval(args)
     if args.output_dir is not None:
         _try_to_write(args.output_dir)
+
+
+def _check_lighteval(args: argparse.Namespace) -> None:
+    """Refuse flags that mean nothing to lighteval."""
+    if args.suite not in {None, "local"}:
+        raise UserError(
+            f"--suite {args.suite} is a list of lm-evaluation-harness's tasks; with --engine lighteval, name tasks "
+            "with --tasks, or give --suite local"
+        )
+    if args.seed != _SEED:
+        raise UserError("--seed is for --engine harness; lighteval draws examples by a seed of its own: leave it out")
+
+
+def _engine(args: argparse.Namespace) -> Callable[..., dict[str, harness.TaskResult]]:
+    """What runs the tasks. lighteval is imported only if it is asked for: that takes longer than a small benchmark.
+
+    Raises:
+        UserError: if lighteval is not installed, or cannot be imported.
+    """
+    if args.engine == _HARNESS or all(_is_results(place) for place in args.models):
+        return harness.run_tasks
+    environment = (
+        "it needs older packages than the rest of doge-lm, so give it an environment of its own: python3 -m venv "
+        ".venv-lighteval, then .venv-lighteval/bin/pip install --constraint constraints-lighteval.txt --editable "
+        "'.[lighteval]', and run .venv-lighteval/bin/doge-lm"
+    )
+    if importlib.util.find_spec("lighteval") is None:
+        raise UserError(f"--engine lighteval: lighteval is not installed here; {environment}")
+    try:
+        module = importlib.import_module("doge_lm.evaluation.lighteval_engine")
+    except ImportError as error:
+        if (error.name or "").startswith("doge_lm"):
+            raise
+        raise UserError(f"--engine lighteval cannot be imported ({error}); {environment}") from error
+    run_tasks: Callable[..., dict[str, harness.TaskResult]] = module.run_tasks
+    return run_tasks
 
 
 def _try_to_write(directory: Path) -> None:
@@ -170,7 +225,13 @@ def _groups(arguments: list[str]) -> dict[str, list[Path]]:
     return groups
 
 
-def _evaluate(place: Path, args: argparse.Namespace, tasks: list[str], groups: dict[str, list[Path]]) -> Results:
+def _evaluate(
+    place: Path,
+    args: argparse.Namespace,
+    run_tasks: Callable[..., dict[str, harness.TaskResult]],
+    tasks: list[str],
+    groups: dict[str, list[Path]],
+) -> Results:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.disable_progress_bar()
     device = pick_device(args.device)
@@ -193,7 +254,7 @@ def _evaluate(place: Path, args: argparse.Namespace, tasks: list[str], groups: d
     results = Results(str(place), _settings(args, model.dtype, device, batch_tokens), {}, {})
     # Each part is shown and written when it is done: what goes wrong in the next does not cost it.
     if tasks:
-        found = harness.run_tasks(scorer, choice, print)
+        found = run_tasks(scorer, choice, print)
         results.settings["cut_requests"] = scorer.cut_requests
         results = replace(results, tasks=found)
         _keep(results, args.output_dir)
@@ -220,7 +281,7 @@ def _keep(results: Results, directory: Path | None) -> None:
 
 def _settings(args: argparse.Namespace, dtype: torch.dtype, device: torch.device, batch_tokens: int) -> dict[str, Any]:
     """What results depend on, for the record."""
-    kept = ("num_fewshot", "limit", "chat", "system", "seed", "window")
+    kept = ("engine", "num_fewshot", "limit", "chat", "system", "seed", "window")
     return {
         **{name: getattr(args, name) for name in kept},
         "dtype": str(dtype).removeprefix("torch."),

@@ -135,6 +135,16 @@ def local_suite(data_dir: Path, run_code: bool) -> tuple[list[str], list[str]]:
     return tasks, left_out
 
 
+def load_local(data_dir: Path | None, names: Sequence[str]) -> dict[str, ConfigurableTask]:
+    """The ready tasks of these names, with their rows, for another engine to run.
+
+    Raises:
+        UserError: for a name that is none of theirs, and one whose file is missing or bad.
+    """
+    manager = _manager(Choice(names, data_dir))
+    return {name: task for name in _known(manager, names) for task in _load(manager, [name])}
+
+
 def run_tasks(scorer: HFLM, choice: Choice, report: Callable[[str], None] = lambda line: None) -> dict[str, TaskResult]:
     """Evaluate a model on tasks; the same seed gives the same results. `report` is told what is left out.
 
@@ -194,7 +204,7 @@ def _task_result(name: str, found: Mapping[str, Any]) -> TaskResult:
         better = found.get("higher_is_better", {}).get(name, {}).get(plain)
         metrics[metric] = Metric(value, stderr, 0.0 if plain in _WRITTEN and not choices else chance, whole, better)
         if field_name is not None and whole:
-            breakdown[metric] = _by_field([sample["doc"] for sample in mine], whole, field_name)
+            breakdown[metric] = by_field([sample["doc"] for sample in mine], whole, field_name)
     filters = {sample["filter"] for sample in samples}
     first = [sample for sample in samples if sample["filter"] == min(filters)]
     identity = [f"{sample['doc_hash']}:{sample['prompt_hash']}" for sample in first]
@@ -225,7 +235,8 @@ def _chance(samples: Sequence[Mapping[str, Any]]) -> float:
     return sum(shares) / len(shares)
 
 
-def _by_field(docs: Sequence[Mapping[str, Any]], scores: Sequence[float], name: str) -> dict[str, tuple[float, int]]:
+def by_field(docs: Sequence[Mapping[str, Any]], scores: Sequence[float], name: str) -> dict[str, tuple[float, int]]:
+    """(mean, samples) of the samples' scores for each value of a field of theirs."""
     parts: dict[str, list[float]] = {}
     for doc, score in zip(docs, scores, strict=True):
         parts.setdefault(str(doc[name]), []).append(score)
@@ -286,19 +297,20 @@ def _load(manager: TaskManager, names: Sequence[str]) -> list[Any]:
             found = manager.load([name])
         except (DatasetNotFoundError, ConnectionError) as error:
             raise UserError(
-                f"the data of the task {name} cannot be had ({_reason(error)}); it comes from the hub: check the "
+                f"the data of the task {name} cannot be had ({reason(error)}); it comes from the hub: check the "
                 "network, or evaluate on local copies with --data_dir"
             ) from error
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             # Whatever the harness stumbles over in a task file or its data.
             where = manager.task_index[name].yaml_path
-            raise UserError(f"the task {name} of {where} cannot be used ({_reason(error)}); mend the file") from error
+            raise UserError(f"the task {name} of {where} cannot be used ({reason(error)}); mend the file") from error
         groups = found.get("groups", {})
         loaded += [groups[name]] if name in groups else list(found["tasks"].values())
     return loaded
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """An error of another library on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 

@@ -149,10 +149,25 @@ class PlainScorer(HFLM):
                 )
             self.cut_requests += len(context) + len(continuation) > most + 1
 
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Request]:
+        """Contexts and continuations as requests; an empty context becomes the token that begins a text."""
+        requests: list[Request] = []
+        for context, continuation in pairs:
+            if context:
+                ids, rest = self._encode_pair(context, continuation)
+            else:
+                ids, rest = [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+            requests.append(((context, continuation), ids, rest))
+        return requests
+
+    def score(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+        """The log-likelihood of each continuation in nats, and whether each of its tokens is the likeliest."""
+        return self._loglikelihood_tokens(requests, not self.shows_progress)
+
     def score_windows(self, windows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         """The log-likelihood of each second part behind its first, in nats; both of at least one token."""
         requests: list[Request] = [(None, context, rest) for context, rest in windows]
-        return [log_likelihood for log_likelihood, _ in self._loglikelihood_tokens(requests, not self.shows_progress)]
+        return [log_likelihood for log_likelihood, _ in self.score(requests)]
 
 
 class DogeScorer(PlainScorer):
@@ -175,23 +190,25 @@ class DogeScorer(PlainScorer):
         return [[self.prefix_token_id, *ids] for ids in encode_batch(self.tokenizer, texts)]
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation behind its context, as the harness asks for it.
+        """Log-likelihood of each continuation behind its context, as the harness asks for it."""
+        return self._loglikelihood_tokens(self.encode_pairs([request.args for request in requests]), disable_tqdm)
 
-        Every text is tokenized once, in batches: one by one that takes longer than a small model on a GPU. Blanks at
-        the end of a context go to the continuation, whose first token they belong to, as the harness has it.
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Request]:
+        """The same with every text tokenized once, in batches: one by one takes longer than a small model on a GPU.
+
+        Blanks at the end of a context go to the continuation, whose first token they belong to, as the harness has it.
         """
-        pairs = [request.args for request in requests]
+        asked = list(pairs)
         if self._chat:  # as the template does, and the harness does not
-            pairs = [(context, rest if rest[:1].isspace() else f" {rest}") for context, rest in pairs]
-        kept = [context.rstrip() for context, _ in pairs]
-        whole = [context + continuation for context, continuation in pairs]
+            asked = [(context, rest if rest[:1].isspace() else f" {rest}") for context, rest in pairs]
+        kept = [context.rstrip() for context, _ in asked]
+        whole = [context + continuation for context, continuation in asked]
         texts = list(dict.fromkeys([*kept, *whole]))
         ids = dict(zip(texts, self._ids(texts), strict=True))
-        asked: list[Request] = [
-            (request.args, ids[before], ids[together][len(ids[before]) :])
-            for request, before, together in zip(requests, kept, whole, strict=True)
+        return [
+            (tuple(pair), ids[before], ids[together][len(ids[before]) :])
+            for pair, before, together in zip(pairs, kept, whole, strict=True)
         ]
-        return self._loglikelihood_tokens(asked, disable_tqdm)
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """What the model writes behind each context, up to the first of the request's stops.
