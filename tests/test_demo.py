@@ -10,10 +10,11 @@ import pytest
 
 from doge_lm import cli, demo
 from doge_lm.errors import UserError
-from doge_lm.training.settings import load_settings
+from doge_lm.training.settings import FinetuneSettings, load_settings, load_settings_of
 from tests.conftest import REPOSITORY
 
 SOURCES = ["python-library", "python-help", "package-descriptions"]
+ALL = [*SOURCES, "python-answers"]
 
 
 def documents(path: Path) -> list[str]:
@@ -31,7 +32,7 @@ def everything(directory: Path) -> dict[str, bytes]:
 
 def test_the_corpus_is_the_same_each_time_and_enough_to_learn_from(tmp_path: Path) -> None:
     first, again = (demo.write_corpus(tmp_path / name) for name in ("first", "again"))
-    assert list(first) == list(again) == SOURCES
+    assert list(first) == list(again) == ALL
     for name in SOURCES:
         texts = documents(first[name])
         assert first[name].read_bytes() == again[name].read_bytes()
@@ -39,6 +40,17 @@ def test_the_corpus_is_the_same_each_time_and_enough_to_learn_from(tmp_path: Pat
         assert all(text.strip() for text in texts)
     assert sum(path.stat().st_size for path in first.values()) > 5 * 10**6
     assert any("class ArgumentParser" in text for text in documents(first["python-library"]))
+
+
+def test_conversations_are_made_of_the_manual(tmp_path: Path) -> None:
+    path = demo.write_corpus(tmp_path)["python-answers"]
+    rows = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) > 40
+    for turns in rows:
+        assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
+        assert all(turn["content"].strip() for turn in turns)
+    assert demo.QUESTION in [turns[0]["content"] for turns in rows]
+    assert demo.conversation('The "pass" statement\n****\n\n   pass_stmt ::= "pass"\n\nshort\n') == []
 
 
 def test_max_documents_takes_the_first_of_each_source(tmp_path: Path) -> None:
@@ -131,24 +143,30 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def test_the_commands_are_the_whole_path_and_fit_together(tmp_path: Path) -> None:
-    corpus = {name: tmp_path / "corpus" / f"{name}.jsonl" for name in SOURCES}
+    corpus = {name: tmp_path / "corpus" / f"{name}.jsonl" for name in ALL}
     found = demo.commands(tmp_path, corpus, steps=None)
     stages = ["tokenizer", "download_datasets", "preprocess_datasets", "merge_datasets", "train"]
-    assert [command[0] for command in found] == [*stages, *["generate"] * len(demo.PROMPTS)]
-    _, download, preprocess, merge, train, *generate = (parse(command) for command in found)
+    assert [command[0] for command in found] == [*stages, *["generate"] * len(demo.PROMPTS), "finetune", "chat"]
+    _, download, preprocess, merge, train, *generate, finetune, chat = (parse(command) for command in found)
     assert download.local == [f"{name}={path}" for name, path in corpus.items()]
     assert download.save_dir == preprocess.datasets_dir == preprocess.save_dir == merge.datasets_dir == merge.save_dir
     assert Path(train.dataset_path) == merge.save_dir / "pretrain"
     assert preprocess.tokenizer_path == train.tokenizer_path
     assert preprocess.max_len == load_settings(demo.PRESET).train.sequence_length
     assert [(command.model, command.texts) for command in generate] == [(train.output_dir, [p]) for p in demo.PROMPTS]
-    assert train.overrides == []
+    assert train.overrides == finetune.overrides == []
+    assert finetune.model_path == train.output_dir
+    assert Path(finetune.dataset_path) == merge.save_dir / "finetune"
+    assert chat.model == finetune.output_dir
 
 
 def test_steps_shorten_the_training(tmp_path: Path) -> None:
     [train] = [command for command in demo.commands(tmp_path, {}, steps=7) if command[0] == "train"]
     settings = load_settings(demo.PRESET, parse(train).overrides).train
     assert settings.per_epoch_max_steps * settings.num_train_epochs == 7
+    [finetune] = [command for command in demo.commands(tmp_path, {}, steps=7) if command[0] == "finetune"]
+    tuning = load_settings_of(FinetuneSettings, demo.PRESET, parse(finetune).overrides, "finetune").train
+    assert (tuning.per_epoch_max_steps, tuning.num_train_epochs) == (7, 1)
 
 
 @pytest.mark.parametrize("flag", ["--steps", "--max_documents"])
@@ -184,7 +202,7 @@ def test_it_ends_by_saying_where_everything_is(
     end = capsys.readouterr().out.partition("\nmodel:")[2]
     assert str(work_dir / "model") in end
     assert str(work_dir / "log" / "curve.png") in end
-    assert f'generate {work_dir / "model"} "def main("' in end
+    assert f"serve {work_dir / 'chat'} " in end
 
 
 def test_commands_are_printed_so_that_the_shell_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

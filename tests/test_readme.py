@@ -161,6 +161,7 @@ def check_demo(root: Path) -> None:
     log = [json.loads(line) for line in (root / "demo/log/train.jsonl").read_text(encoding="utf-8").splitlines()]
     assert any("loss" in entry for entry in log)
     assert (root / "demo/log/curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "## Answers" in (root / "demo/log_chat/report.md").read_text(encoding="utf-8")
 
 
 def check_download(root: Path) -> None:
@@ -238,12 +239,18 @@ SERVED = (
     "--port 0 > served.txt 2>&1 & server=$!\n"
     "for wait in $(seq 600); do grep -q http:// served.txt && break; sleep 0.2; done\n"
     "url=$(grep -om 1 'http://[0-9.:]*' served.txt)\n"
-    """python -c "import sys; from urllib.request import urlopen; print(urlopen(sys.argv[1]).read())" $url/health\n"""
+    """python3 -c "import sys; from urllib.request import urlopen; print(urlopen(sys.argv[1]).read())" $url/health\n"""
     "kill $server; wait $server"
 )
 
 RUNS = {
-    "make demo": Run("DEMO_FLAGS='--steps 60'", makes=("demo/model/config.json",), says="next:", after=check_demo),
+    "make demo": Run(
+        "DEMO_FLAGS='--steps 30'",
+        makes=("demo/model/config.json", "demo/chat/config.json"),
+        says="next:",
+        after=check_demo,
+    ),
+    ".venv/bin/doge-lm serve ./demo/chat": Run(SERVED, says='"status":"ok"'),
     "make test": Run(itself=True),
     "python3 -m venv .venv": Run(),
     '.venv/bin/python -m pip install --constraint constraints.txt --editable ".[dev]"': Run(),

@@ -1,13 +1,15 @@
-"""`doge-lm demo`: the whole path, from text to generated text, on a corpus that needs no network.
+"""`doge-lm demo`: the whole path, from text to a model to chat with, on a corpus that needs no network.
 
 The corpus is what Python itself and the installed packages ship: the standard library's sources, the texts behind
-`help()`, and the descriptions of the packages. Every stage is the real command, printed as one would type it.
+`help()`, and the descriptions of the packages; of the texts of `help()`, conversations are made too. Every stage is
+the real command, printed as one would type it.
 """
 
 import argparse
 import hashlib
 import importlib
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -23,6 +25,9 @@ from .training.settings import load_settings
 
 PRESET = "doge_tiny"
 PROMPTS = ("The function returns", "def main(")
+QUESTION = "What is the statement return?"
+MOST_TURNS = 12
+"""Answers of one conversation."""
 # Directories of the standard library that hold tests, data tables or other people's packages.
 _SKIPPED = {
     "test",
@@ -36,7 +41,7 @@ _SKIPPED = {
     "pydoc_data",
 }
 # What the demo makes in its directory: a later demo may remove these, and nothing else.
-_FOLDERS = ("corpus", "tokenizer", "datasets", "log", "model")
+_FOLDERS = ("corpus", "tokenizer", "datasets", "log", "model", "log_chat", "chat")
 _RECORD = "demo.json"
 _MADE_HERE = b'{"made_by": "doge-lm demo"}\n'
 
@@ -44,12 +49,14 @@ _MADE_HERE = b'{"made_by": "doge-lm demo"}\n'
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `doge-lm demo`."""
     parser.add_argument("--work_dir", type=Path, default=Path("demo"), help="where everything goes (default: ./demo)")
-    parser.add_argument("--steps", type=int, help="training steps, in place of the preset's")
-    parser.add_argument("--max_documents", type=int, help="take only so many documents of each source")
+    parser.add_argument("--steps", type=int, help="steps of either training, in place of the presets'")
+    parser.add_argument(
+        "--max_documents", type=int, help="take only so many documents of each source (all conversations stay)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo: corpus, tokenizer, data, training, generation, each by its own command."""
+    """Run the demo: corpus, tokenizer, data, training, generation, fine-tuning, chat, each by its own command."""
     for name in ("steps", "max_documents"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -68,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 def commands(work_dir: Path, corpus: dict[str, Path], steps: int | None) -> list[list[str]]:
     """The commands of the demo, in order, each as the arguments of `doge-lm`."""
     settings = load_settings(PRESET)
-    datasets, tokenizer, model = str(work_dir / "datasets"), str(work_dir / "tokenizer"), str(work_dir / "model")
+    datasets, tokenizer, model, chat = (str(work_dir / name) for name in ("datasets", "tokenizer", "model", "chat"))
     local = [part for name, path in corpus.items() for part in ("--local", f"{name}={path}")]
     shorter = [] if steps is None else ["--set", f"per_epoch_max_steps={steps}", "--set", "num_train_epochs=1"]
     return [
@@ -78,12 +85,17 @@ def commands(work_dir: Path, corpus: dict[str, Path], steps: int | None) -> list
             *["preprocess_datasets", "--datasets_dir", datasets, "--save_dir", datasets],
             *["--tokenizer_path", tokenizer, "--max_len", str(settings.train.sequence_length), "--num_proc", "2"],
         ],
-        ["merge_datasets", "--datasets_dir", datasets, "--save_dir", datasets, "--test_size", "32", "--num_proc", "2"],
+        ["merge_datasets", "--datasets_dir", datasets, "--save_dir", datasets, "--test_size", "16", "--num_proc", "2"],
         [
             *["train", "--config_path", PRESET, "--logging_dir", str(work_dir / "log"), "--output_dir", model],
             *["--tokenizer_path", tokenizer, "--dataset_path", f"{datasets}/pretrain", *shorter],
         ],
         *(["generate", model, prompt, "--max_new_tokens", "64", "--seed", "233"] for prompt in PROMPTS),
+        [
+            *["finetune", "--config_path", PRESET, "--model_path", model, "--dataset_path", f"{datasets}/finetune"],
+            *["--logging_dir", str(work_dir / "log_chat"), "--output_dir", chat, *shorter],
+        ],
+        ["chat", chat, "--message", QUESTION, "--max_new_tokens", "64", "--seed", "233"],
     ]
 
 
@@ -104,7 +116,29 @@ def write_corpus(directory: Path, max_documents: int | None = None) -> dict[str,
         paths[name] = directory / f"{name}.jsonl"
         lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in ordered)
         paths[name].write_text("".join(lines), encoding="utf-8", newline="\n")
+    paths["python-answers"] = directory / "python-answers.jsonl"
+    rows = ({"messages": turns} for page in _help_topics() if (turns := conversation(page)))
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    paths["python-answers"].write_text(text, encoding="utf-8", newline="\n")
     return paths
+
+
+def conversation(page: str) -> list[dict[str, str]]:
+    """A page of the manual as turns: its heading as a question, its first paragraphs of prose as the answers.
+
+    Empty where a page has no prose.
+    """
+    heading, _, body = page.partition("\n")
+    statement = re.fullmatch(r'The "(\w+)" statement', heading)
+    question = f"What is the statement {statement[1]}?" if statement else f"Explain: {heading}"
+    paragraphs = [" ".join(part.split()) for part in body.split("\n\n")]
+    # Without grammar, code and single words.
+    prose = [part for part in paragraphs if len(part) > 60 and "::=" not in part and part[0].isalpha()]
+    turns = []
+    for number, answer in enumerate(prose[:MOST_TURNS]):
+        turns.append({"role": "user", "content": "Go on." if number else question})
+        turns.append({"role": "assistant", "content": answer})
+    return turns
 
 
 def _library_sources() -> Iterator[str]:
@@ -169,8 +203,8 @@ def _execute(arguments: list[str]) -> int:
 
 def _conclude(work_dir: Path) -> None:
     print(
-        f"\nmodel:  {work_dir / 'model'}\n"
+        f"\nmodel:  {work_dir / 'model'}, and after fine-tuning {work_dir / 'chat'}\n"
         f"curve:  {work_dir / 'log' / CURVE_NAME}\n"
-        f'next:   {_own_name()} generate {work_dir / "model"} "{PROMPTS[1]}"\n'
+        f"next:   {_own_name()} serve {work_dir / 'chat'}   (a chat page in the browser)\n"
         f"        and with texts of your own: {_own_name()} download_datasets --help"
     )

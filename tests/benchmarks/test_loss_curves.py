@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import needs_all
 from tests.training.support import World, make_settings
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +28,7 @@ def test_distances_of_curves() -> None:
         loss_curves.quarters(one, {0: 0.0})
 
 
+@needs_all
 def test_the_three_runs_start_alike_and_are_compared(tmp_path: Path) -> None:
     world = World(tmp_path / "world")
     config = tmp_path / "config.yaml"

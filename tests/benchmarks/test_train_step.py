@@ -15,7 +15,7 @@ from doge_lm import DogeConfig, DogeForCausalLM
 from doge_lm.errors import UserError
 from doge_lm.training.plan import count_model
 from doge_lm.training.settings import load_settings
-from tests.conftest import EVERY
+from tests.conftest import ALL
 from tests.training.support import LENGTH, World, make_settings, one_thread
 
 ROOT = Path(__file__).parents[2]
@@ -246,7 +246,7 @@ def test_every_row_runs_through_the_trainer(tmp_path) -> None:
     config = tmp_path / "settings.yaml"
     config.write_text(make_settings({"hidden_dropout": 0.0}).to_yaml(), encoding="utf-8")
     rows = ("doge", "dense", "llama_fair", "transformers_doge", "published", "bare")  # llama: in test_quality.py
-    if EVERY != 1:  # each is a process of its own
+    if not ALL:  # each is a process of its own
         rows = ("doge", "dense", "published")
     flags = ("--sequence_length", str(LENGTH), "--peer_micro_batch", "4", "--rows", *rows)
     done = finished(command(world, config, tmp_path / "out", *flags))

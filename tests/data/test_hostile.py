@@ -25,6 +25,7 @@ from datasets import load_from_disk
 from doge_lm.cli import main
 from doge_lm.data import parquet
 from doge_lm.data.manifest import Manifest, SourceAccounting
+from tests.conftest import needs_all
 from tests.data.conftest import Mount, json_lines, left_over, remount
 
 ROOT = Path(__file__).parents[2]
@@ -456,7 +457,7 @@ def test_a_file_that_has_grown_since_it_was_taken_in_is_refused(pipeline: Pipeli
     pipeline.preprocess().complains_of(re.escape(str(path)), "bytes", "download_datasets")
 
 
-@pytest.mark.parametrize("count", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [10_000, pytest.param(100_000, marks=[pytest.mark.slow, needs_all])])
 @pytest.mark.timeout(300)
 def test_tiny_files(pipeline: Pipeline, tmp_path: Path, count: int) -> None:
     for number in range(count):

@@ -11,6 +11,7 @@ import zstandard
 from doge_lm.cli import main
 from doge_lm.data import encoders, streaming
 from doge_lm.training.checkpoints import RunRecord, list_checkpoints
+from tests.conftest import needs_all
 
 from .support import LENGTH, finish, log_lines, losses, start
 from .test_resume import wait_for_step
@@ -95,6 +96,7 @@ def test_killed_and_resumed_equals_uninterrupted(world, text, tmp_path):
 
 
 @pytest.mark.slow
+@needs_all
 def test_two_processes_train_as_one(world, text, tmp_path):
     settings = {**STREAM, "stream": str(text), "per_device_train_batch_size": "auto", "logging_steps": 2}
     one, two = tmp_path / "one", tmp_path / "two"
