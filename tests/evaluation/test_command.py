@@ -209,6 +209,35 @@ doc_to_choice: a
     assert tasks["mutual"].metrics["acc_mutual_info"].chance == pytest.approx(1 / 3)
 
 
+def test_a_perplexity_is_shown_and_not_compared(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"q": "one two", "a": word} for word in ("three", "four", "five")]
+    (tmp_path / "mine.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(
+        f"""task: mine
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "mine.json"}}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: q
+doc_to_target: " {{{{a}}}}"
+metric_list:
+  - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+""",
+        encoding="utf-8",
+    )
+    flags = ["--include_path", tmp_path, "--tasks", "mine"]
+    status, out, _ = run(capsys, world / "one", world / "two", *flags)
+    assert status == 0
+    compared = out[out.index("sample by sample") :]
+    assert "| mine | perplexity" in out
+    assert "| mine | perplexity" not in compared
+    assert "| mine | acc " in compared
+    assert "left out: mine, perplexity: it is not a mean over samples" in compared
+
+
 def test_tables_line_up() -> None:
     assert table(("a", "bc"), [("x", "1"), ("yyyy", "22")], left=1).splitlines() == [
         "| a    |  bc |",
