@@ -7,6 +7,7 @@ import pytest
 
 from doge_lm.cli import main
 from doge_lm.evaluation.report import RESULT_NAME, Results, table
+from tests.conftest import REPOSITORY
 from tests.small_model import make_model
 
 from .benchmarks import make_benchmarks
@@ -75,6 +76,19 @@ def test_a_whole_folder_of_benchmarks(world: Path, tmp_path: Path, capsys: pytes
     assert "| local_copa | acc" in out
 
 
+def test_a_folder_without_benchmarks_is_told_shortly(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "humaneval.jsonl").write_bytes((world / "data" / "humaneval.jsonl").read_bytes())
+    for folder, there in ((REPOSITORY / "benchmarks", 0), (tmp_path, 1)):
+        status, _, err = run(capsys, world / "one", "--data_dir", folder)
+        assert status == 1
+        assert f"holds {there} of the 12 files" in err
+        assert "the first that is missing is arc_challenge_test.jsonl" in err
+        assert ("--run_code" in err) == (there == 1)
+        assert len(err) < 300 + len(str(folder))
+
+
 def test_a_task_file_of_ones_own(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"q": "one two", "a": ["three", "four", "five"], "y": 1}] * 4
     (tmp_path / "mine.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -102,7 +116,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
         ([], "nothing to evaluate on"),
         (["--suite", "local"], "--data_dir"),
         (["--data_dir", "{world}/none"], "is no folder"),
-        (["--data_dir", "{world}/one"], "holds no benchmark"),
+        (["--data_dir", "{world}/one"], "holds 0 of the 12 files"),
         (["--data_dir", "{world}/data", "--tasks", "local_cpa"], "did you mean local_copa"),
         (["--tasks", "local_copa"], "--data_dir"),
         (["--data_dir", "{world}/two", "--tasks", "local_copa"], "holds no copa.jsonl"),

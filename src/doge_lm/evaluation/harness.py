@@ -119,19 +119,25 @@ def local_suite(data_dir: Path, run_code: bool) -> tuple[list[str], list[str]]:
     if not data_dir.is_dir():
         raise UserError(f"--data_dir {data_dir} is no folder; give the one that holds the benchmarks' files")
     manager = _manager(Choice((), data_dir))
-    tasks, left_out = [], []
+    tasks, left_out, absent = [], [], []
     for name in SUITES["local"]:
         config = manager.task_index[name].cfg
         assert config is not None
         file = config["dataset_kwargs"]["file"]
         if find_file(data_dir, file) is None:
+            absent.append(file)
             left_out.append(f"{name}: there is no {file}.jsonl in {data_dir}")
         elif config.get("unsafe_code") and not run_code:
             left_out.append(f"{name}: it runs programs that the model writes; allow it with --run_code")
         else:
             tasks.append(name)
     if not tasks:
-        raise UserError(f"--data_dir {data_dir} holds no benchmark; {'; '.join(left_out)}")
+        there = len(left_out) - len(absent)
+        raise UserError(
+            f"--data_dir {data_dir} holds {there} of the {len(left_out)} files of the ready tasks, and none that can "
+            f"be used; the first that is missing is {absent[0]}.jsonl. Give the folder of the files that "
+            f"docs/evaluation.md lists{', or allow programs with --run_code' if there else ''}"
+        )
     return tasks, left_out
 
 
