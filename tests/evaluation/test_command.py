@@ -1,11 +1,16 @@
 """`doge-lm eval`: what it prints and writes, and what it refuses."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from doge_lm.cli import main
+from doge_lm.data.tokenizer import load_tokenizer
 from doge_lm.evaluation.report import RESULT_NAME, Results, table
 from tests.conftest import REPOSITORY
 from tests.small_model import make_model
@@ -20,6 +25,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_model(place / name, seed=seed)
     make_benchmarks(place / "data", count=5)
     (place / "text.txt").write_text("a text", encoding="utf-8")
+    return place
+
+
+@pytest.fixture(scope="module")
+def llama(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of another architecture."""
+    place = tmp_path_factory.mktemp("command") / "llama"
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=32768, max_position_embeddings=512, **sizes)).save_pretrained(place)
+    load_tokenizer(world / "one").save_pretrained(place)
     return place
 
 
@@ -176,6 +191,66 @@ def test_a_place_for_results_is_tried_first(world: Path, tmp_path: Path, capsys:
     status, out, err = run(capsys, world / "one", *flags, tmp_path / "file")
     assert (status, out) == (1, "")
     assert "cannot be written to" in err
+
+
+def test_earlier_results_are_not_replaced_unasked(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data_dir", world / "data", "--tasks", "local_copa", "--limit", 2, "--output_dir", tmp_path]
+    assert run(capsys, world / "one", *flags)[0] == 0
+    before = (tmp_path / RESULT_NAME).read_bytes()
+    status, out, err = run(capsys, world / "two", *flags)
+    assert (status, out) == (1, "")
+    assert "holds results already" in err
+    assert (tmp_path / RESULT_NAME).read_bytes() == before
+    assert run(capsys, world / "two", *flags, "--overwrite")[0] == 0
+    assert Results.read(tmp_path / RESULT_NAME).model == str(world / "two")
+
+
+@pytest.mark.slow
+def test_nothing_but_results_is_said_where_there_is_no_terminal(world: Path, llama: Path, tmp_path: Path) -> None:
+    """No bar of progress and no complaint of git, outside of a repository, by a Doge and by another model."""
+    (tmp_path / "mine.json").write_text(
+        '{"q": "one two", "a": " three"}\n{"q": "four", "a": " five"}', encoding="utf-8"
+    )
+    (tmp_path / "mine.yaml").write_text(
+        f"""task: mine
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "mine.json"}}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: q
+doc_to_target: a
+metric_list: [{{metric: perplexity, aggregation: perplexity, higher_is_better: false}}]
+""",
+        encoding="utf-8",
+    )
+    flags = ["--data_dir", world / "data", "--tasks", "local_copa,local_triviaqa,mine", "--include_path", tmp_path]
+    command = [sys.executable, "-m", "doge_lm.cli", "eval", world / "one", llama, *flags, "--device", "cpu"]
+    environment = {
+        **os.environ,
+        "HF_HOME": str(tmp_path / "cache"),
+        "GIT_CEILING_DIRECTORIES": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "it/s" not in done.stderr
+    assert "%|" not in done.stderr
+    assert "examples" not in done.stderr
+    assert "git" not in done.stderr
+
+
+def test_a_standard_error_of_equal_samples_is_a_dash(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data_dir", world / "data", "--tasks", "local_triviaqa", "--output_dir", tmp_path]
+    status, out, _ = run(capsys, world / "one", *flags)
+    assert status == 0
+    assert Results.read(tmp_path / RESULT_NAME).tasks["local_triviaqa"].metrics["exact_match,stripped"].stderr == 0
+    assert "| 5 | 0.0000 | - | 0.0000 | +0.0000 |" in " ".join(out.split())
 
 
 def test_what_is_done_is_kept(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
