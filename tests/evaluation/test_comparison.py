@@ -109,13 +109,16 @@ def test_what_is_no_mean_of_its_samples_is_left_out_by_name() -> None:
                 nll=Metric(-sum(of) / 2, None, None, [-value for value in of], False),
                 f1=Metric(0.5, None, None, [], True),
                 overflown=Metric(math.nan, None, None, of, False),
+                endless=Metric(math.inf, None, None, [math.inf, -math.inf], False),
             )
             for of in nats
         )
         differences, left_out = compare(one, other)
         assert [difference.metric for difference in differences] == ["nll"]
         assert differences[0].difference == pytest.approx((sum(nats[0]) - sum(nats[1])) / 2)
-        named = [f"t, {metric}: it is not a mean over samples" for metric in ("perplexity", "f1", "overflown")]
+        named = [
+            f"t, {metric}: it is not a mean over samples" for metric in ("perplexity", "f1", "overflown", "endless")
+        ]
         assert left_out == named
 
 

@@ -70,7 +70,7 @@ def _is_mean(metric: Metric) -> bool:
 
     Of a perplexity, say, they are log-likelihoods: their difference is another figure, in which more is better.
     """
-    if not metric.samples:
+    if not metric.samples or not all(map(math.isfinite, metric.samples)):
         return False
     return math.isclose(math.fsum(metric.samples) / len(metric.samples), metric.value, rel_tol=1e-6, abs_tol=1e-9)
 
