@@ -1,7 +1,8 @@
 """What `doge-lm export` makes of a model: size, bits per byte, and speed of decoding, all in one run on a CPU.
 
-    python benchmarks/export.py MODEL --texts en=FILE [zh=FILE …] [--limit 40] [--new_tokens 64] [--repetitions 5]
+    python benchmarks/export.py MODEL --dataset_path DIR [--limit 40] [--new_tokens 64] [--repetitions 5]
         [--rows float32 bfloat16 …] [--json FILE]
+    python benchmarks/export.py MODEL --texts en=FILE [zh=FILE …] …
 
 Each row is an export in a temporary directory, loaded again as a user would:
 
@@ -10,18 +11,24 @@ Each row is an export in a temporary directory, loaded again as a user would:
     int8-bfloat16, int4-bfloat16  the same, the rest in bfloat16
     onnx                          `--format onnx`, in onnxruntime
 
-`MB` is the size of the weights' files. Bits per byte are those of `doge-lm eval --texts` with windows of `--window`
-tokens; `±` is the standard error of the difference to float32, text by text. Decoding is greedy, one prompt of
+`MB` is the size of the weights' files. Bits per byte are those of text that the model was not trained on: the first
+`--limit` rows of each source in the test split of a prepared set (`SAVE_DIR/pretrain`), whose targets are scored as
+they stand there. Each piece of a row is read by itself, in windows of `--window` tokens, whatever lies before it in the
+row; so the figures are not quite those of the training's evaluation, which reads rows whole. With `--texts` they are
+those of `doge-lm eval --texts`, over the first `--limit` texts, and it is yours to know that these were held out. `±`
+is the standard error of the difference to float32, row by row or text by text. Decoding is greedy, one prompt of
 `--prompt_tokens` random ids, by `Decoder` or onnxruntime: the tokens behind the first over the time that they take,
 the median over `--repetitions`; rows take turns, so that a busy machine slows all of them alike.
 """
 
 import argparse
+import math
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,10 +37,13 @@ import torch
 from train_step import circumstances, write_whole
 from transformers.utils import logging
 
-from doge_lm.data.tokenizer import load_tokenizer
+from doge_lm.data.dataset import load_prepared
+from doge_lm.data.tokenizer import load_tokenizer, tokenizer_sha256
+from doge_lm.errors import UserError
+from doge_lm.evaluation.bits_per_byte import Scores
 from doge_lm.evaluation.comparison import compare_texts
 from doge_lm.evaluation.scorer import PlainScorer, make_scorer
-from doge_lm.evaluation.texts import TextScores, parse_group, score_texts
+from doge_lm.evaluation.texts import TextScores, parse_group, ratio_stderr, score_texts, windows
 from doge_lm.inference.decoding import Decoder, Sampling
 from doge_lm.inference.export import export
 from doge_lm.inference.loading import load_model
@@ -68,6 +78,73 @@ class OnnxScorer:
             logits = torch.from_numpy(self._runner.logits(ids, np.ones_like(ids)))[0, -len(targets) :]
             found.append(float(logits.log_softmax(dim=-1)[range(len(targets)), targets].double().sum()))
         return found
+
+
+def held_out_rows(place: Path, limit: int) -> dict[str, list[dict[str, Any]]]:
+    """The first rows of each source in the test split of a prepared set.
+
+    Raises:
+        UserError: if it is no prepared set, or its test split is empty.
+    """
+    test = load_prepared(place).test
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for index, source in enumerate(test["source"]):
+        rows = groups.setdefault(str(source), [])
+        if len(rows) < limit:
+            rows.append(test[index])
+    if not groups:
+        raise UserError(f"--dataset_path {place}: the test split is empty; merge the datasets with another --test_size")
+    return dict(sorted(groups.items()))
+
+
+def target_windows(row: dict[str, Any], length: int) -> list[tuple[list[int], list[int]]]:
+    """(context, targets) that cover every target of a row once; its pieces apart, each in windows of `length`."""
+    found = []
+    ids, is_target = row["input_ids"].tolist(), np.ones(len(row["input_ids"]), np.bool_)
+    for start, end in row["context_spans"].reshape(-1, 2):
+        is_target[start:end] = False
+    ends = np.cumsum(row["document_lengths"]).tolist()
+    for begin, end in zip([0, *ends], ends, strict=False):
+        done = begin + 1
+        for context, targets in windows(ids[begin:end], length):
+            before = list(context)
+            places = range(done, done + len(targets))
+            for trained, run in groupby(places, lambda place: bool(is_target[place])):
+                part = [ids[place] for place in run]
+                if trained:
+                    found.append((before, part))
+                before = before + part
+            done += len(targets)
+    return found
+
+
+def score_rows(scorer: Any, groups: dict[str, list[dict[str, Any]]], window: int) -> dict[str, TextScores]:
+    """Bits per byte of the targets of each group's rows; what `score_texts` gives for texts."""
+    length = min(scorer.max_length, window)
+    results = {}
+    for name, rows in groups.items():
+        of_rows = [target_windows(row, length) for row in rows]
+        found = iter(scorer.score_windows([part for parts in of_rows for part in parts]))
+        scores = [
+            Scores(
+                -math.fsum(next(found) for _ in parts),
+                sum(len(targets) for _, targets in parts),
+                int(row["text_bytes"]),
+            )
+            for row, parts in zip(rows, of_rows, strict=True)
+        ]
+        nats, sizes = [each.nll for each in scores], [each.bytes for each in scores]
+        total = Scores(math.fsum(nats), sum(each.tokens for each in scores), sum(sizes))
+        results[name] = TextScores(total, len(rows), ratio_stderr(scores), nats, sizes, "rows of one set")
+    return results
+
+
+def check_tokenizer(place: Path, model: Path) -> None:
+    """Raises UserError if a prepared set was made with another tokenizer than the model's."""
+    if load_prepared(place).manifest.tokenizer.sha256 != tokenizer_sha256(model):
+        raise UserError(
+            f"--dataset_path {place} was made with another tokenizer than that of {model}; give its own set"
+        )
 
 
 def onnx_generate(runner: OnnxRunner, prompt: list[int]) -> Generate:
@@ -114,8 +191,10 @@ def measure_speed(ways: dict[str, Generate], args: argparse.Namespace) -> dict[s
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--texts", nargs="+", required=True, metavar="NAME=PATH")
-    parser.add_argument("--limit", type=int, default=40, help="texts of a group")
+    read = parser.add_mutually_exclusive_group(required=True)
+    read.add_argument("--dataset_path", type=Path, help="a prepared set, whose test split is read")
+    read.add_argument("--texts", nargs="+", metavar="NAME=PATH", help="texts that the model was not trained on")
+    parser.add_argument("--limit", type=int, default=40, help="rows of a source, or texts of a group")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--prompt_tokens", type=int, default=32)
@@ -125,10 +204,20 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def scoring(args: argparse.Namespace) -> Callable[[Any], dict[str, TextScores]]:
+    """What gives the bits per byte of a scorer, by group."""
+    if args.texts is not None:
+        groups = {name: [path] for name, path in map(parse_group, args.texts)}
+        return lambda scorer: score_texts(cast(PlainScorer, scorer), groups, args.window, args.limit)
+    check_tokenizer(args.dataset_path, args.model)
+    rows = held_out_rows(args.dataset_path, args.limit)
+    return lambda scorer: score_rows(scorer, rows, args.window)
+
+
 def main() -> None:
     args = parse_arguments()
     logging.disable_progress_bar()
-    groups = {name: [path] for name, path in map(parse_group, args.texts)}
+    score = scoring(args)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(3, 1000, (args.prompt_tokens,), generator=generator).tolist()
     threads = torch.get_num_threads()
@@ -146,7 +235,7 @@ def main() -> None:
                 model = load_model(place, CPU)
                 scorer = make_scorer(model, load_tokenizer(place), batch_tokens=2048)
                 ways[name] = decoder_generate(Decoder(model), prompt)
-            scores[name] = score_texts(cast(PlainScorer, scorer), groups, args.window, args.limit)
+            scores[name] = score(scorer)
             bits = {group: found.scores.bits_per_byte for group, found in scores[name].items()}
             records[name] = {
                 "bytes": weights_bytes(place),
@@ -156,7 +245,7 @@ def main() -> None:
             print(f"{name}: {records[name]}", flush=True)
         for name, speed in measure_speed(ways, args).items():
             records[name]["tokens_per_second"] = speed
-    print_table(records, scores, list(groups))
+    print_table(records, scores, list(next(iter(scores.values()))))
     if args.json is not None:
         write_whole(args.json, {**circumstances(), "threads": threads, "cpus": os.cpu_count(), "records": records})
 

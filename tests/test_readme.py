@@ -221,7 +221,7 @@ def interrupt(root: Path) -> None:
 
 
 def write_benchmarks(root: Path) -> None:
-    make_benchmarks(root / "benchmarks", count=3)
+    make_benchmarks(root / "eval_data", count=3)
 
 
 def write_pairs(root: Path) -> None:
@@ -287,7 +287,7 @@ RUNS = {
         says="78,572,032 total"
     ),
     'doge-lm generate ./results "Once upon a time"': Run("--max_new_tokens 8", says="Once upon a time"),
-    "doge-lm eval ./results --data_dir ./benchmarks --texts en=./texts": Run(
+    "doge-lm eval ./results --data_dir ./eval_data --texts en=./texts": Run(
         "--tasks local_copa --limit 2", says="| local_copa | acc", before=write_benchmarks
     ),
     "python finetune.py --config_path ./model/config/finetune/doge_25M.yaml --model_path ./results "

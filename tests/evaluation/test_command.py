@@ -1,12 +1,18 @@
 """`doge-lm eval`: what it prints and writes, and what it refuses."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from doge_lm.cli import main
+from doge_lm.data.tokenizer import load_tokenizer
 from doge_lm.evaluation.report import RESULT_NAME, Results, table
+from tests.conftest import REPOSITORY
 from tests.small_model import make_model
 
 from .benchmarks import make_benchmarks
@@ -19,6 +25,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_model(place / name, seed=seed)
     make_benchmarks(place / "data", count=5)
     (place / "text.txt").write_text("a text", encoding="utf-8")
+    return place
+
+
+@pytest.fixture(scope="module")
+def llama(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of another architecture."""
+    place = tmp_path_factory.mktemp("command") / "llama"
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=32768, max_position_embeddings=512, **sizes)).save_pretrained(place)
+    load_tokenizer(world / "one").save_pretrained(place)
     return place
 
 
@@ -75,6 +91,19 @@ def test_a_whole_folder_of_benchmarks(world: Path, tmp_path: Path, capsys: pytes
     assert "| local_copa | acc" in out
 
 
+def test_a_folder_without_benchmarks_is_told_shortly(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "humaneval.jsonl").write_bytes((world / "data" / "humaneval.jsonl").read_bytes())
+    for folder, there in ((REPOSITORY / "benchmarks", 0), (tmp_path, 1)):
+        status, _, err = run(capsys, world / "one", "--data_dir", folder)
+        assert status == 1
+        assert f"holds {there} of the 12 files" in err
+        assert "the first that is missing is arc_challenge_test.jsonl" in err
+        assert ("--run_code" in err) == (there == 1)
+        assert len(err) < 300 + len(str(folder))
+
+
 def test_a_task_file_of_ones_own(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"q": "one two", "a": ["three", "four", "five"], "y": 1}] * 4
     (tmp_path / "mine.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -102,7 +131,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
         ([], "nothing to evaluate on"),
         (["--suite", "local"], "--data_dir"),
         (["--data_dir", "{world}/none"], "is no folder"),
-        (["--data_dir", "{world}/one"], "holds no benchmark"),
+        (["--data_dir", "{world}/one"], "holds 0 of the 12 files"),
         (["--data_dir", "{world}/data", "--tasks", "local_cpa"], "did you mean local_copa"),
         (["--tasks", "local_copa"], "--data_dir"),
         (["--data_dir", "{world}/two", "--tasks", "local_copa"], "holds no copa.jsonl"),
@@ -164,6 +193,66 @@ def test_a_place_for_results_is_tried_first(world: Path, tmp_path: Path, capsys:
     assert "cannot be written to" in err
 
 
+def test_earlier_results_are_not_replaced_unasked(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data_dir", world / "data", "--tasks", "local_copa", "--limit", 2, "--output_dir", tmp_path]
+    assert run(capsys, world / "one", *flags)[0] == 0
+    before = (tmp_path / RESULT_NAME).read_bytes()
+    status, out, err = run(capsys, world / "two", *flags)
+    assert (status, out) == (1, "")
+    assert "holds results already" in err
+    assert (tmp_path / RESULT_NAME).read_bytes() == before
+    assert run(capsys, world / "two", *flags, "--overwrite")[0] == 0
+    assert Results.read(tmp_path / RESULT_NAME).model == str(world / "two")
+
+
+@pytest.mark.slow
+def test_nothing_but_results_is_said_where_there_is_no_terminal(world: Path, llama: Path, tmp_path: Path) -> None:
+    """No bar of progress and no complaint of git, outside of a repository, by a Doge and by another model."""
+    (tmp_path / "mine.json").write_text(
+        '{"q": "one two", "a": " three"}\n{"q": "four", "a": " five"}', encoding="utf-8"
+    )
+    (tmp_path / "mine.yaml").write_text(
+        f"""task: mine
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "mine.json"}}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: q
+doc_to_target: a
+metric_list: [{{metric: perplexity, aggregation: perplexity, higher_is_better: false}}]
+""",
+        encoding="utf-8",
+    )
+    flags = ["--data_dir", world / "data", "--tasks", "local_copa,local_triviaqa,mine", "--include_path", tmp_path]
+    command = [sys.executable, "-m", "doge_lm.cli", "eval", world / "one", llama, *flags, "--device", "cpu"]
+    environment = {
+        **os.environ,
+        "HF_HOME": str(tmp_path / "cache"),
+        "GIT_CEILING_DIRECTORIES": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "it/s" not in done.stderr
+    assert "%|" not in done.stderr
+    assert "examples" not in done.stderr
+    assert "git" not in done.stderr
+
+
+def test_a_standard_error_of_equal_samples_is_a_dash(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data_dir", world / "data", "--tasks", "local_triviaqa", "--output_dir", tmp_path]
+    status, out, _ = run(capsys, world / "one", *flags)
+    assert status == 0
+    assert Results.read(tmp_path / RESULT_NAME).tasks["local_triviaqa"].metrics["exact_match,stripped"].stderr == 0
+    assert "| 5 | 0.0000 | - | 0.0000 | +0.0000 |" in " ".join(out.split())
+
+
 def test_what_is_done_is_kept(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "late.jsonl").write_text('{"text": "good"}\n{"text": 3}\n', encoding="utf-8")
     flags = ["--data_dir", world / "data", "--tasks", "local_copa", "--texts", tmp_path / "late.jsonl"]
@@ -207,6 +296,35 @@ doc_to_choice: a
     tasks = Results.read(tmp_path / "out" / RESULT_NAME).tasks
     assert tasks["several"].metrics["acc"].chance == pytest.approx(2 / 3)
     assert tasks["mutual"].metrics["acc_mutual_info"].chance == pytest.approx(1 / 3)
+
+
+def test_a_perplexity_is_shown_and_not_compared(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"q": "one two", "a": word} for word in ("three", "four", "five")]
+    (tmp_path / "mine.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(
+        f"""task: mine
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "mine.json"}}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: q
+doc_to_target: " {{{{a}}}}"
+metric_list:
+  - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+""",
+        encoding="utf-8",
+    )
+    flags = ["--include_path", tmp_path, "--tasks", "mine"]
+    status, out, _ = run(capsys, world / "one", world / "two", *flags)
+    assert status == 0
+    compared = out[out.index("sample by sample") :]
+    assert "| mine | perplexity" in out
+    assert "| mine | perplexity" not in compared
+    assert "| mine | acc " in compared
+    assert "left out: mine, perplexity: it is not a mean over samples" in compared
 
 
 def test_tables_line_up() -> None:

@@ -9,6 +9,7 @@ import pytest
 from doge_lm.evaluation.bits_per_byte import Scores
 from doge_lm.evaluation.comparison import compare, compare_texts, mcnemar, paired
 from doge_lm.evaluation.harness import Metric, TaskResult
+from doge_lm.evaluation.report import difference_table
 from doge_lm.evaluation.texts import TextScores
 
 
@@ -89,4 +90,49 @@ def test_a_metric_that_one_side_lacks_is_passed_over() -> None:
     one, other = result([1, 0]), result([0, 0])
     one.metrics["acc_norm"] = one.metrics["acc"]
     other.metrics["group"] = Metric(0.5, None, None)
-    assert [d.metric for d in compare({"a": one}, {"a": other})[0]] == ["acc"]
+    differences, left_out = compare({"a": one}, {"a": other})
+    assert [d.metric for d in differences] == ["acc"]
+    assert [line.partition(":")[0] for line in left_out] == ["a, acc_norm", "a, group"]
+
+
+def one_task(**metrics: Metric) -> dict[str, TaskResult]:
+    return {"t": TaskResult("t", 2, 0, metrics, {}, ["0", "1"])}
+
+
+def test_what_is_no_mean_of_its_samples_is_left_out_by_name() -> None:
+    """A perplexity, whose samples are log-likelihoods: the model of the lower one has the higher samples."""
+    pairs = [([-2.0, -4.0], [-1.0, -2.0]), ([-1.0, -2.0], [-2.0, -4.0])]
+    for nats in pairs:
+        one, other = (
+            one_task(
+                perplexity=Metric(math.exp(-sum(of) / 2), None, None, of, False),
+                nll=Metric(-sum(of) / 2, None, None, [-value for value in of], False),
+                f1=Metric(0.5, None, None, [], True),
+                overflown=Metric(math.nan, None, None, of, False),
+                endless=Metric(math.inf, None, None, [math.inf, -math.inf], False),
+            )
+            for of in nats
+        )
+        differences, left_out = compare(one, other)
+        assert [difference.metric for difference in differences] == ["nll"]
+        assert differences[0].difference == pytest.approx((sum(nats[0]) - sum(nats[1])) / 2)
+        named = [
+            f"t, {metric}: it is not a mean over samples" for metric in ("perplexity", "f1", "overflown", "endless")
+        ]
+        assert left_out == named
+
+
+@pytest.mark.parametrize(("direction", "expected"), [(True, (1, 0)), (False, (0, 1)), (None, (None, None))])
+def test_better_is_what_the_metric_calls_so(direction: bool | None, expected: tuple[int | None, int | None]) -> None:
+    one, other = (one_task(x=Metric(sum(of) / 2, None, None, of, direction)) for of in ([0.0, 2.0], [1.0, 2.0]))
+    [difference] = compare(one, other)[0]
+    assert difference.difference == 0.5
+    assert (difference.better, difference.worse) == expected
+    cells = difference_table([difference]).splitlines()[-1].split("|")
+    assert [cell.strip() for cell in cells[-3:-1]] == ["-" if count is None else str(count) for count in expected]
+
+
+def test_what_one_text_cannot_say_is_a_dash() -> None:
+    one, other = texts([7.0], [10]), texts([8.0], [10])
+    row = difference_table(compare_texts({"a": one}, {"a": other})[0]).splitlines()[-1]
+    assert [cell.strip() for cell in row.split("|")[3:-1]] == [f"{0.1 / math.log(2):+.4f}", "-", "-", "0", "1"]

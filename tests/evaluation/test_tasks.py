@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import string
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -30,8 +34,10 @@ from doge_lm.inference.loading import load_model
 from tests.small_model import make_model
 
 from .benchmarks import KINDS, make_benchmarks
+from .knowing import answers, teach
 
 LIMIT = 12
+WRITTEN_LIMIT = 6  # of tasks whose answers are written token by token
 CPU = torch.device("cpu")
 
 
@@ -70,22 +76,39 @@ class Plain:
         logprobs = self.logprobs(whole)
         return sum(logprobs[t - 1, whole[t]].item() for t in range(begin, len(whole)))
 
+    @torch.no_grad()
     def write(self, context: str, most: int, stops: list[str]) -> str:
+        """Token by token without a cache, up to the end token or the first stop."""
         ids = [1, *encode_text(self.tokenizer, context)]
         count = len(ids)
-        while len(ids) < count + most and ids[-1] != 2:
-            ids.append(int(self.logprobs(ids)[-1].argmax()))
-        # with the blank in front of its first word, which a text of its own would not have
-        text, before = (self.tokenizer.decode(some, skip_special_tokens=True) for some in (ids, ids[:count]))
-        assert text.startswith(before)
-        text = text.removeprefix(before)
+        before = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = ""
+        while len(ids) < count + most and ids[-1] != 2 and not any(stop in text for stop in stops):
+            ids.append(int(self.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            # with the blank in front of its first word, which a text of its own would not have
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            assert text.startswith(before)
+            text = text.removeprefix(before)
         return min((text.split(stop)[0] for stop in stops), key=len)
 
 
-def rows(data: Path, name: str) -> list[dict[str, Any]]:
+def rows(data: Path, name: str, limit: int = LIMIT) -> list[dict[str, Any]]:
     path = find_file(data, name)
     assert path is not None
-    return [values for (_, values), _ in zip(read_objects(path), range(LIMIT), strict=False)]
+    return [values for (_, values), _ in zip(read_objects(path), range(limit), strict=False)]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an independent scorer makes of one row.
+
+    Attributes:
+        asked: each (context, continuation) with its log-likelihood in nats, or (context, "") with what is written.
+        scores: of the metrics, in order.
+    """
+
+    asked: dict[tuple[str, str], float | str]
+    scores: tuple[float, ...]
 
 
 def right(scores: list[float], lengths: list[int], gold: int) -> tuple[float, float]:
@@ -94,10 +117,15 @@ def right(scores: list[float], lengths: list[int], gold: int) -> tuple[float, fl
     return float(scores.index(max(scores)) == gold), float(normed.index(max(normed)) == gold)
 
 
-def of_choices(prompt: Callable[[dict[str, Any]], str]) -> Callable[[Plain, dict[str, Any]], tuple[float, float]]:
-    def score(plain: Plain, row: dict[str, Any]) -> tuple[float, float]:
-        scores = [plain.score(prompt(row), f" {choice}") for choice in row["choices"]]
-        return right(scores, [len(choice) for choice in row["choices"]], row["gold"])
+def chosen(plain: Plain, pairs: list[tuple[str, str]], lengths: list[int], gold: int) -> Expected:
+    scores = [plain.score(*pair) for pair in pairs]
+    return Expected(dict(zip(pairs, scores, strict=True)), right(scores, lengths, gold))
+
+
+def of_choices(prompt: Callable[[dict[str, Any]], str]) -> Callable[[Plain, dict[str, Any]], Expected]:
+    def score(plain: Plain, row: dict[str, Any]) -> Expected:
+        pairs = [(prompt(row), f" {choice}") for choice in row["choices"]]
+        return chosen(plain, pairs, [len(choice) for choice in row["choices"]], row["gold"])
 
     return score
 
@@ -106,26 +134,53 @@ def asked(row: dict[str, Any]) -> str:
     return f"{row['query']}\nAnswer:"
 
 
-def of_names(plain: Plain, row: dict[str, Any]) -> tuple[float, float]:
-    scores = [plain.score(option, f" {row['continuation']}") for option in row["context_options"]]
-    return right(scores, [1, 1], row["gold"])
+def of_names(plain: Plain, row: dict[str, Any]) -> Expected:
+    pairs = [(option, f" {row['continuation']}") for option in row["context_options"]]
+    return chosen(plain, pairs, [1, 1], row["gold"])
 
 
-def of_pair(plain: Plain, row: dict[str, Any]) -> tuple[float, float]:
+def of_pair(plain: Plain, row: dict[str, Any]) -> Expected:
     # The harness puts its blank between context and continuation before the first word, too.
-    scores = [plain.score("", f" {row[name]}") for name in ("sentence_good", "sentence_bad")]
-    return right(scores, [1, 1], 0)
+    return chosen(plain, [("", f" {row[name]}") for name in ("sentence_good", "sentence_bad")], [1, 1], 0)
 
 
 def bare(text: str) -> str:
     return "".join(letter for letter in text.lower() if letter not in string.punctuation)
 
 
-def of_trivia(plain: Plain, row: dict[str, Any]) -> tuple[float, float]:
-    answer = plain.write(row["context"], 24, ["\n", ".", ","]).strip()
-    return float(any(bare(answer) == bare(alias) for alias in row["aliases"])), 0.0
+def of_trivia(plain: Plain, row: dict[str, Any]) -> Expected:
+    text = plain.write(row["context"], 24, ["\n", ".", ","])
+    found = any(bare(text.strip()) == bare(alias) for alias in row["aliases"])
+    return Expected({(row["context"], ""): text}, (float(found),))
 
 
+def number(text: str) -> str:
+    """A number as it counts: without thousands' commas, and without the point that ends a sentence."""
+    return text.replace(",", "").removesuffix(".")
+
+
+def of_sum(plain: Plain, row: dict[str, Any]) -> Expected:
+    prompt = f"Question: {row['question']}\nAnswer:"
+    text = plain.write(prompt, 256, ["Question:"])
+    answer = number(row["answer"].rpartition("#### ")[2].strip())
+    signed = re.search("#### (-?[0-9,.]+)", text)
+    numbers = re.findall("-?[0-9][0-9,.]*", text)
+    strict = signed is not None and number(signed[1]) == answer
+    return Expected({(prompt, ""): text}, (float(strict), float(bool(numbers) and number(numbers[-1]) == answer)))
+
+
+def of_program(plain: Plain, row: dict[str, Any]) -> Expected:
+    text = plain.write(row["prompt"], 384, ["\nclass", "\ndef", "\n#", "\nif", "\nprint"])
+    program = f"{row['prompt']}{text}\n{row['test']}\ncheck({row['entry_point']})\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False, timeout=60)
+    return Expected({(row["prompt"], ""): text}, (float(done.returncode == 0),))
+
+
+WRITTEN = {
+    "local_triviaqa": ("triviaqa_sub3000", of_trivia, ("exact_match,stripped",)),
+    "local_gsm8k": ("gsm8k_test", of_sum, ("exact_match,strict", "exact_match,flexible")),
+    "local_humaneval": ("humaneval", of_program, ("pass_at_1",)),
+}
 REFERENCES = {
     "local_arc_easy": ("arc_easy_test", of_choices(asked), ("acc", "acc_norm")),
     "local_arc_challenge": (
@@ -140,41 +195,79 @@ REFERENCES = {
     "local_copa": ("copa", of_choices(lambda row: row["query"]), ("acc",)),
     "local_winogrande": ("winogrande_xl_dev", of_names, ("acc",)),
     "local_blimp": ("blimp", of_pair, ("acc",)),
-    "local_triviaqa": ("triviaqa_sub3000", of_trivia, ("exact_match,stripped",)),
+    **WRITTEN,
 }
 
 
 @pytest.fixture(scope="module")
-def found(place: Path, model: PreTrainedModel, data: Path) -> dict[str, TaskResult]:
-    scorer = make_scorer(model, load_tokenizer(place), 2048)
-    return run_tasks(scorer, Choice(list(REFERENCES), data, limit=LIMIT))
+def knowing(place: Path, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
+    """Knows answers of the made benchmarks."""
+    data = make_benchmarks(tmp_path_factory.mktemp("known"))
+    return teach(load_model(place, CPU), load_tokenizer(place), answers(data))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the harness made of all tasks, and what it asked the model and was told."""
+
+    tasks: dict[str, TaskResult]
+    told: dict[tuple[str, str], float | str]
+
+
+@pytest.fixture(scope="module")
+def found(place: Path, knowing: PreTrainedModel, data: Path) -> Found:
+    scorer = make_scorer(knowing, load_tokenizer(place), 2048)
+    told: dict[tuple[str, str], float | str] = {}
+    score, write = scorer.loglikelihood, scorer.generate_until
+
+    def scored(requests: list[Instance], **rest: Any) -> list[tuple[float, bool]]:
+        answers = score(requests, **rest)
+        told.update({request.args: answer for request, (answer, _) in zip(requests, answers, strict=True)})
+        return answers
+
+    def written(requests: list[Instance], **rest: Any) -> list[str]:
+        texts = write(requests, **rest)
+        told.update({(request.args[0], ""): text for request, text in zip(requests, texts, strict=True)})
+        return texts
+
+    scorer.loglikelihood, scorer.generate_until = scored, written
+    tasks = run_tasks(scorer, Choice([name for name in REFERENCES if name not in WRITTEN], data, limit=LIMIT))
+    tasks |= run_tasks(scorer, Choice(list(WRITTEN), data, limit=WRITTEN_LIMIT, run_code=True))
+    return Found(tasks, told)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", REFERENCES)
 def test_scores_are_those_of_an_independent_scorer(
-    place: Path, model: PreTrainedModel, data: Path, found: dict[str, TaskResult], task: str
+    place: Path, knowing: PreTrainedModel, data: Path, found: Found, task: str
 ) -> None:
     file, score, metrics = REFERENCES[task]
-    plain = Plain(model, load_tokenizer(place))
-    expected = [score(plain, row) for row in rows(data, file)]
+    result = found.tasks[task]
+    plain = Plain(knowing, load_tokenizer(place))
+    expected = [score(plain, row) for row in rows(data, file, result.count)]
+    for row in expected:
+        for asked, told in row.asked.items():
+            assert found.told[asked] == (told if isinstance(told, str) else pytest.approx(told, rel=1e-5, abs=1e-4))
+    assert set(metrics) == set(result.metrics)
     for i, metric in enumerate(metrics):
-        mine = found[task].metrics[metric].samples
-        assert mine[: len(expected)] == [each[i] for each in expected]
-        assert len(mine) == found[task].count
-        assert found[task].metrics[metric].value == pytest.approx(sum(mine) / len(mine))
+        mine = result.metrics[metric].samples
+        assert mine == [row.scores[i] for row in expected]
+        assert result.metrics[metric].value == pytest.approx(sum(mine) / len(mine))
+        if len(rows(data, file)) == 9:  # the made rows
+            assert 0 < sum(mine) < len(mine)  # else a scorer that knows nothing would agree
 
 
 def test_every_ready_task_has_a_reference_and_a_file() -> None:
-    assert set(SUITES["local"]) == {*REFERENCES, "local_gsm8k", "local_humaneval"}
-    assert {REFERENCES[task][0] for task in REFERENCES} | {"gsm8k_test", "humaneval"} == set(KINDS)
+    assert set(SUITES["local"]) == set(REFERENCES)
+    assert {file for file, _, _ in REFERENCES.values()} == set(KINDS)
 
 
-def test_chance_and_breakdown(found: dict[str, TaskResult], data: Path) -> None:
-    assert found["local_arc_easy"].metrics["acc_norm"].chance == 0.25
-    assert found["local_winogrande"].metrics["acc"].chance == 0.5
-    assert found["local_triviaqa"].metrics["exact_match,stripped"].chance == 0
-    blimp = found["local_blimp"]
+def test_chance_and_breakdown(found: Found, data: Path) -> None:
+    tasks = found.tasks
+    assert tasks["local_arc_easy"].metrics["acc_norm"].chance == 0.25
+    assert tasks["local_winogrande"].metrics["acc"].chance == 0.5
+    assert tasks["local_triviaqa"].metrics["exact_match,stripped"].chance == 0
+    blimp = tasks["local_blimp"]
     parts = blimp.breakdown["acc"]
     assert sum(count for _, count in parts.values()) == blimp.count
     total = sum(value * count for value, count in parts.values())

@@ -87,6 +87,25 @@ def test_limit_and_groups_of_many_files(scorer: PlainScorer, tmp_path: Path) -> 
     assert score_texts(scorer, {"x": [tmp_path / "0.txt", tmp_path / "1.txt"]})["x"].texts == 2
 
 
+def test_a_file_of_any_suffix_is_one_text(scorer: PlainScorer, tmp_path: Path) -> None:
+    text = "# A page\n\nIt has *two* lines: 山.\n"
+    for name in ("page.md", "README", "page.txt"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    groups = {name: [tmp_path / name] for name in ("page.md", "README", "page.txt")}
+    found = score_texts(scorer, {**groups, "folder": [tmp_path]})
+    assert all(scores == found["page.txt"] for scores in found.values())
+    assert found["page.md"].bytes == [len(text.encode())]
+    (tmp_path / "page.md").write_bytes(b"four\xff")
+    with pytest.raises(UserError, match=r"page\.md.*UTF-8 at byte 5"):
+        score_texts(scorer, {"x": [tmp_path / "page.md"]})
+    (tmp_path / "page.md").write_bytes(b"")
+    with pytest.raises(UserError, match="no text"):
+        score_texts(scorer, {"x": [tmp_path / "page.md"]})
+    (tmp_path / "page.md").write_bytes(bytes(8 * 2**20 + 1))
+    with pytest.raises(UserError, match=r"page\.md has more than 8,388,608 bytes"):
+        score_texts(scorer, {"x": [tmp_path / "page.md"]})
+
+
 def test_standard_error_is_the_spread_of_samples() -> None:
     """Of 2,000 samples of 50 texts, whose bits per byte are known."""
     rng = random.Random(0)

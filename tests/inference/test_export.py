@@ -240,6 +240,24 @@ def test_a_head_that_is_the_embedding_too_keeps_its_type(
 # ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("kind", "package"), [("int8", "torchao"), ("int4", "bitsandbytes")])
+def test_a_model_for_the_kernels_of_a_gpu_is_quantized_without_one(
+    model_dir: Path, tmp_path: Path, kind: str, package: str
+) -> None:
+    """Its configuration keeps them; the weights are those of the same model without them."""
+    pytest.importorskip(package)
+    model = DogeForCausalLM.from_pretrained(model_dir)
+    model.config.cdmoe_path = "sparse"
+    model.save_pretrained(tmp_path / "sparse")
+    load_tokenizer(model_dir).save_pretrained(tmp_path / "sparse")
+    for source, name in ((model_dir, "plain"), (tmp_path / "sparse", "for-kernels")):
+        place = tmp_path / name
+        assert main(["export", str(source), "--output_dir", str(place), "--quantize", kind]) == 0
+    assert json.loads((tmp_path / "for-kernels" / "config.json").read_text(encoding="utf-8"))["cdmoe_path"] == "sparse"
+    logits = [logits_of(load_model(tmp_path / name, CPU), some_ids()) for name in ("plain", "for-kernels")]
+    assert torch.equal(*logits)
+
+
 def test_onnx_computes_the_same_with_a_cache_and_padding(model_dir: Path, onnx_dir: Path) -> None:
     """Prompts of several sizes, steps of one token and of several, rows with padding: one file for all."""
     import numpy as np  # noqa: PLC0415

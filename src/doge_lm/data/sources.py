@@ -544,6 +544,21 @@ def read_objects(path: Path) -> Iterator[tuple[Location, dict[str, Any]]]:
         yield item.location, item.values
 
 
+def read_text(path: Path) -> str:
+    """A file of any suffix as one text, as a `.txt` file is read.
+
+    Raises:
+        UserError: if it is not there or cannot be read, is above `MAX_DOCUMENT_BYTES`, or is no UTF-8; it names the
+            byte.
+    """
+    try:
+        [item] = _scan_text(path, MAX_DOCUMENT_BYTES)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    text: str = item.values["text"]
+    return text
+
+
 def _scan_objects(
     path: Path, part: Part | None, limit: int, *, count_lines: bool = True, shown_as: Path | None = None
 ) -> Iterator[_Object | BadInputError]:
@@ -577,7 +592,7 @@ def _scan_text(path: Path, limit: int) -> Iterator[_Object]:
     size = path.stat().st_size
     if size > limit:
         raise BadInputError(
-            f"{path} has more than {limit:,} bytes; a .txt file is one document: cut it into several, or write it as "
+            f"{path} has more than {limit:,} bytes; a text file is one document: cut it into several, or write it as "
             ".jsonl with one document a line",
             TOO_LARGE,
             size,

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
+import huggingface_hub.utils
 import torch
 from transformers.utils import logging
 
@@ -78,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--run_code", action="store_true", help="run the programs that the model writes, on this machine, unprotected"
     )
     parser.add_argument("--output_dir", type=Path, help=f"write {RESULT_NAME} there, with each sample's score")
+    parser.add_argument("--overwrite", action="store_true", help=f"replace an earlier {RESULT_NAME} in --output_dir")
     parser.add_argument(
         "--batch_tokens", type=int, help=f"tokens at a time (default: {_BATCH_TOKENS_ELSE:,}, on a CPU 4,096)"
     )
@@ -151,6 +154,11 @@ def _check(args: argparse.Namespace) -> None:
     if args.engine == _LIGHTEVAL:
         _check_lighteval(args)
     if args.output_dir is not None:
+        if (args.output_dir / RESULT_NAME).exists() and not args.overwrite:
+            raise UserError(
+                f"--output_dir {args.output_dir} holds results already ({RESULT_NAME}); choose another place, or "
+                "replace them with --overwrite"
+            )
         _try_to_write(args.output_dir)
 
 
@@ -234,6 +242,9 @@ def _evaluate(
 ) -> Results:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
     device = pick_device(args.device)
     model = load_model(place, device, args.dtype)
     batch_tokens = args.batch_tokens or _BATCH_TOKENS.get(device.type, _BATCH_TOKENS_ELSE)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from doge_lm.evaluation.bits_per_byte import Scores
-from doge_lm.evaluation.harness import TaskResult
+from doge_lm.evaluation.harness import Metric, TaskResult
 from doge_lm.evaluation.texts import TextScores, ratio_stderr
 
 # From so many samples on which two models differ, the normal distribution is as good, and quicker.
@@ -23,12 +23,13 @@ class Difference:
     Attributes:
         task: the task's name.
         metric: the metric's.
-        difference: the mean over samples of second minus first.
+        difference: the mean over samples of second minus first, whichever way is the better.
         stderr: its standard error, of paired samples.
         p: how often chance alone makes as large a difference: McNemar's exact test where samples are right or wrong,
             else by the normal distribution. 1 where no sample differs.
-        better: samples on which the second has more than the first.
-        worse: and less.
+        better: samples on which the second is better than the first; None where the task does not say which way that
+            is.
+        worse: and on which it is worse.
     """
 
     task: str
@@ -36,12 +37,12 @@ class Difference:
     difference: float
     stderr: float
     p: float
-    better: int
-    worse: int
+    better: int | None
+    worse: int | None
 
 
 def compare(first: dict[str, TaskResult], second: dict[str, TaskResult]) -> tuple[list[Difference], list[str]]:
-    """The differences on what both were measured by, and a line on each task that cannot be compared."""
+    """The differences on what both were measured by, and a line on each task and metric that cannot be compared."""
     differences, left_out = [], []
     for name, one in first.items():
         other = second.get(name)
@@ -52,11 +53,26 @@ def compare(first: dict[str, TaskResult], second: dict[str, TaskResult]) -> tupl
         elif one.identity != other.identity:
             left_out.append(f"{name}: the samples or their prompts are not the same")
         else:
-            shared = [metric for metric in one.metrics if metric in other.metrics]
-            pairs = [(metric, one.metrics[metric].samples, other.metrics[metric].samples) for metric in shared]
-            differences += [paired(name, *pair) for pair in pairs if pair[1] and pair[2]]
+            for metric in {**one.metrics, **other.metrics}:
+                mine, its = one.metrics.get(metric), other.metrics.get(metric)
+                if mine is None or its is None:
+                    left_out.append(f"{name}, {metric}: one of the models was not measured by it")
+                elif not (_is_mean(mine) and _is_mean(its)):
+                    left_out.append(f"{name}, {metric}: it is not a mean over samples")
+                else:
+                    differences.append(paired(name, metric, mine.samples, its.samples, mine.higher_is_better))
     left_out += [f"{name}: the first model was not measured by it" for name in second if name not in first]
     return differences, left_out
+
+
+def _is_mean(metric: Metric) -> bool:
+    """Whether the figures of the samples are those whose mean is the metric's value.
+
+    Of a perplexity, say, they are log-likelihoods: their difference is another figure, in which more is better.
+    """
+    if not metric.samples or not all(map(math.isfinite, metric.samples)):
+        return False
+    return math.isclose(math.fsum(metric.samples) / len(metric.samples), metric.value, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def compare_texts(
@@ -84,16 +100,20 @@ def compare_texts(
     return differences, left_out
 
 
-def paired(task: str, metric: str, first: list[float], second: list[float]) -> Difference:
+def paired(
+    task: str, metric: str, first: list[float], second: list[float], higher_is_better: bool | None = True
+) -> Difference:
     """Second minus first over the same samples."""
     gains = [mine - its for its, mine in zip(first, second, strict=True)]
     count = len(gains)
     mean = math.fsum(gains) / count
     variance = math.fsum((gain - mean) ** 2 for gain in gains) / max(1, count - 1)
     stderr = math.sqrt(variance / count)
-    better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
-    p = mcnemar(better, worse) if {*first, *second} <= {0.0, 1.0} else _two_sided(mean, stderr)
-    return Difference(task, metric, mean, stderr, p, better, worse)
+    more, less = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    p = mcnemar(more, less) if {*first, *second} <= {0.0, 1.0} else _two_sided(mean, stderr)
+    if higher_is_better is None:
+        return Difference(task, metric, mean, stderr, p, None, None)
+    return Difference(task, metric, mean, stderr, p, *((more, less) if higher_is_better else (less, more)))
 
 
 def _two_sided(mean: float, stderr: float) -> float:

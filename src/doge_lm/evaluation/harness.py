@@ -1,15 +1,22 @@
 """Benchmarks through lm-evaluation-harness: which tasks, and what it found, sample by sample."""
 
+import contextlib
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import lm_eval.api.model
+import lm_eval.api.task
+import tqdm
 import yaml
 from datasets.exceptions import DatasetNotFoundError
+from lm_eval import evaluator
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import simple_evaluate
+from lm_eval.models import huggingface
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
@@ -119,19 +126,25 @@ def local_suite(data_dir: Path, run_code: bool) -> tuple[list[str], list[str]]:
     if not data_dir.is_dir():
         raise UserError(f"--data_dir {data_dir} is no folder; give the one that holds the benchmarks' files")
     manager = _manager(Choice((), data_dir))
-    tasks, left_out = [], []
+    tasks, left_out, absent = [], [], []
     for name in SUITES["local"]:
         config = manager.task_index[name].cfg
         assert config is not None
         file = config["dataset_kwargs"]["file"]
         if find_file(data_dir, file) is None:
+            absent.append(file)
             left_out.append(f"{name}: there is no {file}.jsonl in {data_dir}")
         elif config.get("unsafe_code") and not run_code:
             left_out.append(f"{name}: it runs programs that the model writes; allow it with --run_code")
         else:
             tasks.append(name)
     if not tasks:
-        raise UserError(f"--data_dir {data_dir} holds no benchmark; {'; '.join(left_out)}")
+        there = len(left_out) - len(absent)
+        raise UserError(
+            f"--data_dir {data_dir} holds {there} of the {len(left_out)} files of the ready tasks, and none that can "
+            f"be used; the first that is missing is {absent[0]}.jsonl. Give the folder of the files that "
+            f"docs/evaluation.md lists{', or allow programs with --run_code' if there else ''}"
+        )
     return tasks, left_out
 
 
@@ -156,24 +169,53 @@ def run_tasks(scorer: HFLM, choice: Choice, report: Callable[[str], None] = lamb
     if choice.fitting:
         loaded = [task for task in loaded if _fits(task, scorer, report)]
     _check(loaded, scorer, choice)
-    found = simple_evaluate(
-        scorer,
-        tasks=loaded,
-        task_manager=manager,
-        num_fewshot=choice.num_fewshot,
-        limit=choice.limit,
-        log_samples=True,
-        bootstrap_iters=1000,
-        random_seed=choice.seed,
-        numpy_random_seed=choice.seed,
-        torch_random_seed=choice.seed,
-        fewshot_random_seed=choice.seed,
-        confirm_run_unsafe_code=choice.run_code,
-        apply_chat_template=choice.chat,
-        system_instruction=choice.system,
-    )
+    with _quiet_harness():
+        found = simple_evaluate(
+            scorer,
+            tasks=loaded,
+            task_manager=manager,
+            num_fewshot=choice.num_fewshot,
+            limit=choice.limit,
+            log_samples=True,
+            bootstrap_iters=1000,
+            random_seed=choice.seed,
+            numpy_random_seed=choice.seed,
+            torch_random_seed=choice.seed,
+            fewshot_random_seed=choice.seed,
+            confirm_run_unsafe_code=choice.run_code,
+            apply_chat_template=choice.chat,
+            system_instruction=choice.system,
+        )
     assert found is not None  # it is with one process
     return read_results(found)
+
+
+class _TerminalBar(tqdm.tqdm):
+    """A bar of progress that is shown on a terminal only."""
+
+    def __init__(self, *args: Any, disable: bool = False, **rest: Any) -> None:
+        super().__init__(*args, disable=disable or None, **rest)  # None: where there is no terminal
+
+
+@contextlib.contextmanager
+def _quiet_harness() -> Iterator[None]:
+    """Keep the harness from bars of progress in files, and from asking git and the system for what nobody reads.
+
+    It has no setting for either. Outside a repository git complains, and the look at the system takes seconds.
+    """
+    replaced: list[tuple[ModuleType, str, Any]] = [
+        (evaluator, "get_git_commit_hash", lambda: None),
+        (evaluator, "add_env_info", lambda results: None),
+        *((module, "tqdm", _TerminalBar) for module in (tqdm, lm_eval.api.model, lm_eval.api.task, huggingface)),
+    ]
+    kept = [getattr(module, name) for module, name, _ in replaced]
+    try:
+        for module, name, value in replaced:
+            setattr(module, name, value)
+        yield
+    finally:
+        for (module, name, _), value in zip(replaced, kept, strict=True):
+            setattr(module, name, value)
 
 
 def read_results(found: Mapping[str, Any]) -> dict[str, TaskResult]:

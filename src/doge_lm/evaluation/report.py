@@ -94,10 +94,7 @@ def _task_dict(result: TaskResult) -> dict[str, Any]:
 
 
 def _read_task(name: str, data: dict[str, Any]) -> TaskResult:
-    metrics = {
-        metric: Metric(**{key: value for key, value in values.items() if key != "over_chance"})
-        for metric, values in data["metrics"].items()
-    }
+    metrics = {metric: _read_metric(values) for metric, values in data["metrics"].items()}
     breakdown = {
         metric: {part: (values["value"], values["samples"]) for part, values in parts.items()}
         for metric, parts in data["breakdown"].items()
@@ -106,6 +103,14 @@ def _read_task(name: str, data: dict[str, Any]) -> TaskResult:
     if any(len(items) not in {0, data["samples"]} for items in lists):
         raise ValueError(f"the samples of {name} are not all there")
     return TaskResult(name, data["samples"], data["num_fewshot"], metrics, breakdown, data["identity"])
+
+
+def _read_metric(data: dict[str, Any]) -> Metric:
+    def number(value: float | None) -> float:  # as `_finite` left it
+        return math.nan if value is None else value
+
+    rest = {key: value for key, value in data.items() if key not in {"value", "samples", "over_chance"}}
+    return Metric(value=number(data["value"]), samples=[number(value) for value in data["samples"]], **rest)
 
 
 def over_chance(metric: Metric) -> float | None:
@@ -121,8 +126,8 @@ def task_table(results: dict[str, TaskResult]) -> str:
             metric,
             "-" if result.num_fewshot is None else str(result.num_fewshot),
             f"{result.count:,}",
-            f"{figure.value:.4f}",
-            _number(figure.stderr),
+            _number(figure.value),
+            _error(figure.stderr),
             _number(figure.chance),
             _number(over_chance(figure), sign=True),
         )
@@ -141,7 +146,7 @@ def text_table(results: dict[str, TextScores]) -> str:
             f"{of.scores.bytes:,}",
             f"{of.scores.tokens:,}",
             f"{of.scores.bits_per_byte:.4f}",
-            _number(of.stderr),
+            _error(of.stderr),
             f"{of.scores.loss:.4f}",
             f"{of.scores.perplexity:.2f}",
         )
@@ -158,10 +163,9 @@ def difference_table(differences: Iterable[Difference]) -> str:
             of.task,
             of.metric,
             f"{of.difference:+.4f}",
-            f"{of.stderr:.4f}",
-            f"{of.p:.2g}",
-            f"{of.better:,}",
-            f"{of.worse:,}",
+            _error(of.stderr),
+            "-" if math.isnan(of.p) else f"{of.p:.2g}",
+            *("-" if count is None else f"{count:,}" for count in (of.better, of.worse)),
         )
         for of in differences
     ]
@@ -183,7 +187,12 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str
     return "\n".join([line(heads), line(rule), *map(line, rows)])
 
 
+def _error(value: float | None) -> str:
+    """A standard error; one of 0, of samples that are all alike, says nothing of other samples."""
+    return _number(value or None)
+
+
 def _number(value: float | None, sign: bool = False) -> str:
-    if value is None:
+    if value is None or math.isnan(value):
         return "-"
     return f"{value:+.4f}" if sign else f"{value:.4f}"

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from doge_lm.data.sources import TextRow, find_files, read_rows
+from doge_lm.data.sources import TextRow, file_suffix, find_files, read_rows, read_text
 from doge_lm.errors import UserError
 from doge_lm.evaluation.bits_per_byte import Scores
 from doge_lm.evaluation.scorer import PlainScorer
@@ -90,13 +90,14 @@ def score_texts(
     Args:
         scorer: the model.
         groups: paths by name, each as `doge-lm download_datasets --local` takes them: JSON lines with `text`, parquet,
-            or text files, one document each.
+            or text files, one document each. A file of another suffix is one text too, if it is named by itself: of
+            a folder, such files are left out.
         window: tokens of a window; the model's positions by default, at most `MOST_TOKENS`.
         limit: texts of a group; None takes all.
         report: told of groups that hold no text.
 
     Raises:
-        UserError: for bad input, with its file and line; if a group is empty.
+        UserError: for bad input, with its file and line, or byte; if a group is empty.
     """
     length = min(scorer.max_length, window or MOST_TOKENS)
     results = {}
@@ -144,6 +145,12 @@ def windows(ids: Sequence[int], length: int) -> Iterator[tuple[list[int], list[i
 
 
 def _texts(path: Path) -> Iterator[str]:
+    """Those of a file or folder; a file of a suffix that says nothing of its form is one text."""
+    if path.is_file() and file_suffix(path) is None:
+        text = read_text(path)
+        if text:
+            yield text
+        return
     for row in read_rows(find_files(path), "pretrain"):
         if isinstance(row, TextRow) and row.text:
             yield row.text

@@ -26,7 +26,7 @@ from ..data.manifest import atomic_directory
 from ..data.tokenizer import encode_text, load_tokenizer
 from ..errors import UserError
 from ..model import DogeForCausalLM
-from .loading import load_model
+from .loading import choose_path, load_model
 
 RECORD_NAME = "export.json"
 ADAPTER_NAME = "adapter_config.json"
@@ -290,6 +290,7 @@ def _write_quantized(
         plain, dtype=dtype, quantization_config=_quantization(kind, dtype, model.config.tie_word_embeddings),
         device_map="cpu",
     ).eval()  # fmt: skip
+    choose_path(quantized, torch.device("cpu"))
     shutil.rmtree(plain)
     quantized.save_pretrained(staged)
     return _read_back(quantized, staged, check)

@@ -57,11 +57,19 @@ def load_model(path: Path, device: torch.device, dtype: str = "auto") -> PreTrai
     if loading["missing_keys"]:  # transformers would go on with random weights in their place
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         raise UserError(f"the model in {path} lacks {len(loading['missing_keys'])} weights ({missing}, …)")
+    choose_path(model, device)
+    return model.to(device).eval()
+
+
+def choose_path(model: PreTrainedModel, device: torch.device) -> None:
+    """Let a Doge whose experts are to be computed by kernels for a GPU run on another device too.
+
+    Its configuration stays as it is, and every path gives the same result.
+    """
     if isinstance(model, DogeForCausalLM) and model.config.cdmoe_path == "sparse" and device.type != "cuda":
         for module in model.modules():
             if isinstance(module, DogeCDMoE):
-                module.path = "auto"  # the kernels run on a GPU only; every path gives the same result
-    return model.to(device).eval()
+                module.path = "auto"
 
 
 def _is_quantized(config: Path) -> bool:
