@@ -110,9 +110,9 @@ def test_a_group_has_what_all_its_tasks_have() -> None:
 def test_samples_are_paired_by_all_that_was_asked() -> None:
     same = [sample([0], 1), sample([1], 0)]
     first = read_results([found("t", same)])
-    differences, left_out = compare(first, read_results([found("t", [sample([0], 0), sample([1], 0)])]))
+    differences, left_out = compare(first, read_results([found("t", [sample([0], 0), sample([1], 0)], 0.0)]))
     assert [(of.metric, of.better, of.worse) for of in differences] == [("acc", 0, 1)]
-    assert not left_out
+    assert [line.partition(":")[0] for line in left_out] == ["t, odd", "t, em"]  # no figures by sample
     for other in ([same[1], same[0]], [sample([0], 1), sample([2], 0)]):
         assert compare(first, read_results([found("t", other)]))[1]
 

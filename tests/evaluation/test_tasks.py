@@ -262,6 +262,7 @@ def test_every_ready_task_has_a_reference_and_a_file() -> None:
     assert {file for file, _, _ in REFERENCES.values()} == set(KINDS)
 
 
+@pytest.mark.slow
 def test_chance_and_breakdown(found: Found, data: Path) -> None:
     tasks = found.tasks
     assert tasks["local_arc_easy"].metrics["acc_norm"].chance == 0.25
