@@ -16,11 +16,12 @@ import openai
 import pytest
 import torch
 from openai import OpenAI
+from pydantic import ValidationError
 
 from doge_lm.cli import main
 from doge_lm.data.tokenizer import encode_text, load_tokenizer
 from doge_lm.inference import gate
-from doge_lm.inference.api import ChatCompletion, Completion
+from doge_lm.inference.api import ChatCompletion, ChatRequest, Completion, CompletionRequest
 from doge_lm.inference.decoding import Decoder, Sampling
 from doge_lm.inference.loading import load_model
 from tests.inference.serving import Serving, serving, serving_process
@@ -383,6 +384,7 @@ def test_another_model_is_not_found(server: Serving) -> None:
     [
         b"", b"{", b"[]", b"null", b'"a"', b"\xff\xfe", b"[" * 100_000, b'{"a":' * 50_000, b"1" * 10_000, b"NaN",
         b'{"model": "small", "prompt": "a", "temperature": NaN}', b'{"model": "small", "prompt": "a", "n": 1e999}',
+        b'{"model": "small", "prompt": "a", "seed": ' + b"9" * 5000 + b"}",
         b'{"\\ud800": 1}', b'{"model": "\\ud800", "prompt": "a"}', b'{"model": "small", "prompt": "\\u0000", "x": 1}',
     ],
     ids=lambda raw: ascii(raw[:40]),
@@ -392,6 +394,33 @@ def test_a_body_that_is_no_request_is_refused(server: Serving, raw: bytes) -> No
         reply = server.ask("POST", path, raw=raw)
         assert reply.status in (400, 404)
         assert reply.error["message"]
+
+
+WIDE: list[tuple[str, dict[str, Any], str]] = [
+    (COMPLETE, {"prompt": [[]] * 10_000}, "prompt[0]: List should have at least 1 item"),
+    (COMPLETE, {"prompt": [[1]] * 10_000}, "prompt: List should have at most 2048 items"),
+    (COMPLETE, {"prompt": [1.5] * 10_000}, "prompt: "),
+    (COMPLETE, {"prompt": [1, "a"] * 10_000}, "prompt: "),
+    (COMPLETE, {"prompt": "a", "stop": [1] * 10_000}, "stop"),
+    (COMPLETE, {"prompt": "a", **{f"k{number}": 1 for number in range(10_000)}}, "there is no field 'k0' here"),
+    (COMPLETE, {"prompt": "a", "metadata": {f"k{number}": 1 for number in range(10_000)}}, "metadata: "),
+    (CHAT, {"messages": [{}] * 10_000}, "messages[0].role: Field required"),
+    (CHAT, {"messages": [{"role": "user", "content": [{}] * 10_000}]}, "messages[0].content[0].type: Field required"),
+    (CHAT, {"messages": [{**USER[0], **{f"k{number}": 1 for number in range(10_000)}}]}, "'messages[0].k0'"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "message"), WIDE, ids=lambda value: ascii(value)[:40])
+def test_the_first_of_many_faults_is_enough(server: Serving, path: str, body: dict[str, Any], message: str) -> None:
+    """Each takes time and memory, and a megabyte has room for hundreds of thousands."""
+    whole = {"model": server.model, **body}
+    with pytest.raises(ValidationError) as caught:
+        (CompletionRequest if path == COMPLETE else ChatRequest).model_validate(whole)
+    assert caught.value.error_count() < 6
+    reply = server.ask("POST", path, whole)
+    assert reply.status == 400
+    assert message in reply.error["message"]
+    assert len(reply.body) < 1000
 
 
 def test_content_types(server: Serving) -> None:

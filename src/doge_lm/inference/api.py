@@ -7,31 +7,55 @@ OpenAI's client sends back with an earlier answer, while they are empty.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MOST_STOPS = 4
+MOST_PROMPTS = 2048
+MOST_METADATA = 16
 MOST_LOGPROBS = 5
 MOST_TOP_LOGPROBS = 20
 
 
 def _has_utf8(text: str) -> str:
     """JSON can escape a half of a surrogate pair alone."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("the text holds a lone surrogate, which has no UTF-8")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text holds a lone surrogate, which has no UTF-8") from None
     return text
+
+
+def _has_few(items: Any) -> Any:
+    """pydantic counts a dictionary's items after it has looked at each."""
+    if isinstance(items, dict) and len(items) > MOST_METADATA:
+        raise ValueError(f"{len(items)} items are more than {MOST_METADATA}")
+    return items
 
 
 Text = Annotated[str, AfterValidator(_has_utf8)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
-Tokens = Annotated[list[Token], Field(min_length=1)]
+Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 StopString = Annotated[Text, Field(min_length=1, max_length=1000)]
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
+Metadata = Annotated[dict[str, str], Field(max_length=MOST_METADATA), BeforeValidator(_has_few)]
 
 
 class Strict(BaseModel):
-    """What a client sends: no conversions, no unknown fields, no infinite numbers."""
+    """What a client sends: no conversions, no unknown fields, no infinite numbers.
+
+    Bodies come from anyone, and every fault that is found costs time and memory: so lists stop at their first
+    (`fail_fast`), and of unknown fields only one is looked at.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_unknown(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.keys() <= cls.__pydantic_fields__.keys():
+            return given
+        unknown = next(name for name in given if name not in cls.__pydantic_fields__)
+        return {name: value for name, value in given.items() if name in cls.__pydantic_fields__ or name == unknown}
 
 
 class StreamOptions(Strict):
@@ -61,13 +85,13 @@ class Generation(Strict):
     max_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
     n: int | None = Field(None, ge=1, le=128, description="Answers to each prompt.")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Makes sampling repeatable.")
-    stop: StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS)] | None = Field(
+    stop: StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS, fail_fast=True)] | None = Field(
         None, description="Strings that end an answer, and are no part of it."
     )
     stream: bool | None = Field(None, description="Server-sent events as the answer grows.")
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Ignored.")
-    metadata: dict[str, str] | None = Field(None, description="Ignored.")
+    metadata: Metadata | None = Field(None, description="Ignored.")
     safety_identifier: str | None = Field(None, description="Ignored.")
     prompt_cache_key: str | None = Field(None, description="Ignored.")
 
@@ -80,7 +104,10 @@ class CompletionRequest(Generation):
     """Body of `POST /v1/completions`."""
 
     prompt: (
-        Text | Annotated[list[Text], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)]
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+        | Tokens
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
     ) = Field(description="A text, whose beginning is marked by <s>, or ids as they are; or a list of these.")
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
 
@@ -96,7 +123,7 @@ class Message(Strict):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"] = Field(description="developer means system.")
-    content: Text | list[ContentPart]
+    content: Text | Annotated[list[ContentPart], Field(fail_fast=True)]
     refusal: None = None
     annotations: Nothing = None
     audio: None = None
@@ -112,7 +139,7 @@ class Message(Strict):
 class ChatRequest(Generation):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="The same as max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)

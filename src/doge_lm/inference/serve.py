@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import os
 import socket
 import sys
@@ -115,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
         )
         running = Running()
         app = create_app(slots, tokenizer, settings, running)
+        gc.freeze()  # a body of many lists has Python look through what it holds, where PyTorch's modules are the most
         Server(app, running, args.drain_seconds, lambda: _announce(listening, settings, slots)).run([listening])
     if running.engine is not None and running.engine.failure is not None:
         raise running.engine.failure
