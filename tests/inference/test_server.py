@@ -294,6 +294,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETE, {"prompt": "a", "unknown": 1}, "unknown"),
     (COMPLETE, {"prompt": "a", "echo": True}, "echo"),
     (COMPLETE, {"prompt": "a", "best_of": 2}, "best_of"),
+    (COMPLETE, {"prompt": "a", "best_of": 3, "n": 2}, "best_of"),
+    (COMPLETE, {"prompt": None}, "prompt"),
+    (COMPLETE, {"prompt": "a", "tools": []}, "tools"),
     (COMPLETE, {"prompt": "a", "suffix": "b"}, "suffix"),
     (COMPLETE, {"prompt": "a", "temperature": -0.1}, "temperature"),
     (COMPLETE, {"prompt": "a", "temperature": 2.1}, "temperature"),
@@ -329,9 +332,15 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETE, {"prompt": "word " * 300}, "prompt"),
     (COMPLETE, {"prompt": "a " * 200, "max_tokens": 100}, "prompt"),
     (COMPLETE, {"prompt": "x" * 100_000}, "prompt"),
-    (CHAT, {"messages": USER, "tools": []}, "tools"),
+    (CHAT, {"messages": USER, "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     (CHAT, {"messages": USER, "functions": []}, "functions"),
-    (CHAT, {"messages": USER, "tool_choice": "none"}, "tool_choice"),
+    (CHAT, {"messages": USER, "tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"messages": USER, "logit_bias": {"1": 5}}, "logit_bias"),
+    (CHAT, {"messages": USER, "store": True}, "store"),
+    (CHAT, {"messages": USER, "service_tier": "priority"}, "service_tier"),
+    (CHAT, {"messages": USER, "modalities": ["text", "audio"]}, "modalities"),
+    (CHAT, {"messages": USER, "parallel_tool_calls": "no"}, "parallel_tool_calls"),
+    (CHAT, {"messages": USER, "echo": False}, "echo"),
     (CHAT, {"messages": USER, "response_format": {"type": "json_object"}}, "response_format"),
     (CHAT, {"messages": USER, "logprobs": 3}, "logprobs"),
     (CHAT, {"messages": USER, "top_logprobs": 3}, "top_logprobs"),
@@ -343,7 +352,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": [{"role": "tool", "content": "a"}]}, "messages"),
     (CHAT, {"messages": [{"role": "user"}]}, "messages"),
     (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages"),
-    (CHAT, {"messages": [{"role": "user", "content": "a", "name": "b"}]}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": "a", "name": 1}]}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": "a", "nickname": "b"}]}, "messages"),
+    (CHAT, {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}, *USER]}, "messages"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "messages"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]}, "messages"),
     (CHAT, {"messages": [*USER, *USER]}, "messages"),
@@ -369,8 +380,46 @@ def test_what_says_nothing_about_the_answer_is_ignored(server: Serving) -> None:
     known = {"user": "me", "metadata": {"a": "b"}, "safety_identifier": "x", "prompt_cache_key": "y"}
     assert server.complete(max_tokens=1, **known).status == 200
     assert server.chat(max_tokens=1, response_format={"type": "text"}, **known).status == 200
-    nothing = dict.fromkeys(["temperature", "stop", "seed", "n", "stream", "stream_options", "logprobs", "user"])
-    assert server.complete(max_tokens=1, **nothing).status == 200
+
+
+def test_null_is_as_if_a_field_were_not_there(server: Serving) -> None:
+    known = dict.fromkeys(["temperature", "stop", "seed", "n", "stream", "stream_options", "logprobs", "user"])
+    others = dict.fromkeys(["tools", "logit_bias", "suffix", "reasoning_effort", "anything"])
+    assert server.complete(max_tokens=1, **known, **others).status == 200
+    message = {**USER[0], "refusal": None, "audio": None, "function_call": None, "tool_calls": None}
+    asked = {"model": server.model, "messages": [message], "max_tokens": 1, **known, **others}
+    assert server.ask("POST", CHAT, asked).status == 200
+
+
+def test_what_asks_for_nothing_is_accepted(server: Serving, client: OpenAI) -> None:
+    """As clients send it by default."""
+    both: Any = {"logit_bias": {}, "store": False, "service_tier": "auto"}
+    chat: Any = {"tools": [], "parallel_tool_calls": True, "modalities": ["text"], "max_tokens": 3, **GREEDY}
+    messages: Any = [{"role": "user", "content": "Hello", "name": "somebody"}]
+    found = [server.chat(max_tokens=3, **GREEDY).json["choices"]]
+    for choice in ("none", "auto"):
+        found.append(server.post(CHAT, messages=messages, tool_choice=choice, **both, **chat).json["choices"])
+    assert found[0] == found[1] == found[2]
+    for n, best_of in ((1, 1), (2, 1), (2, 2)):
+        reply = server.complete(max_tokens=1, n=n, best_of=best_of, echo=False, **both)
+        assert len(reply.json["choices"]) == n
+    assert client.chat.completions.create(
+        model=server.model, messages=messages, max_tokens=1, tools=None, store=None, logit_bias={}  # type: ignore[arg-type]
+    ).choices  # fmt: skip
+
+
+def test_errors_say_where_and_what(server: Serving) -> None:
+    """Each of one form, in one notation, and with what helps."""
+
+    def message(path: str, **body: Any) -> str:
+        return server.ask("POST", path, {"model": server.model, **body}).error["message"]
+
+    assert message(COMPLETE, prompt="a", stop="") == "stop: String should have at least 1 character"
+    assert message(COMPLETE, prompt="a", stop=["b", ""]) == "stop[1]: String should have at least 1 character"
+    assert message(CHAT, messages=[{"role": "tool", "content": "a"}]).startswith("messages[0].role: ")
+    unknown = message(CHAT, messages=[*USER, {**USER[0], "nickname": "b"}])
+    assert unknown == "there is no field 'messages[1].nickname' here; leave it out"
+    assert message(CHAT, messages=USER, tools=[1]).startswith("tools: this server has nothing of the kind")
 
 
 def test_another_model_is_not_found(server: Serving) -> None:

@@ -139,7 +139,13 @@ def void(_: object) -> None:
 
 def _add_api(app: FastAPI, running: Running, settings: Settings) -> None:
     created = int(time.time())
-    card = ModelCard(id=settings.model_id, created=created, max_model_len=settings.limits.context)
+    limits = settings.limits
+    card = ModelCard(
+        id=settings.model_id,
+        created=created,
+        max_model_len=limits.context,
+        max_output_tokens=limits.max_tokens,
+    )
 
     @app.get("/health")
     async def health() -> JSONResponse:
