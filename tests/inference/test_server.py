@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
+import logging
+import re
 import signal
 import socket
 import threading
@@ -10,6 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import openai
@@ -20,11 +25,15 @@ from pydantic import ValidationError
 
 from doge_lm.cli import main
 from doge_lm.data.tokenizer import encode_text, load_tokenizer
-from doge_lm.inference import gate
+from doge_lm.errors import UserError
+from doge_lm.inference import gate, serve
 from doge_lm.inference.api import ChatCompletion, ChatRequest, Completion, CompletionRequest
 from doge_lm.inference.decoding import Decoder, Sampling
 from doge_lm.inference.loading import load_model
-from tests.inference.serving import Serving, serving, serving_process
+from doge_lm.inference.server import Settings
+from doge_lm.inference.service import Limits
+from doge_lm.inference.slots import Slots
+from tests.inference.serving import Reply, Serving, rest_of, serving, serving_process
 from tests.small_model import make_model
 
 GREEDY = {"temperature": 0}
@@ -233,12 +242,26 @@ def test_clients_at_the_same_time_get_what_each_would_get_alone(place: Path, ref
 
 def test_a_slow_reader_holds_up_nobody(server: Serving) -> None:
     """One that never reads on, with more answers than the buffers of the connection hold."""
-    stuck = server.begin_stream(200)
+    server.wait_until_idle()
+    before = server.finished(COMPLETE, 200)
+    stuck = server.begin_stream(200, n=7, logprobs=5, stop=["never said"])
     try:
         assert server.complete(max_tokens=100).status == 200
         server.wait_until_idle()
+        assert server.finished(COMPLETE, 200) == before + 1  # all is written, and the stuck one is not sent yet
+        assert rest_of_events(stuck)[-1] == "[DONE]"
     finally:
         stuck.close()
+
+
+def rest_of_events(connection: socket.socket) -> list[str]:
+    """The data of the events of a stream, but for those that were read before."""
+    received = b""
+    while not received.endswith(b"\r\n0\r\n\r\n"):
+        part = connection.recv(65536)
+        assert part, received[-1000:]
+        received += part
+    return re.findall(r"^data: (.*)$", received.decode(), flags=re.MULTILINE)
 
 
 def test_a_client_that_leaves_stops_its_answer(place: Path) -> None:
@@ -610,6 +633,73 @@ def test_an_origin_and_a_host_can_be_allowed(place: Path) -> None:
         assert server.ask("GET", "/health", headers={**headers, "origin": "https://other.example"}).status == 403
 
 
+def test_any_preflight_of_an_allowed_origin_succeeds(place: Path) -> None:
+    """OpenAI's client in a browser sends headers of its own; a page of the Internet asks for a private network."""
+    site = "https://chat.example"
+    with serving(place, origins=frozenset({site}), api_key="k") as server:
+        for method, asked in (("POST", "authorization,content-type,x-stainless-lang,x-stainless-os"), ("PUT", "x-any")):
+            headers = {
+                "access-control-request-method": method,
+                "access-control-request-headers": asked,
+                "access-control-request-private-network": "true",
+            }
+            reply = server.ask("OPTIONS", CHAT, headers={"origin": site, **headers})
+            assert reply.status == 200
+            assert reply.headers["access-control-allow-origin"] == site
+            assert reply.headers["access-control-allow-headers"] == asked
+            assert method in reply.headers["access-control-allow-methods"]
+            assert reply.headers["access-control-allow-private-network"] == "true"
+            other = server.ask("OPTIONS", CHAT, headers={"origin": "https://other.example", **headers})
+            assert (other.status, other.error["code"]) == (403, "origin_not_allowed")
+            assert not [name for name in other.headers if name.startswith("access-control")]
+
+
+def test_a_page_of_an_allowed_origin_can_read_refusals(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(gate, "DISCARD_SECONDS", 0.1)
+    site = "https://chat.example"
+    with serving(place, origins=frozenset({site}), api_key="k", max_body_bytes=2000) as server:
+        server.headers["origin"] = site
+        key = {"authorization": "Bearer k"}
+
+        def check(reply: Reply, status: int) -> None:
+            assert reply.status == status
+            assert reply.error["message"]
+            assert reply.headers["access-control-allow-origin"] == site
+            assert "origin" in reply.headers["vary"].lower()
+
+        check(server.ask("POST", COMPLETE, {}), 401)
+        check(server.ask("POST", COMPLETE, {}, {**key, "host": "other.example"}), 403)
+        check(server.ask("POST", COMPLETE, raw=b" " * 3000, headers=key), 413)
+        check(server.ask("POST", COMPLETE, {}, {**key, "content-type": "text/plain"}), 415)
+        check(server.ask("POST", COMPLETE, raw=b"{", headers={**key, "content-length": "100"}), 408)
+        check(server.ask("GET", "/nothing", headers=key), 404)
+        server.headers["authorization"] = "Bearer k"
+        stream = server.begin_stream(200)
+        server.take_signal()
+        while server.ask("GET", "/health").json != {"status": "draining"}:
+            time.sleep(0.01)
+        check(server.complete(), 503)
+        stream.close()
+
+
+@pytest.mark.parametrize(
+    ("site", "status"), [("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)]
+)
+def test_what_other_pages_embed_is_refused(server: Serving, site: str, status: int) -> None:
+    """A browser sends no origin with an image or a script, but says whose they are. The page may be linked to."""
+    for path in ("/v1/models", "/metrics"):
+        assert server.ask("GET", path, headers={"sec-fetch-site": site}).status == status
+    assert server.ask("GET", "/", headers={"sec-fetch-site": site, "sec-fetch-mode": "navigate"}).status == 200
+
+
+def test_heads_without_bodies(server: Serving) -> None:
+    for path in ("/", "/chat.js", "/health"):
+        whole, head = server.ask("GET", path), server.ask("HEAD", path)
+        assert (head.status, head.body) == (200, b"")
+        assert head.headers["content-type"] == whole.headers["content-type"]
+
+
 def test_headers_that_are_there_twice_are_refused(server: Serving) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         connection.sendall(
@@ -644,17 +734,107 @@ def test_health_and_metrics(server: Serving) -> None:
 
 
 def test_a_failure_of_the_engine_ends_the_server(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(place) as server:
-        assert server.running is not None
-        assert server.running.engine is not None
+    """The command fails with it, so that the status of the process is not 0."""
+    ports: Queue[int] = Queue()
 
-        def fail(*_: object) -> None:
-            raise ZeroDivisionError("a bug")
+    def announce(listening: socket.socket, *_: object) -> None:
+        ports.put(listening.getsockname()[1])
 
-        monkeypatch.setattr(server.running.engine._slots, "step", fail)
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(serve, "_announce", announce)
+    flags = ["--port", "0", "--device", "cpu", "--max_slots", "1", "--threads", "1", "--model_name", "m"]
+    with ThreadPoolExecutor(1) as pool:
+        command = pool.submit(main, ["serve", str(place), *flags])
+        server = Serving(ports.get(timeout=60), "m")
+        assert server.complete(max_tokens=2).status == 200
+        monkeypatch.setattr(Slots, "step", fail)
         reply = server.complete(max_tokens=5)
         assert (reply.status, reply.error["type"]) == (503, "server_error")
-        assert isinstance(server.running.engine.failure, ZeroDivisionError)
+        with pytest.raises(ZeroDivisionError, match="a bug"):
+            command.result(timeout=60)
+    server.wait_until_gone()
+    gc.unfreeze()
+
+
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an answer take longer than a test waits for anything."""
+    step = Slots.step
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.02)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(Slots, "step", slow)
+
+
+@pytest.mark.parametrize(("drain_seconds", "signals"), [(0.1, 1), (1000.0, 2)], ids=["deadline", "second signal"])
+def test_what_is_under_way_at_the_end_is_told(
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    drain_seconds: float,
+    signals: int,
+) -> None:
+    """A stream ends with an error, what waits is refused, and one that does not read is given up."""
+    monkeypatch.setattr(serve, "_LAST_SECONDS", 0.3)
+    with serving(place, slots=9, context=512, drain_seconds=drain_seconds) as server:
+        stuck = server.begin_stream(500, n=7, logprobs=5, stop=["never said"])
+        while server.metric("doge_lm_written_tokens_total") < 7 * 300:
+            time.sleep(0.01)
+        slow_steps(monkeypatch)
+        stream = server.begin_stream(500)
+        with ThreadPoolExecutor(3) as pool:
+            others = [pool.submit(server.complete, max_tokens=500) for _ in range(3)]
+            while server.metric("doge_lm_waiting") + server.metric("doge_lm_running") < 4:
+                time.sleep(0.01)
+            for _ in range(signals):
+                server.take_signal()
+            for other in others:
+                assert (other.result().status, other.result().error["code"]) == (503, "shutting_down")
+        assert json.loads(rest_of_events(stream)[-1])["error"]["code"] == "shutting_down"
+        stream.close()
+        server.wait_until_gone()
+        assert not reset_or_rest(stuck).endswith(b"0\r\n\r\n")
+        stuck.close()
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def reset_or_rest(connection: socket.socket) -> bytes:
+    """All that still comes, to the end or until the connection is reset."""
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(65536):
+            received += part
+    return received
+
+
+def test_a_body_that_still_comes_is_refused_when_the_server_drains(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At once, not when the answers that are under way have ended."""
+    with serving(place, slots=1, context=512, drain_seconds=1000.0) as server:
+        slow_steps(monkeypatch)
+        stream = server.begin_stream(500)
+        uploads = []
+        for begun in (b"{", b""):  # one that is refused while it is read, and one of which nothing has come
+            upload = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            upload.sendall(head + b"Content-Length: 500\r\n\r\n" + begun)
+            uploads.append(upload)
+        assert server.running is not None
+        while server.running.state.requests < 3:
+            time.sleep(0.01)
+        server.take_signal()
+        for upload in uploads:
+            received = rest_of(upload)
+            assert received.startswith(b"HTTP/1.1 503"), received
+            assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["code"] == "shutting_down"
+            upload.close()
+        assert server.metric("doge_lm_running") == 1
+        stream.close()
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 @pytest.mark.slow
@@ -680,26 +860,50 @@ def test_sigterm_lets_answers_end_and_takes_no_more(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_takes_longer_than_the_drain_ends_with_an_error(place: Path) -> None:
-    flags = ("--max_slots", "1", "--max_context", "512", "--drain_seconds", "0.1", "--threads", "1")
+def test_a_second_signal_ends_it_cleanly(place: Path) -> None:
+    flags = ("--max_slots", "1", "--max_context", "512", "--threads", "1")
     with serving_process(place, *flags) as (server, process):
-        streams = [server.begin_stream(500)]
-        body = {"model": server.model, "prompt": "a", "max_tokens": 500}
-        replies: list[Any] = []
-        others = [threading.Thread(target=lambda: replies.append(server.ask("POST", COMPLETE, body))) for _ in range(3)]
-        for other in others:
-            other.start()
-        while server.metric("doge_lm_waiting") < 3:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        for other in others:
-            other.join()
-        assert 503 in [reply.status for reply in replies]
+        with ThreadPoolExecutor(1) as pool:
+            # More than are done before the signals come, one after the other.
+            other = pool.submit(server.complete, max_tokens=500, n=100, stop=["never said"])
+            while server.metric("doge_lm_waiting") < 90:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            while server.ask("GET", "/health").json != {"status": "draining"}:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            assert (other.result().status, other.result().error["code"]) == (503, "shutting_down")
         assert process.wait(60) == 0
-        streams[0].close()
+        assert "Traceback" not in process.stdout.read()
 
 
 # -------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(
+    ("host", "shown", "warned"),
+    [
+        ("127.0.0.1", "127.0.0.1", False),
+        ("127.0.0.2", "127.0.0.2", False),
+        ("0.0.0.0", socket.gethostname(), True),
+        ("::", socket.gethostname(), True),
+    ],
+)
+def test_the_address_that_is_shown_can_be_opened_from_where_it_is_served(
+    place: Path, capsys: pytest.CaptureFixture[str], host: str, shown: str, warned: bool
+) -> None:
+    slots = Slots(load_model(place, torch.device("cpu"), "float32"), 1, 64)
+    try:
+        listening = serve.listening_socket(host, 0)
+    except UserError:
+        pytest.skip(f"this machine has no {host}")
+    with listening:
+        serve._announce(listening, Settings("m", Limits(64, 64)), slots)
+        port = listening.getsockname()[1]
+    told = capsys.readouterr()
+    assert f"chat page  http://{shown}:{port}/\n" in told.out
+    assert f"API        http://{shown}:{port}/v1\n" in told.out
+    assert ("all addresses of this machine" in told.out) == warned == ("warning: whoever" in told.err)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import PreTrainedTokenizerFast
 
@@ -122,15 +121,7 @@ def create_app(
     _add_api(app, running, settings)
     _add_page(app)
     app.openapi()["components"]["schemas"].update(schemas(CompletionRequest, ChatRequest))
-    access = settings.access
-    if access.origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=sorted(access.origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
-        )
-    return Gate(app, access, running.state)
+    return Gate(app, settings.access, running.state)
 
 
 def void(_: object) -> None:
@@ -147,6 +138,7 @@ def _add_api(app: FastAPI, running: Running, settings: Settings) -> None:
         max_output_tokens=limits.max_tokens,
     )
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> JSONResponse:
         """Whether requests are taken: 200, or 503 while the server shuts down."""
@@ -208,7 +200,7 @@ def _add_page(app: FastAPI) -> None:
     folder = resources.files("doge_lm.inference") / "page"
     for path, (name, kind) in PAGE.items():
         content = (folder / name).read_bytes()
-        app.get(path, include_in_schema=False)(_static(content, kind))
+        app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)(_static(content, kind))
 
 
 def _static(content: bytes, kind: str) -> Callable[[], Coroutine[Any, Any, Response]]:
@@ -319,4 +311,4 @@ class _Refused(Response):
         self._refusal = refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_refusal(self._refusal, send, head_only=scope["method"] == "HEAD")
+        await send_refusal(self._refusal, scope["method"], send)
