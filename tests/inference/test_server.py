@@ -442,6 +442,16 @@ def test_errors_say_where_and_what(server: Serving) -> None:
     assert message(CHAT, messages=[{"role": "tool", "content": "a"}]).startswith("messages[0].role: ")
     unknown = message(CHAT, messages=[*USER, {**USER[0], "nickname": "b"}])
     assert unknown == "there is no field 'messages[1].nickname' here; leave it out"
+    assert (
+        message(COMPLETE, prompt="a", metadata=dict.fromkeys("abcdefghijklmnopq", ""))
+        == "metadata: 17 items are more than 16"
+    )
+    assert message(CHAT, messages=[{**USER[0], "content": "\ud800"}]).startswith(
+        "messages[0].content: the text holds a lone"
+    )
+    assert message(CHAT, messages=USER * 257) == "257 messages are more than the context of 256 tokens holds"
+    digits = server.ask("POST", COMPLETE, raw=b'{"model": "small", "prompt": "a", "seed": ' + b"9" * 5000 + b"}")
+    assert digits.error["message"] == "a number in the body has too many digits"
     assert message(CHAT, messages=USER, tools=[1]).startswith("tools: this server has nothing of the kind")
 
 
@@ -781,7 +791,7 @@ def test_what_is_under_way_at_the_end_is_told(
     monkeypatch.setattr(serve, "_LAST_SECONDS", 0.3)
     with serving(place, slots=9, context=512, drain_seconds=drain_seconds) as server:
         stuck = server.begin_stream(500, n=7, logprobs=5, stop=["never said"])
-        while server.metric("doge_lm_written_tokens_total") < 7 * 300:
+        while server.metric("doge_lm_written_tokens_total") < 7 * 100:
             time.sleep(0.01)
         slow_steps(monkeypatch)
         stream = server.begin_stream(500)

@@ -50,8 +50,10 @@ def parse(model: type[_Body], raw: bytes) -> _Body:
         value = json.loads(raw)
     except RecursionError as error:
         raise RefusalError(400, "the body is nested too deep") from error
-    except ValueError as error:  # no JSON, no UTF-8, or a number of thousands of digits
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RefusalError(400, f"the body is not JSON: {error}") from error
+    except ValueError as error:  # the one thing that is left: Python reads no integers of thousands of digits
+        raise RefusalError(400, "a number in the body has too many digits") from error
     if not isinstance(value, dict):
         raise RefusalError(400, "the body must be a JSON object")
     try:
@@ -94,6 +96,8 @@ def _explained(errors: Sequence[ErrorDetails]) -> RefusalError:
 def _said(error: ErrorDetails) -> str:
     if error["type"] == "too_long" and error["ctx"]["max_length"] == 0:
         return "this server has nothing of the kind; leave it empty, or out"
+    if error["type"] == "value_error":  # of a check of our own, without pydantic's words before it
+        return str(error["ctx"]["error"])
     return error["msg"]
 
 

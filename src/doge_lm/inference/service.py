@@ -139,6 +139,11 @@ class Service:
             )
         if body.messages[-1].role != "user":
             raise _invalid("messages", f"the last message is of the role {body.messages[-1].role}; it must be of user")
+        if len(body.messages) > self.limits.context:  # each takes a token at least, and a template takes its time
+            raise _too_long(
+                "messages",
+                f"{len(body.messages)} messages are more than the context of {self.limits.context} tokens holds",
+            )
         messages = [message.for_template() for message in body.messages]
         self._check_bytes("".join(message["content"] for message in messages), "messages")
         try:
