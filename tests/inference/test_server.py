@@ -883,7 +883,10 @@ def test_a_second_signal_ends_it_cleanly(place: Path) -> None:
                 time.sleep(0.01)
             process.send_signal(signal.SIGINT)
             assert (other.result().status, other.result().error["code"]) == (503, "shutting_down")
-        assert process.wait(60) == 0
+        while process.poll() is None:  # one who presses Ctrl-C again and again
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.01)
+        assert process.returncode == 0
         assert "Traceback" not in process.stdout.read()
 
 

@@ -5,8 +5,10 @@ import asyncio
 import gc
 import math
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 import uvicorn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
+from uvicorn.server import HANDLED_SIGNALS
 
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
@@ -118,7 +121,9 @@ def run(args: argparse.Namespace) -> int:
         running = Running()
         app = create_app(slots, tokenizer, settings, running)
         gc.freeze()  # a body of many lists has Python look through what it holds, where PyTorch's modules are the most
-        Server(app, running, args.drain_seconds, lambda: _announce(listening, settings, slots)).run([listening])
+        server = Server(app, running, args.drain_seconds, lambda: _announce(listening, settings, slots))
+        _leave_signals_to_it()
+        server.run([listening])
     if running.engine is not None and running.engine.failure is not None:
         raise running.engine.failure
     return 0
@@ -221,6 +226,13 @@ class Server(uvicorn.Server):
                 connection.transport.abort()
             self.should_exit = True
         self.should_exit |= state.requests == 0
+
+
+def _leave_signals_to_it() -> None:
+    """Ignore signals but while the server takes them: after its end they would only break into that of the process."""
+    if threading.current_thread() is threading.main_thread():
+        for number in HANDLED_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _check(args: argparse.Namespace) -> None:
