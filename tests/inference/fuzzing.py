@@ -1,8 +1,8 @@
 """Malformed requests, made from a server's own OpenAPI description.
 
 A valid request of an endpoint is drawn from its schema, and one thing in it is made wrong so that the description says
-it is: a value of another type, beyond a limit, an unknown field, a field that is missing. Besides, bodies that are no
-JSON, and heads that ask for what is not there.
+it is: a value of another type, beyond a limit, an unknown field, a field that is missing; once, or thousands of times
+side by side. Besides, bodies that are no JSON, and heads that ask for what is not there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,13 @@ Json = Any
 JUNK: list[Json] = [
     "", "x", "\u0000", "你好", "\ud800", -1, 0, 1, 2**31, 2**63, -(2**70), 0.5, -1e308, True, False,
     [], [[]], [None], {}, {"a": 1}, [{}], "x" * 3000, [1, "a"], [[1], ["a"]], {"type": "text"},
+]  # fmt: skip
+WIDE = 2000
+"""Faults that a wide value has side by side."""
+
+JUNK += [
+    [[]] * WIDE, [1.5] * WIDE, [{}] * WIDE, [None] * WIDE, ["a", 1] * WIDE, [1, "a"] * WIDE, [[1.5]] * WIDE,
+    {f"k{number}": 1 for number in range(WIDE)}, [{f"k{number}": 1 for number in range(WIDE)}],
 ]  # fmt: skip
 WRONG_ENDS = ["/", "x", "/../..", "%00", "/%ff"]
 
@@ -94,6 +101,8 @@ class Description:
     def _is_object(self, schema: Json, value: Json) -> bool:
         if not isinstance(value, dict) or not set(schema.get("required", ())) <= set(value):
             return False
+        if len(value) > schema.get("maxProperties", len(value)):
+            return False
         fields, others = schema.get("properties", {}), schema.get("additionalProperties", True)
         for name, one in value.items():
             if name in fields:
@@ -145,12 +154,14 @@ class Description:
     def _wrong_value(self, path: str, random_: random.Random) -> Malformed | None:
         schema = self.bodies[path]
         body = self.draw(schema, random_)
-        fault = random_.choice(["value", "value", "value", "unknown", "missing", "deep"])
+        fault = random_.choice(["value", "value", "value", "unknown", "unknowns", "missing", "deep"])
         if fault == "value":
             name = random_.choice(sorted(schema["properties"]))
             body[name] = copy.deepcopy(random_.choice(JUNK))
         elif fault == "unknown":
             body[random_.choice(["echo", "tools", "", "\ud800", "prompt ", "__proto__", "x" * 500])] = 1
+        elif fault == "unknowns":
+            body |= {f"k{number}": 1 for number in range(WIDE)}
         elif fault == "missing":
             del body[random_.choice(schema["required"])]
         else:

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -65,6 +66,7 @@ class Serving:
     port: int
     model: str
     running: Running | None = None
+    server: Server | None = None
     headers: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -112,12 +114,43 @@ class Serving:
         while self.metric("doge_lm_running") or self.metric("doge_lm_waiting"):
             time.sleep(0.02)
 
-    def begin_stream(self, max_tokens: int, prompt: str = "Once upon a time") -> socket.socket:
-        """A stream that has begun, as a bare socket."""
+    def wait_until_gone(self) -> None:
+        """Until nobody can connect."""
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=60).close()
+            except ConnectionRefusedError:
+                return
+            time.sleep(0.01)
+
+    def take_signal(self) -> None:
+        """As if the process had got one that asks it to end."""
+        assert self.server is not None
+        self.server.handle_exit(signal.SIGTERM, None)
+
+    def finished(self, path: str, status: int) -> int:
+        """How many requests of a path have been answered in whole."""
+        text = self.ask("GET", "/metrics").body.decode()
+        labels = re.escape(f'{{method="POST",path="{path}",status="{status}"}}')
+        found = re.search(rf"^doge_lm_requests_total{labels} (\S+)$", text, flags=re.MULTILINE)
+        return int(float(found.group(1))) if found else 0
+
+    def begin_stream(self, max_tokens: int, prompt: str = "Once upon a time", **options: Any) -> socket.socket:
+        """A stream that has begun, as a bare socket with a small buffer."""
         body = json.dumps(
-            {"model": self.model, "prompt": prompt, "stream": True, "max_tokens": max_tokens, "temperature": 0}
+            {
+                "model": self.model,
+                "prompt": prompt,
+                "stream": True,
+                "max_tokens": max_tokens,
+                "temperature": 0,
+                **options,
+            }
         )
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(60)
+        connection.connect(("127.0.0.1", self.port))
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         head += "".join(f"{name}: {value}\r\n" for name, value in self.headers.items())
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
@@ -128,22 +161,39 @@ class Serving:
         return connection
 
 
+def rest_of(connection: socket.socket) -> bytes:
+    """All that still comes."""
+    received = b""
+    while part := connection.recv(65536):
+        received += part
+    return received
+
+
 @contextmanager
 def serving(
-    place: Path, *, slots: int = 8, context: int = 256, max_tokens: int | None = None, queue: int = 64, **access: Any
+    place: Path,
+    *,
+    slots: int = 8,
+    context: int = 256,
+    max_tokens: int | None = None,
+    queue: int = 64,
+    drain_seconds: float = 5.0,
+    **access: Any,
 ) -> Iterator[Serving]:
-    """A server in a thread."""
+    """A server in a thread, whose connections have small buffers."""
     model = load_model(place, torch.device("cpu"), "float32")
     settings = Settings(place.name, Limits(context, max_tokens or context), Access(**access), queue, threads=1)
     running, started = Running(), threading.Event()
     app = create_app(Slots(model, slots, context), load_tokenizer(place), settings, running)
-    server = Server(app, running, 5.0, started.set)
+    server = Server(app, running, drain_seconds, started.set)
     with listening_socket("127.0.0.1", 0) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+        port = listening.getsockname()[1]
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
         assert started.wait(60)
         try:
-            yield Serving(listening.getsockname()[1], place.name, running)
+            yield Serving(port, place.name, running, server)
         finally:
             server.should_exit = True
             thread.join(60)

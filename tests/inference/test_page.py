@@ -30,10 +30,13 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    with serving(
-        make_model(tmp_path_factory.mktemp("models") / "small"), slots=1, context=512, api_key="secret"
-    ) as found:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(scope="module")
+def server(place: Path) -> Iterator[Serving]:
+    with serving(place, slots=1, context=512, api_key="secret") as found:
         yield found
 
 
@@ -189,6 +192,96 @@ def test_errors_are_shown_and_the_question_is_kept(page: Page) -> None:
     page.fill("#input", "More")
     page.click("#send")
     expect(page.locator(".fault").last).to_contain_text("max_tokens is 100000")
+
+
+def say(page: Page, message: str) -> None:
+    """Send a message, and wait for the end of its answer."""
+    page.fill("#input", message)
+    page.click("#send")
+    expect(page.locator("#send")).to_be_visible(timeout=60_000)
+
+
+def test_a_long_conversation_goes_on_without_its_beginning(browser: Browser, place: Path) -> None:
+    """As in `doge-lm chat`; also where the server allows less than the page would ask for."""
+    with serving(place, slots=1, context=96, max_tokens=30) as small:
+        context = browser.new_context(locale="zh-CN")
+        page = context.new_page()
+        page.goto(small.url)
+        expect(page.locator("#max_tokens")).to_have_attribute("placeholder", "30")
+        bodies = sent_by(page)
+        for number in range(5):
+            say(page, f"{number} words of a question")
+            expect(page.locator(".assistant")).to_have_count(number + 1)
+        expect(page.locator(".fault")).to_have_count(0)
+        notes = [text for text in page.locator(".note").all_text_contents() if "省去" in text]
+        assert notes
+        left_out = int(notes[-1].partition("：")[2])
+        whole = [{"role": "user", "content": "0 words of a question"}]
+        assert bodies[0]["messages"] == whole
+        assert bodies[0]["max_tokens"] == 30
+        assert len(bodies[-1]["messages"]) == 2 * (4 - left_out) + 1
+        assert bodies[-1]["messages"][0]["content"] == f"{left_out} words of a question"
+        # What does not fit alone is an error, with a hint; what was said before is kept.
+        say(page, "word " * 200)
+        expect(page.locator(".fault")).to_contain_text("错误：请缩短消息或系统提示")
+        expect(page.locator(".user")).to_have_count(5)
+        say(page, "again")
+        expect(page.locator(".assistant")).to_have_count(6)
+        context.close()
+
+
+def test_the_model_is_looked_up_again_when_it_has_another_name(page: Page, server: Serving) -> None:
+    """As after the server was started again with another one."""
+    page.evaluate("() => findModel()")
+    page.evaluate(
+        "() => { model = {...model, id: 'another'}; document.getElementById('model').textContent = 'another' }"
+    )
+    page.fill("#max_tokens", "3")
+    say(page, "Hello")
+    expect(page.locator(".fault")).to_have_count(0)
+    expect(page.locator(".assistant")).to_have_count(1)
+    expect(page.locator("#model")).to_have_text(server.model)
+
+
+def test_a_question_that_is_stopped_before_a_word_is_not_kept(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Slots.read
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.5)
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(Slots, "read", slow)
+    page.fill("#input", "Hello")
+    page.evaluate("() => { document.getElementById('send').click(); document.getElementById('stop').click() }")
+    expect(page.locator(".note")).to_have_text("stopped before a word was said; the question is not kept")
+    expect(page.locator(".user, .assistant")).to_have_count(0)
+    expect(page.locator("#input")).to_have_value("Hello")
+    assert page.evaluate("() => history.length") == 0
+
+
+def test_enter_that_ends_composing_sends_nothing(page: Page) -> None:
+    """In Safari, where it comes after the composing and is told by its code alone."""
+    fake_answer(page, "Hi")
+    page.fill("#input", "你好")
+    event = "new KeyboardEvent('keydown', {key: 'Enter', keyCode: code})"
+    press = f"code => document.getElementById('input').dispatchEvent({event})"
+    page.evaluate(press, 229)
+    expect(page.locator(".user")).to_have_count(0)
+    page.evaluate(press, 13)
+    expect(page.locator(".user")).to_have_count(1)
+
+
+def test_an_error_has_a_hint_in_the_language_of_the_page(browser: Browser, server: Serving) -> None:
+    context = browser.new_context(locale="zh-CN")
+    page = context.new_page()
+    page.goto(server.url)
+    say(page, "Hello")
+    expect(page.locator(".fault").last).to_contain_text("错误：请在“设置”中填写 API 密钥 (the API key")
+    page.fill("#api_key", "secret")
+    page.fill("#temperature", "9")
+    say(page, "Hello")
+    expect(page.locator(".fault").last).to_contain_text("错误：请在“设置”中修改：温度")
+    context.close()
 
 
 def test_an_answer_that_breaks_off_is_an_error(page: Page) -> None:

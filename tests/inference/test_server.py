@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
+import logging
+import re
 import signal
 import socket
 import threading
@@ -10,20 +14,26 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import openai
 import pytest
 import torch
 from openai import OpenAI
+from pydantic import ValidationError
 
 from doge_lm.cli import main
 from doge_lm.data.tokenizer import encode_text, load_tokenizer
-from doge_lm.inference import gate
-from doge_lm.inference.api import ChatCompletion, Completion
+from doge_lm.errors import UserError
+from doge_lm.inference import gate, serve
+from doge_lm.inference.api import ChatCompletion, ChatRequest, Completion, CompletionRequest
 from doge_lm.inference.decoding import Decoder, Sampling
 from doge_lm.inference.loading import load_model
-from tests.inference.serving import Serving, serving, serving_process
+from doge_lm.inference.server import Settings
+from doge_lm.inference.service import Limits
+from doge_lm.inference.slots import Slots
+from tests.inference.serving import Reply, Serving, rest_of, serving, serving_process
 from tests.small_model import make_model
 
 GREEDY = {"temperature": 0}
@@ -232,12 +242,26 @@ def test_clients_at_the_same_time_get_what_each_would_get_alone(place: Path, ref
 
 def test_a_slow_reader_holds_up_nobody(server: Serving) -> None:
     """One that never reads on, with more answers than the buffers of the connection hold."""
-    stuck = server.begin_stream(200)
+    server.wait_until_idle()
+    before = server.finished(COMPLETE, 200)
+    stuck = server.begin_stream(200, n=7, logprobs=5, stop=["never said"])
     try:
         assert server.complete(max_tokens=100).status == 200
         server.wait_until_idle()
+        assert server.finished(COMPLETE, 200) == before + 1  # all is written, and the stuck one is not sent yet
+        assert rest_of_events(stuck)[-1] == "[DONE]"
     finally:
         stuck.close()
+
+
+def rest_of_events(connection: socket.socket) -> list[str]:
+    """The data of the events of a stream, but for those that were read before."""
+    received = b""
+    while not received.endswith(b"\r\n0\r\n\r\n"):
+        part = connection.recv(65536)
+        assert part, received[-1000:]
+        received += part
+    return re.findall(r"^data: (.*)$", received.decode(), flags=re.MULTILINE)
 
 
 def test_a_client_that_leaves_stops_its_answer(place: Path) -> None:
@@ -293,6 +317,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETE, {"prompt": "a", "unknown": 1}, "unknown"),
     (COMPLETE, {"prompt": "a", "echo": True}, "echo"),
     (COMPLETE, {"prompt": "a", "best_of": 2}, "best_of"),
+    (COMPLETE, {"prompt": "a", "best_of": 3, "n": 2}, "best_of"),
+    (COMPLETE, {"prompt": None}, "prompt"),
+    (COMPLETE, {"prompt": "a", "tools": []}, "tools"),
     (COMPLETE, {"prompt": "a", "suffix": "b"}, "suffix"),
     (COMPLETE, {"prompt": "a", "temperature": -0.1}, "temperature"),
     (COMPLETE, {"prompt": "a", "temperature": 2.1}, "temperature"),
@@ -328,9 +355,15 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETE, {"prompt": "word " * 300}, "prompt"),
     (COMPLETE, {"prompt": "a " * 200, "max_tokens": 100}, "prompt"),
     (COMPLETE, {"prompt": "x" * 100_000}, "prompt"),
-    (CHAT, {"messages": USER, "tools": []}, "tools"),
+    (CHAT, {"messages": USER, "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     (CHAT, {"messages": USER, "functions": []}, "functions"),
-    (CHAT, {"messages": USER, "tool_choice": "none"}, "tool_choice"),
+    (CHAT, {"messages": USER, "tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"messages": USER, "logit_bias": {"1": 5}}, "logit_bias"),
+    (CHAT, {"messages": USER, "store": True}, "store"),
+    (CHAT, {"messages": USER, "service_tier": "priority"}, "service_tier"),
+    (CHAT, {"messages": USER, "modalities": ["text", "audio"]}, "modalities"),
+    (CHAT, {"messages": USER, "parallel_tool_calls": "no"}, "parallel_tool_calls"),
+    (CHAT, {"messages": USER, "echo": False}, "echo"),
     (CHAT, {"messages": USER, "response_format": {"type": "json_object"}}, "response_format"),
     (CHAT, {"messages": USER, "logprobs": 3}, "logprobs"),
     (CHAT, {"messages": USER, "top_logprobs": 3}, "top_logprobs"),
@@ -342,7 +375,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": [{"role": "tool", "content": "a"}]}, "messages"),
     (CHAT, {"messages": [{"role": "user"}]}, "messages"),
     (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages"),
-    (CHAT, {"messages": [{"role": "user", "content": "a", "name": "b"}]}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": "a", "name": 1}]}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": "a", "nickname": "b"}]}, "messages"),
+    (CHAT, {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}, *USER]}, "messages"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "messages"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]}, "messages"),
     (CHAT, {"messages": [*USER, *USER]}, "messages"),
@@ -368,8 +403,56 @@ def test_what_says_nothing_about_the_answer_is_ignored(server: Serving) -> None:
     known = {"user": "me", "metadata": {"a": "b"}, "safety_identifier": "x", "prompt_cache_key": "y"}
     assert server.complete(max_tokens=1, **known).status == 200
     assert server.chat(max_tokens=1, response_format={"type": "text"}, **known).status == 200
-    nothing = dict.fromkeys(["temperature", "stop", "seed", "n", "stream", "stream_options", "logprobs", "user"])
-    assert server.complete(max_tokens=1, **nothing).status == 200
+
+
+def test_null_is_as_if_a_field_were_not_there(server: Serving) -> None:
+    known = dict.fromkeys(["temperature", "stop", "seed", "n", "stream", "stream_options", "logprobs", "user"])
+    others = dict.fromkeys(["tools", "logit_bias", "suffix", "reasoning_effort", "anything"])
+    assert server.complete(max_tokens=1, **known, **others).status == 200
+    message = {**USER[0], "refusal": None, "audio": None, "function_call": None, "tool_calls": None}
+    asked = {"model": server.model, "messages": [message], "max_tokens": 1, **known, **others}
+    assert server.ask("POST", CHAT, asked).status == 200
+
+
+def test_what_asks_for_nothing_is_accepted(server: Serving, client: OpenAI) -> None:
+    """As clients send it by default."""
+    both: Any = {"logit_bias": {}, "store": False, "service_tier": "auto"}
+    chat: Any = {"tools": [], "parallel_tool_calls": True, "modalities": ["text"], "max_tokens": 3, **GREEDY}
+    messages: Any = [{"role": "user", "content": "Hello", "name": "somebody"}]
+    found = [server.chat(max_tokens=3, **GREEDY).json["choices"]]
+    for choice in ("none", "auto"):
+        found.append(server.post(CHAT, messages=messages, tool_choice=choice, **both, **chat).json["choices"])
+    assert found[0] == found[1] == found[2]
+    for n, best_of in ((1, 1), (2, 1), (2, 2)):
+        reply = server.complete(max_tokens=1, n=n, best_of=best_of, echo=False, **both)
+        assert len(reply.json["choices"]) == n
+    assert client.chat.completions.create(
+        model=server.model, messages=messages, max_tokens=1, tools=None, store=None, logit_bias={}  # type: ignore[arg-type]
+    ).choices  # fmt: skip
+
+
+def test_errors_say_where_and_what(server: Serving) -> None:
+    """Each of one form, in one notation, and with what helps."""
+
+    def message(path: str, **body: Any) -> str:
+        return server.ask("POST", path, {"model": server.model, **body}).error["message"]
+
+    assert message(COMPLETE, prompt="a", stop="") == "stop: String should have at least 1 character"
+    assert message(COMPLETE, prompt="a", stop=["b", ""]) == "stop[1]: String should have at least 1 character"
+    assert message(CHAT, messages=[{"role": "tool", "content": "a"}]).startswith("messages[0].role: ")
+    unknown = message(CHAT, messages=[*USER, {**USER[0], "nickname": "b"}])
+    assert unknown == "there is no field 'messages[1].nickname' here; leave it out"
+    assert (
+        message(COMPLETE, prompt="a", metadata=dict.fromkeys("abcdefghijklmnopq", ""))
+        == "metadata: 17 items are more than 16"
+    )
+    assert message(CHAT, messages=[{**USER[0], "content": "\ud800"}]).startswith(
+        "messages[0].content: the text holds a lone"
+    )
+    assert message(CHAT, messages=USER * 257) == "257 messages are more than the context of 256 tokens holds"
+    digits = server.ask("POST", COMPLETE, raw=b'{"model": "small", "prompt": "a", "seed": ' + b"9" * 5000 + b"}")
+    assert digits.error["message"] == "a number in the body has too many digits"
+    assert message(CHAT, messages=USER, tools=[1]).startswith("tools: this server has nothing of the kind")
 
 
 def test_another_model_is_not_found(server: Serving) -> None:
@@ -383,6 +466,7 @@ def test_another_model_is_not_found(server: Serving) -> None:
     [
         b"", b"{", b"[]", b"null", b'"a"', b"\xff\xfe", b"[" * 100_000, b'{"a":' * 50_000, b"1" * 10_000, b"NaN",
         b'{"model": "small", "prompt": "a", "temperature": NaN}', b'{"model": "small", "prompt": "a", "n": 1e999}',
+        b'{"model": "small", "prompt": "a", "seed": ' + b"9" * 5000 + b"}",
         b'{"\\ud800": 1}', b'{"model": "\\ud800", "prompt": "a"}', b'{"model": "small", "prompt": "\\u0000", "x": 1}',
     ],
     ids=lambda raw: ascii(raw[:40]),
@@ -392,6 +476,33 @@ def test_a_body_that_is_no_request_is_refused(server: Serving, raw: bytes) -> No
         reply = server.ask("POST", path, raw=raw)
         assert reply.status in (400, 404)
         assert reply.error["message"]
+
+
+WIDE: list[tuple[str, dict[str, Any], str]] = [
+    (COMPLETE, {"prompt": [[]] * 10_000}, "prompt[0]: List should have at least 1 item"),
+    (COMPLETE, {"prompt": [[1]] * 10_000}, "prompt: List should have at most 2048 items"),
+    (COMPLETE, {"prompt": [1.5] * 10_000}, "prompt: "),
+    (COMPLETE, {"prompt": [1, "a"] * 10_000}, "prompt: "),
+    (COMPLETE, {"prompt": "a", "stop": [1] * 10_000}, "stop"),
+    (COMPLETE, {"prompt": "a", **{f"k{number}": 1 for number in range(10_000)}}, "there is no field 'k0' here"),
+    (COMPLETE, {"prompt": "a", "metadata": {f"k{number}": 1 for number in range(10_000)}}, "metadata: "),
+    (CHAT, {"messages": [{}] * 10_000}, "messages[0].role: Field required"),
+    (CHAT, {"messages": [{"role": "user", "content": [{}] * 10_000}]}, "messages[0].content[0].type: Field required"),
+    (CHAT, {"messages": [{**USER[0], **{f"k{number}": 1 for number in range(10_000)}}]}, "'messages[0].k0'"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "message"), WIDE, ids=lambda value: ascii(value)[:40])
+def test_the_first_of_many_faults_is_enough(server: Serving, path: str, body: dict[str, Any], message: str) -> None:
+    """Each takes time and memory, and a megabyte has room for hundreds of thousands."""
+    whole = {"model": server.model, **body}
+    with pytest.raises(ValidationError) as caught:
+        (CompletionRequest if path == COMPLETE else ChatRequest).model_validate(whole)
+    assert caught.value.error_count() < 6
+    reply = server.ask("POST", path, whole)
+    assert reply.status == 400
+    assert message in reply.error["message"]
+    assert len(reply.body) < 1000
 
 
 def test_content_types(server: Serving) -> None:
@@ -532,6 +643,73 @@ def test_an_origin_and_a_host_can_be_allowed(place: Path) -> None:
         assert server.ask("GET", "/health", headers={**headers, "origin": "https://other.example"}).status == 403
 
 
+def test_any_preflight_of_an_allowed_origin_succeeds(place: Path) -> None:
+    """OpenAI's client in a browser sends headers of its own; a page of the Internet asks for a private network."""
+    site = "https://chat.example"
+    with serving(place, origins=frozenset({site}), api_key="k") as server:
+        for method, asked in (("POST", "authorization,content-type,x-stainless-lang,x-stainless-os"), ("PUT", "x-any")):
+            headers = {
+                "access-control-request-method": method,
+                "access-control-request-headers": asked,
+                "access-control-request-private-network": "true",
+            }
+            reply = server.ask("OPTIONS", CHAT, headers={"origin": site, **headers})
+            assert reply.status == 200
+            assert reply.headers["access-control-allow-origin"] == site
+            assert reply.headers["access-control-allow-headers"] == asked
+            assert method in reply.headers["access-control-allow-methods"]
+            assert reply.headers["access-control-allow-private-network"] == "true"
+            other = server.ask("OPTIONS", CHAT, headers={"origin": "https://other.example", **headers})
+            assert (other.status, other.error["code"]) == (403, "origin_not_allowed")
+            assert not [name for name in other.headers if name.startswith("access-control")]
+
+
+def test_a_page_of_an_allowed_origin_can_read_refusals(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(gate, "DISCARD_SECONDS", 0.1)
+    site = "https://chat.example"
+    with serving(place, origins=frozenset({site}), api_key="k", max_body_bytes=2000) as server:
+        server.headers["origin"] = site
+        key = {"authorization": "Bearer k"}
+
+        def check(reply: Reply, status: int) -> None:
+            assert reply.status == status
+            assert reply.error["message"]
+            assert reply.headers["access-control-allow-origin"] == site
+            assert "origin" in reply.headers["vary"].lower()
+
+        check(server.ask("POST", COMPLETE, {}), 401)
+        check(server.ask("POST", COMPLETE, {}, {**key, "host": "other.example"}), 403)
+        check(server.ask("POST", COMPLETE, raw=b" " * 3000, headers=key), 413)
+        check(server.ask("POST", COMPLETE, {}, {**key, "content-type": "text/plain"}), 415)
+        check(server.ask("POST", COMPLETE, raw=b"{", headers={**key, "content-length": "100"}), 408)
+        check(server.ask("GET", "/nothing", headers=key), 404)
+        server.headers["authorization"] = "Bearer k"
+        stream = server.begin_stream(200)
+        server.take_signal()
+        while server.ask("GET", "/health").json != {"status": "draining"}:
+            time.sleep(0.01)
+        check(server.complete(), 503)
+        stream.close()
+
+
+@pytest.mark.parametrize(
+    ("site", "status"), [("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)]
+)
+def test_what_other_pages_embed_is_refused(server: Serving, site: str, status: int) -> None:
+    """A browser sends no origin with an image or a script, but says whose they are. The page may be linked to."""
+    for path in ("/v1/models", "/metrics"):
+        assert server.ask("GET", path, headers={"sec-fetch-site": site}).status == status
+    assert server.ask("GET", "/", headers={"sec-fetch-site": site, "sec-fetch-mode": "navigate"}).status == 200
+
+
+def test_heads_without_bodies(server: Serving) -> None:
+    for path in ("/", "/chat.js", "/health"):
+        whole, head = server.ask("GET", path), server.ask("HEAD", path)
+        assert (head.status, head.body) == (200, b"")
+        assert head.headers["content-type"] == whole.headers["content-type"]
+
+
 def test_headers_that_are_there_twice_are_refused(server: Serving) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         connection.sendall(
@@ -566,17 +744,107 @@ def test_health_and_metrics(server: Serving) -> None:
 
 
 def test_a_failure_of_the_engine_ends_the_server(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(place) as server:
-        assert server.running is not None
-        assert server.running.engine is not None
+    """The command fails with it, so that the status of the process is not 0."""
+    ports: Queue[int] = Queue()
 
-        def fail(*_: object) -> None:
-            raise ZeroDivisionError("a bug")
+    def announce(listening: socket.socket, *_: object) -> None:
+        ports.put(listening.getsockname()[1])
 
-        monkeypatch.setattr(server.running.engine._slots, "step", fail)
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(serve, "_announce", announce)
+    flags = ["--port", "0", "--device", "cpu", "--max_slots", "1", "--threads", "1", "--model_name", "m"]
+    with ThreadPoolExecutor(1) as pool:
+        command = pool.submit(main, ["serve", str(place), *flags])
+        server = Serving(ports.get(timeout=60), "m")
+        assert server.complete(max_tokens=2).status == 200
+        monkeypatch.setattr(Slots, "step", fail)
         reply = server.complete(max_tokens=5)
         assert (reply.status, reply.error["type"]) == (503, "server_error")
-        assert isinstance(server.running.engine.failure, ZeroDivisionError)
+        with pytest.raises(ZeroDivisionError, match="a bug"):
+            command.result(timeout=60)
+    server.wait_until_gone()
+    gc.unfreeze()
+
+
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an answer take longer than a test waits for anything."""
+    step = Slots.step
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.02)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(Slots, "step", slow)
+
+
+@pytest.mark.parametrize(("drain_seconds", "signals"), [(0.1, 1), (1000.0, 2)], ids=["deadline", "second signal"])
+def test_what_is_under_way_at_the_end_is_told(
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    drain_seconds: float,
+    signals: int,
+) -> None:
+    """A stream ends with an error, what waits is refused, and one that does not read is given up."""
+    monkeypatch.setattr(serve, "_LAST_SECONDS", 0.3)
+    with serving(place, slots=9, context=512, drain_seconds=drain_seconds) as server:
+        stuck = server.begin_stream(500, n=7, logprobs=5, stop=["never said"])
+        while server.metric("doge_lm_written_tokens_total") < 7 * 100:
+            time.sleep(0.01)
+        slow_steps(monkeypatch)
+        stream = server.begin_stream(500)
+        with ThreadPoolExecutor(3) as pool:
+            others = [pool.submit(server.complete, max_tokens=500) for _ in range(3)]
+            while server.metric("doge_lm_waiting") + server.metric("doge_lm_running") < 4:
+                time.sleep(0.01)
+            for _ in range(signals):
+                server.take_signal()
+            for other in others:
+                assert (other.result().status, other.result().error["code"]) == (503, "shutting_down")
+        assert json.loads(rest_of_events(stream)[-1])["error"]["code"] == "shutting_down"
+        stream.close()
+        server.wait_until_gone()
+        assert not reset_or_rest(stuck).endswith(b"0\r\n\r\n")
+        stuck.close()
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def reset_or_rest(connection: socket.socket) -> bytes:
+    """All that still comes, to the end or until the connection is reset."""
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(65536):
+            received += part
+    return received
+
+
+def test_a_body_that_still_comes_is_refused_when_the_server_drains(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At once, not when the answers that are under way have ended."""
+    with serving(place, slots=1, context=512, drain_seconds=1000.0) as server:
+        slow_steps(monkeypatch)
+        stream = server.begin_stream(500)
+        uploads = []
+        for begun in (b"{", b""):  # one that is refused while it is read, and one of which nothing has come
+            upload = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            upload.sendall(head + b"Content-Length: 500\r\n\r\n" + begun)
+            uploads.append(upload)
+        assert server.running is not None
+        while server.running.state.requests < 3:
+            time.sleep(0.01)
+        server.take_signal()
+        for upload in uploads:
+            received = rest_of(upload)
+            assert received.startswith(b"HTTP/1.1 503"), received
+            assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["code"] == "shutting_down"
+            upload.close()
+        assert server.metric("doge_lm_running") == 1
+        stream.close()
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 @pytest.mark.slow
@@ -602,26 +870,53 @@ def test_sigterm_lets_answers_end_and_takes_no_more(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_takes_longer_than_the_drain_ends_with_an_error(place: Path) -> None:
-    flags = ("--max_slots", "1", "--max_context", "512", "--drain_seconds", "0.1", "--threads", "1")
+def test_a_second_signal_ends_it_cleanly(place: Path) -> None:
+    flags = ("--max_slots", "1", "--max_context", "512", "--threads", "1")
     with serving_process(place, *flags) as (server, process):
-        streams = [server.begin_stream(500)]
-        body = {"model": server.model, "prompt": "a", "max_tokens": 500}
-        replies: list[Any] = []
-        others = [threading.Thread(target=lambda: replies.append(server.ask("POST", COMPLETE, body))) for _ in range(3)]
-        for other in others:
-            other.start()
-        while server.metric("doge_lm_waiting") < 3:
+        with ThreadPoolExecutor(1) as pool:
+            # More than are done before the signals come, one after the other.
+            other = pool.submit(server.complete, max_tokens=500, n=100, stop=["never said"])
+            while server.metric("doge_lm_waiting") < 90:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            while server.ask("GET", "/health").json != {"status": "draining"}:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            assert (other.result().status, other.result().error["code"]) == (503, "shutting_down")
+        while process.poll() is None:  # one who presses Ctrl-C again and again
+            process.send_signal(signal.SIGINT)
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        for other in others:
-            other.join()
-        assert 503 in [reply.status for reply in replies]
-        assert process.wait(60) == 0
-        streams[0].close()
+        assert process.returncode == 0
+        assert "Traceback" not in process.stdout.read()
 
 
 # -------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(
+    ("host", "shown", "warned"),
+    [
+        ("127.0.0.1", "127.0.0.1", False),
+        ("127.0.0.2", "127.0.0.2", False),
+        ("0.0.0.0", socket.gethostname(), True),
+        ("::", socket.gethostname(), True),
+    ],
+)
+def test_the_address_that_is_shown_can_be_opened_from_where_it_is_served(
+    place: Path, capsys: pytest.CaptureFixture[str], host: str, shown: str, warned: bool
+) -> None:
+    slots = Slots(load_model(place, torch.device("cpu"), "float32"), 1, 64)
+    try:
+        listening = serve.listening_socket(host, 0)
+    except UserError:
+        pytest.skip(f"this machine has no {host}")
+    with listening:
+        serve._announce(listening, Settings("m", Limits(64, 64)), slots)
+        port = listening.getsockname()[1]
+    told = capsys.readouterr()
+    assert f"chat page  http://{shown}:{port}/\n" in told.out
+    assert f"API        http://{shown}:{port}/v1\n" in told.out
+    assert ("all addresses of this machine" in told.out) == warned == ("warning: whoever" in told.err)
 
 
 @pytest.mark.parametrize(

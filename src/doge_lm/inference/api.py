@@ -1,37 +1,65 @@
 """What the server takes and gives: the parts of OpenAI's API that a model of text has.
 
-Every field is checked strictly: an unknown one, one of another type or out of range is refused by its name. Fields that
-say something about the caller and not about the answer are accepted and ignored, as are fields of a message that
-OpenAI's client sends back with an earlier answer, while they are empty.
+Every field is checked strictly: an unknown one, one of another type or out of range is refused by its name. `null` is
+as if a field were not there, whichever it is. Fields that say something about the caller and not about the answer are
+accepted and ignored; so are fields for what this server lacks, while their values ask for nothing, as clients send
+them by default.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MOST_STOPS = 4
+MOST_PROMPTS = 2048
+MOST_METADATA = 16
 MOST_LOGPROBS = 5
 MOST_TOP_LOGPROBS = 20
 
 
 def _has_utf8(text: str) -> str:
     """JSON can escape a half of a surrogate pair alone."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("the text holds a lone surrogate, which has no UTF-8")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text holds a lone surrogate, which has no UTF-8") from None
     return text
+
+
+def _has_few(items: Any) -> Any:
+    """pydantic counts a dictionary's items after it has looked at each."""
+    if isinstance(items, dict) and len(items) > MOST_METADATA:
+        raise ValueError(f"{len(items)} items are more than {MOST_METADATA}")
+    return items
 
 
 Text = Annotated[str, AfterValidator(_has_utf8)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
-Tokens = Annotated[list[Token], Field(min_length=1)]
-StopString = Annotated[Text, Field(min_length=1, max_length=1000)]
+Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
+StopString = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_has_utf8)]
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
+NoItems = Annotated[dict[str, Any], Field(max_length=0)] | None
+Metadata = Annotated[dict[str, str], Field(max_length=MOST_METADATA), BeforeValidator(_has_few)]
 
 
 class Strict(BaseModel):
-    """What a client sends: no conversions, no unknown fields, no infinite numbers."""
+    """What a client sends: no conversions, no unknown fields, no infinite numbers. Fields that are null are left out.
+
+    Bodies come from anyone, and every fault that is found costs time and memory: so lists stop at their first
+    (`fail_fast`), and of unknown fields only one is looked at.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_note(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        known = cls.__pydantic_fields__
+        kept = {name: value for name, value in given.items() if value is not None}
+        unknown = next((name for name in kept if name not in known), None)
+        return kept if unknown is None else {name: kept[name] for name in kept if name in known or name == unknown}
 
 
 class StreamOptions(Strict):
@@ -61,15 +89,18 @@ class Generation(Strict):
     max_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
     n: int | None = Field(None, ge=1, le=128, description="Answers to each prompt.")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Makes sampling repeatable.")
-    stop: StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS)] | None = Field(
+    stop: StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS, fail_fast=True)] | None = Field(
         None, description="Strings that end an answer, and are no part of it."
     )
     stream: bool | None = Field(None, description="Server-sent events as the answer grows.")
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Ignored.")
-    metadata: dict[str, str] | None = Field(None, description="Ignored.")
+    metadata: Metadata | None = Field(None, description="Ignored.")
     safety_identifier: str | None = Field(None, description="Ignored.")
     prompt_cache_key: str | None = Field(None, description="Ignored.")
+    service_tier: Literal["auto", "default"] | None = Field(None, description="There is one.")
+    store: Literal[False] | None = Field(None, description="Nothing is stored.")
+    logit_bias: NoItems = None
 
     def stop_strings(self) -> tuple[str, ...]:
         """The stop strings, however they were given."""
@@ -80,9 +111,14 @@ class CompletionRequest(Generation):
     """Body of `POST /v1/completions`."""
 
     prompt: (
-        Text | Annotated[list[Text], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)]
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+        | Tokens
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
     ) = Field(description="A text, whose beginning is marked by <s>, or ids as they are; or a list of these.")
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    echo: Literal[False] | None = None
+    best_of: int | None = Field(None, ge=1, le=128, description="1, or as many as n: every answer is given.")
 
 
 class ContentPart(Strict):
@@ -96,11 +132,9 @@ class Message(Strict):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"] = Field(description="developer means system.")
-    content: Text | list[ContentPart]
-    refusal: None = None
+    content: Text | Annotated[list[ContentPart], Field(fail_fast=True)]
+    name: str | None = Field(None, description="Ignored.")
     annotations: Nothing = None
-    audio: None = None
-    function_call: None = None
     tool_calls: Nothing = None
 
     def for_template(self) -> dict[str, str]:
@@ -112,11 +146,15 @@ class Message(Strict):
 class ChatRequest(Generation):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="The same as max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
+    tools: Nothing = None
+    tool_choice: Literal["none", "auto"] | None = Field(None, description="There are no tools to choose from.")
+    parallel_tool_calls: bool | None = Field(None, description="There are no tools to call.")
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------- answers
@@ -153,6 +191,7 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str = "doge-lm"
     max_model_len: int = Field(description="Tokens of a prompt and its answer together.")
+    max_output_tokens: int = Field(description="Tokens of an answer.")
 
 
 class ModelList(BaseModel):

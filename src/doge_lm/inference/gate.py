@@ -10,10 +10,12 @@ import hmac
 import ipaddress
 import json
 import socket
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Container, Iterable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
+
+from starlette.middleware.cors import CORSMiddleware
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -26,7 +28,10 @@ BODY_SECONDS = 30.0
 
 DISCARD_SECONDS = 5.0
 DISCARD_BYTES = 64 << 20
-"""How long, and how much, of a body that is refused is read before the answer."""
+"""How long, and how much, of a body that is refused is still read: some clients look for no answer before its end."""
+
+DRAINING_DISCARD_SECONDS = 0.5
+"""How long such a body is read while the server shuts down."""
 
 PROTECTED = ("/v1/", "/metrics")
 """Paths that need the API key, where there is one."""
@@ -96,9 +101,14 @@ class Access:
 class State:
     """What the gate and who runs the server share."""
 
-    draining: bool = False
+    drain: asyncio.Event = field(default_factory=asyncio.Event)  # set, in the event loop, to take no more requests
     requests: int = 0  # under way, from the first byte of the head to the last of the answer
     finished: Callable[[str, str, int], None] = field(default=lambda method, path, status: None)
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server shuts down."""
+        return self.drain.is_set()
 
 
 class Gate:
@@ -107,6 +117,16 @@ class Gate:
     def __init__(self, application: Application, access: Access, state: State) -> None:
         self._application, self._access, self._state = application, access, state
         self._own_names = {"localhost", socket.gethostname().lower(), *access.hosts}
+        # Around the refusals too, which a page of an allowed origin could not read otherwise. What such a page may ask
+        # for is checked with the request itself; so any preflight is allowed.
+        self._for_origins = CORSMiddleware(
+            self._check_and_pass,
+            allow_origins=access.origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            allow_private_network=True,
+            expose_headers=["retry-after"],
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or pass it on with its whole body."""
@@ -122,29 +142,33 @@ class Gate:
                 message["headers"] = [*message.get("headers", ()), *_encoded(SECURITY_HEADERS)]
             await send(message)
 
+        is_allowed = _Headers(scope["headers"]).has_only("origin", self._access.origins)
         self._state.requests += 1
         try:
-            try:
-                self._check(scope)
-                body = await self._body(scope, receive)
-            except RefusalError as refusal:
-                await self._discard(scope, receive)
-                await send_refusal(refusal, answer, head_only=scope["method"] == "HEAD")
-                return
-            if body is not None:
-                await self._application(scope, _replaying(body, receive), answer)
+            await (self._for_origins if is_allowed else self._check_and_pass)(scope, receive, answer)
         finally:
             self._state.requests -= 1
             self._state.finished(scope["method"], scope["path"], status or 499)  # 499: the client had left
+
+    async def _check_and_pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        upload = _Upload(receive, self._state.drain)
+        try:
+            self._check(scope)
+            body = await self._body(scope, upload)
+        except RefusalError as refusal:
+            await self._refuse(refusal, scope, upload, send)
+            return
+        if body is not None:
+            await self._application(scope, _replaying(body, receive), send)
 
     def _check(self, scope: Scope) -> None:
         headers = _Headers(scope["headers"])
         host, origin = headers.only("host"), headers.only("origin")
         self._check_host(host)
         self._check_origin(origin, host)
-        path = scope["path"]
-        # A browser asks without the key whether it may ask with it.
-        if any(path.startswith(place) for place in PROTECTED) and scope["method"] != "OPTIONS":
+        if any(scope["path"].startswith(place) for place in PROTECTED):
+            if origin is None and headers.only("sec-fetch-site") in ("cross-site", "same-site"):
+                raise _other_origin("another site")
             self._check_key(headers.only("authorization"))
         if scope["method"] != "POST":
             return
@@ -170,11 +194,7 @@ class Gate:
         if origin is None or origin in self._access.origins:
             return
         if not _is_netloc(origin.partition("://")[2]) or urlsplit(origin).netloc.lower() != (host or "").lower():
-            raise RefusalError(
-                403,
-                f"pages of {origin[:100]!r} may not use this server; start it with --allow_origin to allow it",
-                code="origin_not_allowed",
-            )
+            raise _other_origin(repr(origin[:100]))
 
     def _check_key(self, authorization: str | None) -> None:
         key = self._access.api_key
@@ -190,7 +210,7 @@ class Gate:
                 headers={"www-authenticate": "Bearer"},
             )
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
+    async def _body(self, scope: Scope, upload: "_Upload") -> bytes | None:
         """The whole body of a POST; None if the client has left. Other methods have none that is read."""
         if scope["method"] != "POST":
             return b""
@@ -206,7 +226,7 @@ class Gate:
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 while True:
-                    message = await receive()
+                    message = await upload.next()
                     if message["type"] == "http.disconnect":
                         return None
                     parts.append(message.get("body", b""))
@@ -218,18 +238,57 @@ class Gate:
         except TimeoutError as error:
             raise RefusalError(408, f"the body took more than {BODY_SECONDS:.0f} seconds", headers=_CLOSE) from error
 
-    async def _discard(self, scope: Scope, receive: Receive) -> None:
-        """Read what is left of a body that is refused: most clients see no answer before they have sent all of it."""
-        if scope["method"] != "POST" or _Headers(scope["headers"]).has("expect"):
-            return
+    async def _refuse(self, refusal: RefusalError, scope: Scope, upload: "_Upload", send: Send) -> None:
+        """Answer, and read what is left of the body: a connection that is closed before loses the answer too."""
+        await send(_head(refusal))
+        await send({**_content(refusal, scope["method"]), "more_body": True})
+        if scope["method"] == "POST" and not _Headers(scope["headers"]).has("expect"):
+            with contextlib.suppress(TimeoutError, RefusalError):
+                async with asyncio.timeout(DRAINING_DISCARD_SECONDS if self._state.draining else DISCARD_SECONDS):
+                    await upload.discard(DISCARD_BYTES)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _Upload:
+    """The body of a request, as it comes.
+
+    Args:
+        receive: of the request.
+        drain: is set when the server shuts down.
+    """
+
+    def __init__(self, receive: Receive, drain: asyncio.Event) -> None:
+        self._receive, self._drain = receive, drain
+        self._is_over = False
+
+    async def next(self) -> Message:
+        """The next message.
+
+        Raises:
+            RefusalError: if the server begins to shut down before it comes.
+        """
+        was_draining = self._drain.is_set()
+        message = asyncio.ensure_future(self._receive())
+        drain = asyncio.ensure_future(self._drain.wait())
+        try:
+            await asyncio.wait({message} if was_draining else {message, drain}, return_when=asyncio.FIRST_COMPLETED)
+            if not message.done():
+                raise stopping()
+            self._is_over = not message.result().get("more_body", False)
+            return message.result()
+        finally:
+            message.cancel()
+            drain.cancel()
+
+    async def discard(self, most: int) -> None:
+        """Read on to the end, or beyond so many bytes.
+
+        Raises:
+            RefusalError: if the server begins to shut down before.
+        """
         size = 0
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DISCARD_SECONDS):
-                while size < DISCARD_BYTES:
-                    message = await receive()
-                    if not message.get("more_body", False):
-                        return
-                    size += len(message.get("body", b""))
+        while not self._is_over and size < most:
+            size += len((await self.next()).get("body", b""))
 
 
 _CLOSE = {"connection": "close"}
@@ -250,6 +309,11 @@ class _Headers:
             raise RefusalError(400, f"the header {name} is there {len(values)} times; send it once")
         return values[0].decode("latin-1") if values else None
 
+    def has_only(self, name: str, values: Container[str]) -> bool:
+        """Whether a header is there once, with one of some values."""
+        found = [value.decode("latin-1") for key, value in self._headers if key.lower() == name.encode()]
+        return len(found) == 1 and found[0] in values
+
     def has(self, name: str) -> bool:
         """Whether a header is there."""
         return any(key.lower() == name.encode() for key, _ in self._headers)
@@ -266,12 +330,28 @@ def stopping() -> RefusalError:
     )
 
 
-async def send_refusal(refusal: RefusalError, send: Send, *, head_only: bool = False) -> None:
+def _other_origin(whose: str) -> RefusalError:
+    return RefusalError(
+        403,
+        f"pages of {whose} may not use this server; start it with --allow_origin to allow it",
+        code="origin_not_allowed",
+    )
+
+
+async def send_refusal(refusal: RefusalError, method: str, send: Send) -> None:
     """Answer a request with an error."""
-    body = refusal.body()
-    headers = {"content-type": "application/json", "content-length": str(len(body)), **refusal.headers}
-    await send({"type": "http.response.start", "status": refusal.status, "headers": _encoded(headers)})
-    await send({"type": "http.response.body", "body": b"" if head_only else body})
+    await send(_head(refusal))
+    await send(_content(refusal, method))
+
+
+def _head(refusal: RefusalError) -> Message:
+    length = str(len(refusal.body()))
+    headers = {"content-type": "application/json", "content-length": length, **refusal.headers}
+    return {"type": "http.response.start", "status": refusal.status, "headers": _encoded(headers)}
+
+
+def _content(refusal: RefusalError, method: str) -> Message:
+    return {"type": "http.response.body", "body": b"" if method == "HEAD" else refusal.body()}
 
 
 def _encoded(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:

@@ -2,9 +2,13 @@
 
 import argparse
 import asyncio
+import gc
+import math
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +20,7 @@ import torch
 import uvicorn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
+from uvicorn.server import HANDLED_SIGNALS
 
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
@@ -33,7 +38,7 @@ DEFAULT_SLOTS = 64
 
 _BACKLOG = 2048
 _KEEP_ALIVE_SECONDS = 65
-_LAST_SECONDS = 2  # after draining, for what is still to be sent
+_LAST_SECONDS = 2  # after the answers have ended, for what is still to be sent
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +121,10 @@ def run(args: argparse.Namespace) -> int:
         )
         running = Running()
         app = create_app(slots, tokenizer, settings, running)
-        Server(app, running, args.drain_seconds, lambda: _announce(listening, settings, slots)).run([listening])
+        gc.freeze()  # a body of many lists has Python look through what it holds, where PyTorch's modules are the most
+        server = Server(app, running, args.drain_seconds, lambda: _announce(listening, settings, slots))
+        _leave_signals_to_it()
+        server.run([listening])
     if running.engine is not None and running.engine.failure is not None:
         raise running.engine.failure
     return 0
@@ -173,8 +181,9 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._running, self._drain_seconds, self._on_started = running, drain_seconds, on_started
-        self._deadline: float | None = None
-        self._said = False
+        self._deadline = math.inf  # by time.monotonic(), as the next
+        self._last_deadline = math.inf
+        self._signals = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to take requests."""
@@ -183,31 +192,48 @@ class Server(uvicorn.Server):
             self._on_started()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Take a signal: the first one drains, the second ends."""
-        if self._running.state.draining:
-            self.should_exit = True
-            return
-        self._deadline = time.monotonic() + self._drain_seconds
-        self._running.state.draining = True
+        """Take a signal: the first one drains, the second ends what is under way, another one its connections too."""
+        self._signals += 1
+        now = time.monotonic()
+        if self._signals == 1:
+            self._deadline = now + self._drain_seconds
+        elif self._signals == 2:
+            self._deadline = now
+        else:
+            self._last_deadline = now
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end; called every tenth of a second."""
-        running = self._running
-        engine = running.engine
+        engine = self._running.engine
         if engine is not None and engine.failure is not None:
             return True
-        if self._deadline is not None:
-            self._say_once(running.state.requests)
-            if engine is not None and time.monotonic() > self._deadline:
-                await asyncio.to_thread(engine.stop)  # tells those who still wait
-            self.should_exit |= running.state.requests == 0 or time.monotonic() > self._deadline
+        if self._signals:
+            await self._drain()
         return await super().on_tick(counter)
 
-    def _say_once(self, requests: int) -> None:
-        """Why it does not end yet. Not said by the signal's handler, which may interrupt another line."""
-        if requests and not self._said:
-            print(f"{requests} requests are still answered; another signal ends them", file=sys.stderr)
-        self._said = True
+    async def _drain(self) -> None:
+        """Bring the server a step nearer to its end."""
+        state, engine = self._running.state, self._running.engine
+        if not state.draining:
+            state.drain.set()
+            if state.requests:  # not said by the signal's handler, which may interrupt another line
+                print(f"requests under way: {state.requests}; another signal ends them", file=sys.stderr)
+        if engine is not None and self._last_deadline == math.inf and time.monotonic() >= self._deadline:
+            await asyncio.to_thread(engine.stop)  # tells those who still wait
+            self._last_deadline = min(self._last_deadline, time.monotonic() + _LAST_SECONDS)
+        if time.monotonic() >= self._last_deadline:
+            # Of those who do not read. uvicorn would cancel their requests, and log each as a failure.
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+            self.should_exit = True
+        self.should_exit |= state.requests == 0
+
+
+def _leave_signals_to_it() -> None:
+    """Ignore signals but while the server takes them: after its end they would only break into that of the process."""
+    if threading.current_thread() is threading.main_thread():
+        for number in HANDLED_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -302,8 +328,11 @@ def listening_socket(host: str, port: int) -> socket.socket:
 
 def _announce(listening: socket.socket, settings: Settings, slots: Slots) -> None:
     host, port = listening.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
+    is_everywhere = host in ("0.0.0.0", "::")
+    shown = socket.gethostname() if is_everywhere else f"[{host}]" if ":" in host else host
     print(f"chat page  http://{shown}:{port}/", f"API        http://{shown}:{port}/v1", sep="\n")
+    if is_everywhere:
+        print(f"listens    at all addresses of this machine, where others do not know the name {shown}")
     exact = "equal to" if slots.texts_are_independent else "up to rounding"
     print(
         f"model      {settings.model_id}, {slots.count} answers at once of {slots.columns} tokens with their prompts, "

@@ -7,13 +7,11 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import PreTrainedTokenizerFast
 
@@ -29,6 +27,7 @@ from .api import (
     ModelCard,
     ModelList,
 )
+from .bodies import body_of, described_body, schemas
 from .engine import Engine
 from .gate import Access, Gate, RefusalError, State, send_refusal
 from .metrics import CONTENT_TYPE, Metrics
@@ -121,15 +120,8 @@ def create_app(
     _add_error_handlers(app)
     _add_api(app, running, settings)
     _add_page(app)
-    access = settings.access
-    if access.origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=sorted(access.origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
-        )
-    return Gate(app, access, running.state)
+    app.openapi()["components"]["schemas"].update(schemas(CompletionRequest, ChatRequest))
+    return Gate(app, settings.access, running.state)
 
 
 def void(_: object) -> None:
@@ -138,8 +130,15 @@ def void(_: object) -> None:
 
 def _add_api(app: FastAPI, running: Running, settings: Settings) -> None:
     created = int(time.time())
-    card = ModelCard(id=settings.model_id, created=created, max_model_len=settings.limits.context)
+    limits = settings.limits
+    card = ModelCard(
+        id=settings.model_id,
+        created=created,
+        max_model_len=limits.context,
+        max_output_tokens=limits.max_tokens,
+    )
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> JSONResponse:
         """Whether requests are taken: 200, or 503 while the server shuts down."""
@@ -168,15 +167,29 @@ def _add_api(app: FastAPI, running: Running, settings: Settings) -> None:
 
     stream = {"text/event-stream": {"schema": {"type": "string"}}}
 
-    @app.post("/v1/completions", response_model=Completion, responses={200: {"content": stream}})
-    async def completions(body: CompletionRequest, request: Request) -> Response:
+    @app.post(
+        "/v1/completions",
+        response_model=Completion,
+        responses={200: {"content": stream}},
+        openapi_extra=described_body(CompletionRequest),
+    )
+    async def completions(
+        body: Annotated[CompletionRequest, Depends(body_of(CompletionRequest))], request: Request
+    ) -> Response:
         """Continue a text, or several. With `stream`, events hold the same object with a part of an answer."""
         assert running.service is not None
         begun = running.service.complete(body)
         return await _respond(begun, CompletionFormat, body, request, running)
 
-    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses={200: {"content": stream}})
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+    @app.post(
+        "/v1/chat/completions",
+        response_model=ChatCompletion,
+        responses={200: {"content": stream}},
+        openapi_extra=described_body(ChatRequest),
+    )
+    async def chat_completions(
+        body: Annotated[ChatRequest, Depends(body_of(ChatRequest))], request: Request
+    ) -> Response:
         """Answer a conversation. With `stream`, events hold objects `chat.completion.chunk`."""
         assert running.service is not None
         begun = running.service.chat(body)
@@ -187,7 +200,7 @@ def _add_page(app: FastAPI) -> None:
     folder = resources.files("doge_lm.inference") / "page"
     for path, (name, kind) in PAGE.items():
         content = (folder / name).read_bytes()
-        app.get(path, include_in_schema=False)(_static(content, kind))
+        app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)(_static(content, kind))
 
 
 def _static(content: bytes, kind: str) -> Callable[[], Coroutine[Any, Any, Response]]:
@@ -287,10 +300,6 @@ def _add_error_handlers(app: FastAPI) -> None:
         }.get(error.status_code, str(error.detail))
         return _Refused(RefusalError(error.status_code, message, headers=dict(error.headers or {})))
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return _Refused(_explained(error))
-
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
         return _Refused(RefusalError(500, "the server failed; its log says how", kind="server_error"))
@@ -302,34 +311,4 @@ class _Refused(Response):
         self._refusal = refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_refusal(self._refusal, send, head_only=scope["method"] == "HEAD")
-
-
-def _explained(error: RequestValidationError) -> RefusalError:
-    """The first thing that is wrong with a body, by the name of its field."""
-    first, *others = error.errors()
-    place = list(first["loc"][1:])
-    if first["type"] == "json_invalid":
-        return RefusalError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    if not place:
-        return RefusalError(400, f"the body must be a JSON object: {first['msg']}")
-    name = str(place[0])
-    if first["type"] == "extra_forbidden":
-        where = ".".join(map(str, place))[:200]
-        return RefusalError(
-            400, f"there is no field {where!r} here; leave it out", param=name[:200], code="unknown_field"
-        )
-    # Of a field that may be this or that, each form has an error of its own.
-    forms = dict.fromkeys(str(one["msg"]) for one in (first, *others) if one["loc"][1:2] == (place[0],))
-    return RefusalError(400, f"{_dotted(place)}: {'; or: '.join(forms)}", param=name)
-
-
-def _dotted(place: list[int | str]) -> str:
-    """`messages[0].role`, without the names of the forms that a field may take."""
-    path = ""
-    for part in place:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif part.isidentifier() and part not in ("str", "int"):
-            path += f".{part}" if path else part
-    return path
+        await send_refusal(self._refusal, scope["method"], send)

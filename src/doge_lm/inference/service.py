@@ -74,6 +74,8 @@ class Service:
             RefusalError: for what cannot be served, or not now.
         """
         self._check(body)
+        if body.best_of not in (None, 1, body.n or 1):
+            raise _invalid("best_of", f"best_of is {body.best_of}; no answers are left out here, so give n alone")
         prompts = await self._ids_of_prompts(body)
         limit = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         return self._submit(body, prompts, limit, body.logprobs)
@@ -129,9 +131,19 @@ class Service:
     async def _ids_of_conversation(self, body: ChatRequest) -> list[int]:
         self._check_count(body, 1)
         if self._tokenizer.chat_template is None:
-            raise _invalid("messages", "the model has no chat template; use /v1/completions")
+            raise RefusalError(
+                400,
+                "the model has no chat template; use /v1/completions",
+                param="messages",
+                code="no_chat_template",
+            )
         if body.messages[-1].role != "user":
             raise _invalid("messages", f"the last message is of the role {body.messages[-1].role}; it must be of user")
+        if len(body.messages) > self.limits.context:  # each takes a token at least, and a template takes its time
+            raise _too_long(
+                "messages",
+                f"{len(body.messages)} messages are more than the context of {self.limits.context} tokens holds",
+            )
         messages = [message.for_template() for message in body.messages]
         self._check_bytes("".join(message["content"] for message in messages), "messages")
         try:
