@@ -7,9 +7,9 @@ DEMO_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# The tests run in as many processes as there are cores, up to eight, each module within one of them.
+# The tests run in somewhat more processes than there are cores (tests/conftest.py), each module within one of them.
 # In one process, and readable with a debugger: make test PYTEST_ADDOPTS=
-export PYTEST_ADDOPTS ?= --numprocesses=logical --maxprocesses=8 --dist=loadscope --no-loadscope-reorder
+export PYTEST_ADDOPTS ?= --numprocesses=auto --dist=loadscope --no-loadscope-reorder
 
 .PHONY: demo test lint install
 

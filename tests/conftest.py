@@ -28,6 +28,12 @@ EVERY = 1 if ALL else 12
 needs_all = pytest.mark.skipif(not ALL, reason="takes a minute; DOGE_TEST_ALL=1 runs it")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Half as many again as there are cores, since tests of servers and of processes mostly wait; at most eight."""
+    return min(8, 3 * (os.cpu_count() or 1) // 2)
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """Root of the checkout."""

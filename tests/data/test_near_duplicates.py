@@ -21,6 +21,7 @@ from doge_lm.data.download import take_local
 from doge_lm.data.manifest import RawSource
 from doge_lm.data.near_duplicates import _MOST_TASKS, _plan_units, _signatures, _word_tokenizer
 from doge_lm.data.sources import TextRow, read_rows
+from tests.conftest import needs_all
 from tests.data.conftest import conversation, json_lines
 
 pytest.importorskip("datatrove")
@@ -154,7 +155,7 @@ def test_signatures_are_those_of_datatrove(
     assert own.get_shingles("").size == 0
 
 
-@pytest.mark.parametrize("unit", ["lorem ipsum 12 ", "汉字"])
+@pytest.mark.parametrize("unit", ["lorem ipsum 12 ", pytest.param("汉字", marks=needs_all)])
 def test_a_large_document_is_signed_in_bounded_memory(tmp_path: Path, unit: str) -> None:
     from datatrove.pipeline.dedup.minhash import MinhashConfig  # noqa: PLC0415
     from datatrove.utils.hashing import HashConfig  # noqa: PLC0415
