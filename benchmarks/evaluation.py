@@ -5,7 +5,8 @@
 The weights are random. Each row scores the same requests of the ready tasks on local files (`local_*`), through
 `doge_lm.evaluation.scorer` and through lm-evaluation-harness's own class with a batch of 8, 32 or 128 rows:
 
-    forward    seconds within the model: of its layers and, where it is applied, its head
+    forward    seconds within the model: of its layers and, where it is applied, its head; in a pass of its own, for it
+               waits for the device at every call
     scoring    seconds from the requests' texts to their likelihoods: tokenizing, batches, softmax
     all        seconds of the whole evaluation: reading data, making prompts, scoring, metrics
 
@@ -66,11 +67,13 @@ def measure(scorer: PlainScorer, args: argparse.Namespace) -> dict[str, Any]:
     originals = model.forward, model.model.forward, model.lm_head.forward
     for module in (model, model.model, model.lm_head):
         module.forward = forward.around(module.forward)
+    choice = Choice(list(args.tasks), args.data_dir, limit=args.limit)
+    run_tasks(scorer, choice)
+    model.forward, model.model.forward, model.lm_head.forward = originals
     scorer.loglikelihood = scoring.around(scorer.loglikelihood)  # type: ignore[method-assign]
     begun = time.perf_counter()
-    results = run_tasks(scorer, Choice(list(args.tasks), args.data_dir, limit=args.limit))
+    results = run_tasks(scorer, choice)
     whole = time.perf_counter() - begun
-    model.forward, model.model.forward, model.lm_head.forward = originals
     return {
         "forward": round(forward.seconds, 3),
         "scoring": round(scoring.seconds, 3),

@@ -17,8 +17,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import groupby
-from typing import Any, NamedTuple
+from itertools import chain, groupby
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from lm_eval.api.instance import Instance
@@ -43,6 +43,8 @@ _LOOK_EVERY = 16
 # What a request says that is written greedily.
 _GREEDY = {"do_sample", "temperature", "until", "max_gen_toks"}
 
+T = TypeVar("T")
+
 # As lm-evaluation-harness gives it: the texts (None for windows of a long one), ids of the context and of the rest.
 Request = tuple[Any, list[int], list[int]]
 
@@ -59,6 +61,20 @@ class _Row(NamedTuple):
     ids: tuple[int, ...]
     first: int
     requests: list[tuple[int, list[int]]]
+
+
+class _Asked(NamedTuple):
+    """A batch that the device works on: for every token of its continuations, in order.
+
+    Attributes:
+        requests: the index of its request.
+        log_likelihood: in nats, on the device.
+        likeliest: whether no other token is likelier, on the device.
+    """
+
+    requests: list[int]
+    log_likelihood: Tensor
+    likeliest: Tensor
 
 
 def make_scorer(
@@ -271,18 +287,18 @@ class DogeScorer(PlainScorer):
         self._look_over(requests)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm or not self.shows_progress) as bar:
-            for rows in batches(make_rows(requests, self.max_length), self.batch_tokens):
-                for request, answer in self._answers(rows):
-                    answers[request] = answer
-                    texts = requests[request][0]
-                    if texts is not None:  # a window of a long text is kept by who asked for the whole
-                        self.cache_hook.add_partial("loglikelihood", texts, answer)
-                    bar.update()
+            asked = map(self._ask, batches(make_rows(requests, self.max_length), self.batch_tokens))
+            for request, answer in chain.from_iterable(map(_read, one_ahead(asked))):
+                answers[request] = answer
+                texts = requests[request][0]
+                if texts is not None:  # a window of a long text is kept by who asked for the whole
+                    self.cache_hook.add_partial("loglikelihood", texts, answer)
+                bar.update()
         refuse_no_numbers(log_likelihood for log_likelihood, _ in answers)
         return answers
 
-    def _answers(self, rows: list[_Row]) -> Iterator[tuple[int, tuple[float, bool]]]:
-        """Each request's index and answer."""
+    def _ask(self, rows: list[_Row]) -> _Asked:
+        """Set a batch going; nothing here waits for the device."""
         length = max(len(row.ids) for row in rows)
         ids_BT = torch.zeros((len(rows), length), dtype=torch.long)
         for b, row in enumerate(rows):
@@ -292,39 +308,56 @@ class DogeScorer(PlainScorer):
         # Padding stands behind, where the causal model does not look.
         hidden_BTd = self.model.model(ids_BT.to(self.device), use_cache=False).last_hidden_state
         hidden_Pd = hidden_BTd.flatten(0, 1)[places_P]
-        starts = [0]
-        for places in looked_at:
-            starts.append(starts[-1] + len(places))
-        index: list[int] = []
+        requests: list[int] = []
         position: list[int] = []
         target: list[int] = []
-        for row, end in zip(rows, starts[1:], strict=True):
+        end = 0
+        for row, places in zip(rows, looked_at, strict=True):
+            end += len(places)
             for request, continuation in row.requests:
-                index.extend([request] * len(continuation))
+                requests.extend([request] * len(continuation))
                 position.extend(range(end - len(continuation), end))
                 target.extend(continuation)
-        found, likeliest = self._of_targets(hidden_Pd, position, target)
-        sums: dict[int, float] = defaultdict(float)
-        greedy: dict[int, bool] = defaultdict(lambda: True)
-        for request, log_likelihood, is_likeliest in zip(index, found, likeliest, strict=True):
-            sums[request] += log_likelihood
-            greedy[request] &= is_likeliest
-        for request, total in sums.items():
-            yield request, (total, greedy[request])
+        return _Asked(requests, *self._of_targets(hidden_Pd, torch.tensor(position), torch.tensor(target)))
 
-    def _of_targets(self, hidden_Pd: Tensor, position: list[int], target: list[int]) -> tuple[list[float], list[bool]]:
-        """Log-likelihood of each target at its position of P, and whether none is likelier."""
-        logsums, largest, chosen = [], [], hidden_Pd.new_empty(len(target), dtype=torch.float32)
-        positions = torch.tensor(position, device=self.device)
-        targets = torch.tensor(target, device=self.device)
+    def _of_targets(self, hidden_Pd: Tensor, position: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-likelihood of each target at its position of P, and whether none is likelier; on the device."""
+        log_likelihood = hidden_Pd.new_empty(len(target), dtype=torch.float32)
+        likeliest = torch.empty(len(target), dtype=torch.bool, device=hidden_Pd.device)
         for start in range(0, len(hidden_Pd), _HEAD_POSITIONS):
             logits_PV = self.model.lm_head(hidden_Pd[start : start + _HEAD_POSITIONS]).float()
-            logsums.append(logits_PV.logsumexp(dim=-1))
-            largest.append(logits_PV.argmax(dim=-1))
-            here = (positions >= start) & (positions < start + len(logits_PV))
-            chosen[here] = logits_PV[positions[here] - start, targets[here]]
-        log_likelihood = chosen - torch.cat(logsums)[positions]
-        return log_likelihood.double().tolist(), (torch.cat(largest)[positions] == targets).tolist()
+            # On the CPU: a mask on the device would have to be waited for.
+            here = ((position >= start) & (position < start + len(logits_PV))).nonzero().squeeze(1)
+            places, targets = (position[here] - start).to(self.device), target[here].to(self.device)
+            here = here.to(self.device)
+            log_likelihood[here] = logits_PV[places, targets] - logits_PV.logsumexp(dim=-1)[places]
+            likeliest[here] = logits_PV.argmax(dim=-1)[places] == targets
+        return log_likelihood, likeliest
+
+
+def _read(asked: _Asked) -> Iterator[tuple[int, tuple[float, bool]]]:
+    """Each request's index and answer, when the device has them."""
+    sums: dict[int, float] = defaultdict(float)
+    greedy: dict[int, bool] = defaultdict(lambda: True)
+    figures = asked.log_likelihood.double().tolist(), asked.likeliest.tolist()
+    for request, log_likelihood, is_likeliest in zip(asked.requests, *figures, strict=True):
+        sums[request] += log_likelihood
+        greedy[request] &= is_likeliest
+    for request, total in sums.items():
+        yield request, (total, greedy[request])
+
+
+def one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items, each given only when the next one is there: the device is never without work."""
+    iterator = iter(items)
+    try:
+        last = next(iterator)
+    except StopIteration:
+        return
+    for item in iterator:
+        yield last
+        last = item
+    yield last
 
 
 def make_rows(requests: Sequence[Request], max_length: int) -> list[_Row]:
