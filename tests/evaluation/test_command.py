@@ -1,10 +1,13 @@
 """`doge-lm eval`: what it prints and writes, and what it refuses."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -157,6 +160,26 @@ def test_places_without_a_model_are_refused(world: Path, tmp_path: Path, capsys:
     (tmp_path / RESULT_NAME).write_text("{}", encoding="utf-8")
     assert "holds no results" in run(capsys, tmp_path)[2]
     assert "the results of one model" in run(capsys, world / "one", world / "two", *data, "--output_dir", "x")[2]
+
+
+def test_damaged_results_are_refused(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data_dir", world / "data", "--tasks", "local_copa", "--texts", f"x={world / 'text.txt'}"]
+    assert run(capsys, world / "one", *flags, "--output_dir", tmp_path / "out")[0] == 0
+    path = next((tmp_path / "out").rglob(RESULT_NAME))
+    whole = json.loads(path.read_text(encoding="utf-8"))
+
+    def refused(change: Callable[[Any], Any]) -> None:
+        damaged = copy.deepcopy(whole)
+        change(damaged)
+        path.write_text(json.dumps(damaged), encoding="utf-8")
+        status, out, err = run(capsys, path.parent, path.parent)
+        assert (status, "holds no results" in err, "|" in out) == (1, True, False)
+
+    metric = next(iter(whole["tasks"]["local_copa"]["metrics"].values()))
+    refused(lambda data: data["tasks"]["local_copa"]["metrics"]["acc"].update(samples=["a"] * len(metric["samples"])))
+    refused(lambda data: data["texts"]["x"].update(nats=[]))
+    refused(lambda data: data["texts"]["x"].update(nats=["a"]))
+    refused(lambda data: data["texts"]["x"].update(bytes_of_texts=[1]))
 
 
 def test_a_task_that_needs_more_positions_than_there_are(

@@ -942,6 +942,13 @@ def test_wrong_flags_are_named(place: Path, flags: list[str], message: str, caps
     assert message in capsys.readouterr().err
 
 
+def test_allowed_origins_are_taken_as_browsers_send_them() -> None:
+    for given in ("https://A.example:443", "HTTPS://a.example"):
+        assert serve._as_sent(given) == "https://a.example"
+    assert serve._as_sent("http://a.example:8080") == "http://a.example:8080"
+    assert serve._as_sent("http://[::1]:80") == "http://[::1]"
+
+
 def test_a_port_in_use_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

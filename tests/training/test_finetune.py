@@ -159,6 +159,9 @@ def test_adapters_are_trained_resumed_and_merged(base, data, tmp_path):
     assert {step: loss for step, loss in losses(whole).items() if step > 4} == losses(parts)
     again = load_file(parts / "out" / "model.safetensors")
     assert all(torch.equal(after[name], again[name]) for name in after)
+    # Of a run without adapters in the same place, none stays beside its model.
+    assert tune(parts, base, data, "--overwrite", per_epoch_max_steps=1, num_train_epochs=1) == 0
+    assert not (parts / "out" / "adapter").exists()
 
 
 def test_the_loss_is_that_of_trl(base, data, tmp_path):

@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         of_texts, without_texts = compare_texts(results[0].texts, other.texts)
         differences, left_out = of_tasks + of_texts, without_tasks + without_texts
         print(f"\n{other.model} over {results[0].model}, sample by sample")
-        print(report.difference_table(differences))
+        print(report.difference_table(differences) if differences else "nothing of the two can be compared:")
         for line in left_out:
             print(f"left out: {line}")
     return 0

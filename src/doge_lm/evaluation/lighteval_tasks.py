@@ -122,6 +122,8 @@ def asks_and_shows(task: LightevalTask) -> bool:
 
 def _plain(name: str) -> str:
     """A name without settings of its metrics and number of examples; an older `SUITE|` before it is passed over."""
+    if "@" in name and name.startswith("local_"):
+        raise UserError(f"--tasks {name}: the ready tasks have no settings (@…); leave them out")
     parts = name.split("|")
     return parts[1 if len(parts) == 3 else 0].partition("@")[0]
 

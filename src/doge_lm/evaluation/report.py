@@ -107,7 +107,7 @@ def _read_task(name: str, data: dict[str, Any]) -> TaskResult:
 
 def _read_metric(data: dict[str, Any]) -> Metric:
     def number(value: float | None) -> float:  # as `_finite` left it
-        return math.nan if value is None else value
+        return math.nan if value is None else math.fsum([value])  # of what is no number a TypeError
 
     rest = {key: value for key, value in data.items() if key not in {"value", "samples", "over_chance"}}
     return Metric(value=number(data["value"]), samples=[number(value) for value in data["samples"]], **rest)

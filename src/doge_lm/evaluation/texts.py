@@ -55,8 +55,12 @@ class TextScores:
         """What `as_dict` made.
 
         Raises:
-            KeyError: if it is something else.
+            KeyError, TypeError, ValueError: if it is something else.
         """
+        if not len(data["nats"]) == len(data["bytes_of_texts"]) == data["texts"]:
+            raise ValueError("the figures of the texts are not all there")
+        if sum(data["bytes_of_texts"]) != data["bytes"]:
+            raise ValueError("the bytes of the texts do not add up")
         scores = Scores(math.fsum(data["nats"]), data["tokens"], data["bytes"])
         return cls(scores, data["texts"], data["stderr"], data["nats"], data["bytes_of_texts"], data["identity"])
 

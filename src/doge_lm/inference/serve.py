@@ -247,10 +247,16 @@ def _check(args: argparse.Namespace) -> None:
     if not 0 <= args.drain_seconds < float("inf"):
         raise UserError(f"--drain_seconds is {args.drain_seconds}; it must be at least 0")
     _model_id(args)
-    for origin in args.allow_origin:
-        parts = urlsplit(origin)
-        if parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}" or not parts.netloc:
-            raise UserError(f"--allow_origin {origin}: give a scheme and a host, e.g. https://chat.example.org")
+    args.allow_origin = [_as_sent(origin) for origin in args.allow_origin]
+
+
+def _as_sent(origin: str) -> str:
+    """An origin as browsers write it: small letters, and no port where it is the scheme's own."""
+    scheme, separator, host = origin.lower().partition("://")
+    default = {"http": ":80", "https": ":443"}.get(scheme)
+    if default is None or not separator or not urlsplit(origin).netloc or urlsplit(origin.lower()).netloc != host:
+        raise UserError(f"--allow_origin {origin}: give a scheme and a host, e.g. https://chat.example.org")
+    return f"{scheme}://{host.removesuffix(default)}"
 
 
 def _model_id(args: argparse.Namespace) -> str:

@@ -65,6 +65,7 @@ def write_report(before: Path, after: Path, log: Path, logging_dir: Path, device
     Returns:
         The report's path.
     """
+    print(f"answering {len(PROMPTS)} prompts with the model before and after, for the report", flush=True)
     evaluations = [record for record in read_log(log) if record["kind"] == "eval"]
     parts = [
         "# Tuning\n",

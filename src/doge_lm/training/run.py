@@ -40,6 +40,9 @@ _LONGEST_TMPDIR = 74
 # Without any of these, nothing loads from a directory.
 _MODEL_FILES = ("config.json", "model.safetensors")
 
+ADAPTER = "adapter"
+"""The folder of an adapter, beside the model that it was merged into."""
+
 Collator = Callable[[list[dict]], dict[str, Any]]
 
 
@@ -352,6 +355,8 @@ def _clear_place(args: argparse.Namespace, fresh: bool) -> None:
             checkpoints.remove(checkpoint)
         for name in _MODEL_FILES:
             (args.output_dir / name).unlink(missing_ok=True)
+        if (args.output_dir / ADAPTER / "adapter_config.json").is_file():
+            checkpoints.remove(args.output_dir / ADAPTER)
         (args.logging_dir / LOG_NAME).unlink(missing_ok=True)
         for events in args.logging_dir.glob("events.out.tfevents.*"):
             events.unlink()

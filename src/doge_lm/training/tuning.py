@@ -13,12 +13,10 @@ from transformers import PreTrainedModel
 from doge_lm.errors import UserError
 from doge_lm.inference.loading import load_model
 from doge_lm.model.configuration_doge import DogeConfig
-from doge_lm.training.run import add_run_arguments
+from doge_lm.training.run import ADAPTER, add_run_arguments
 from doge_lm.training.settings import LoraSettings, TrainSettings
 from doge_lm.training.trainer import DogeTrainer
 
-ADAPTER = "adapter"
-"""The folder of the adapter, beside the model that it was merged into."""
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _MODEL_DEFAULT = Path("results")
