@@ -470,6 +470,7 @@ def likelihood(scorer: PlainScorer, ids: list[int], begin: int) -> float:
         (["--include_path", "{mine}", "--tasks", "texts", "--chat"], "which --chat has no place for"),
         (["--include_path", "{world}/taken.py", "--tasks", "mine"], "the name local_mine is one of a ready task"),
         (["--tasks", "local_copa"], "--data_dir"),
+        (["--tasks", "local_copa@x=1", "--data_dir", "{world}/data"], "have no settings (@"),
         (["--tasks", "local_cpa", "--data_dir", "{world}/data"], "did you mean local_copa"),
         (["--tasks", "local_humaneval", "--data_dir", "{world}/data"], "--run_code"),
     ],
