@@ -365,7 +365,7 @@ class Shell:
             text=True,
             encoding="utf-8",
             errors="replace",
-            timeout=600,
+            timeout=1800,
             check=False,
         )
         # pytest shows this if the test fails.
