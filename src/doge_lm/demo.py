@@ -14,9 +14,10 @@ import shlex
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from .cli import main
 from .errors import UserError
@@ -114,13 +115,16 @@ def write_corpus(directory: Path, max_documents: int | None = None) -> dict[str,
     for name, texts in sources.items():
         ordered = sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())[:max_documents]
         paths[name] = directory / f"{name}.jsonl"
-        lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in ordered)
-        paths[name].write_text("".join(lines), encoding="utf-8", newline="\n")
+        _write_rows(paths[name], ({"text": text} for text in ordered))
     paths["python-answers"] = directory / "python-answers.jsonl"
-    rows = ({"messages": turns} for page in _help_topics() if (turns := conversation(page)))
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    paths["python-answers"].write_text(text, encoding="utf-8", newline="\n")
+    conversations = filter(None, map(conversation, _help_topics()))
+    _write_rows(paths["python-answers"], ({"messages": turns} for turns in conversations))
     return paths
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 def conversation(page: str) -> list[dict[str, str]]:

@@ -107,21 +107,25 @@ def test_a_folder_without_benchmarks_is_told_shortly(
         assert len(err) < 300 + len(str(folder))
 
 
+def write_task(folder: Path, rows: list[dict[str, Any]], task: str) -> None:
+    """A task file `mine.yaml` over these rows; `task` is what it says but for its name and its data."""
+    data = folder / "mine.json"
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    head = f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+    (folder / "mine.yaml").write_text(head + task, encoding="utf-8")
+
+
 def test_a_task_file_of_ones_own(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"q": "one two", "a": ["three", "four", "five"], "y": 1}] * 4
-    (tmp_path / "mine.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    (tmp_path / "mine.yaml").write_text(
-        f"""task: mine
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {tmp_path / "mine.json"}}}}}
-test_split: test
-output_type: multiple_choice
+    write_task(
+        tmp_path,
+        rows,
+        """output_type: multiple_choice
 doc_to_text: q
 doc_to_choice: a
 doc_to_target: y
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """,
-        encoding="utf-8",
     )
     status, out, _ = run(capsys, world / "one", "--include_path", tmp_path, "--tasks", "mine")
     assert status == 0
@@ -233,20 +237,15 @@ def test_earlier_results_are_not_replaced_unasked(
 @pytest.mark.slow
 def test_nothing_but_results_is_said_where_there_is_no_terminal(world: Path, llama: Path, tmp_path: Path) -> None:
     """No bar of progress and no complaint of git, outside of a repository, by a Doge and by another model."""
-    (tmp_path / "mine.json").write_text(
-        '{"q": "one two", "a": " three"}\n{"q": "four", "a": " five"}', encoding="utf-8"
-    )
-    (tmp_path / "mine.yaml").write_text(
-        f"""task: mine
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {tmp_path / "mine.json"}}}}}
-test_split: test
-output_type: loglikelihood
+    rows = [{"q": "one two", "a": " three"}, {"q": "four", "a": " five"}]
+    write_task(
+        tmp_path,
+        rows,
+        """output_type: loglikelihood
 doc_to_text: q
 doc_to_target: a
-metric_list: [{{metric: perplexity, aggregation: perplexity, higher_is_better: false}}]
+metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]
 """,
-        encoding="utf-8",
     )
     flags = ["--data_dir", world / "data", "--tasks", "local_copa,local_triviaqa,mine", "--include_path", tmp_path]
     command = [sys.executable, "-m", "doge_lm.cli", "eval", world / "one", llama, *flags, "--device", "cpu"]
@@ -325,20 +324,16 @@ def test_a_perplexity_is_shown_and_not_compared(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"q": "one two", "a": word} for word in ("three", "four", "five")]
-    (tmp_path / "mine.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    (tmp_path / "mine.yaml").write_text(
-        f"""task: mine
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {tmp_path / "mine.json"}}}}}
-test_split: test
-output_type: loglikelihood
+    write_task(
+        tmp_path,
+        rows,
+        """output_type: loglikelihood
 doc_to_text: q
-doc_to_target: " {{{{a}}}}"
+doc_to_target: " {{a}}"
 metric_list:
-  - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
+  - {metric: acc, aggregation: mean, higher_is_better: true}
 """,
-        encoding="utf-8",
     )
     flags = ["--include_path", tmp_path, "--tasks", "mine"]
     status, out, _ = run(capsys, world / "one", world / "two", *flags)

@@ -48,7 +48,7 @@ from doge_lm.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SENTENCEPIECE_PACKAGE = "mistral_common"
 SENTENCEPIECE_FILE = "mistral_instruct_tokenizer_240216.model.v2"
@@ -168,6 +168,14 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     # Texts longer than what a model was trained on (`model_max_length`) are cut and packed; a warning would be noise.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
+
+
+def known_max_length(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Tokens of the sequences that a model was trained on (`model_max_length`); None if its tokenizer does not say."""
+    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER  # noqa: PLC0415
+
+    length = int(tokenizer.model_max_length)
+    return length if 0 < length < VERY_LARGE_INTEGER else None
 
 
 def read_files(directory: Path) -> tuple[str, dict[str, Any]]:

@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 from transformers.cache_utils import Cache, StaticLayer
-from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
+from ..data.tokenizer import known_max_length
 from ..model.modeling_doge import DogeCDMoE, DogeInnerFuncAttn
 
 _Foldable: TypeAlias = DogeInnerFuncAttn | DogeCDMoE
@@ -456,8 +456,8 @@ def trained_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     Beyond them a model has learned nothing, whatever positions it has. Where the tokenizer does not say, it is the
     positions; infinity without either.
     """
-    known = tokenizer.model_max_length
-    return min(position_limit(model), known if 0 < known < VERY_LARGE_INTEGER else inf)
+    known = known_max_length(tokenizer)
+    return min(position_limit(model), inf if known is None else known)
 
 
 def _text_config(model: PreTrainedModel) -> Any:

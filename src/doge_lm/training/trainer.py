@@ -14,10 +14,9 @@ import torch
 from torch import nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerControl, TrainingArguments
-from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from doge_lm.data.streaming import StreamState
-from doge_lm.data.tokenizer import TOKENIZER_NAME
+from doge_lm.data.tokenizer import TOKENIZER_NAME, known_max_length
 from doge_lm.errors import UserError
 from doge_lm.evaluation.bits_per_byte import Evaluation, evaluate
 from doge_lm.model.modeling_doge import DogeCDMoE
@@ -404,8 +403,7 @@ class DogeTrainer(Trainer):
         Its `model_max_length` says how long the texts were that the model has learned from, in tokens: those of this
         run, or of the one before if its were longer.
         """
-        known = self.processing_class.model_max_length
-        earlier = known if known < VERY_LARGE_INTEGER else 0
+        earlier = known_max_length(self.processing_class) or 0
         self.processing_class.model_max_length = max(self.train_settings.sequence_length, earlier)
         self.processing_class.save_pretrained(directory)
         original = Path(self.processing_class.name_or_path) / TOKENIZER_NAME
