@@ -26,11 +26,13 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from variants import CHANGES, LLAMA_CHANGES
 
 from doge_lm.data.dataset import load_prepared
 from doge_lm.errors import UserError
 from doge_lm.model.configuration_doge import DogeConfig
+from doge_lm.model.linear_cross_entropy import linear_cross_entropy
 from doge_lm.model.modeling_doge import DogeCDMoE, DogeInnerFuncAttn
 from doge_lm.training import pretrain
 from doge_lm.training.callbacks import LOG_NAME
@@ -72,11 +74,23 @@ def llama_like(config: DogeConfig) -> LlamaConfig:
     )
 
 
+class Llama(LlamaForCausalLM):
+    """transformers' Llama with the loss that Doge's training takes: no logits of all tokens at once."""
+
+    def forward(self, labels: torch.Tensor | None = None, skip_logits: bool = False, **kwargs: Any) -> Any:
+        """As the base class; with `labels` and `skip_logits` the loss alone."""
+        if labels is None or not skip_logits:
+            return super().forward(labels=labels, **kwargs)
+        divisor = kwargs.pop("num_items_in_batch", None)
+        hidden_BTd = self.model(**kwargs).last_hidden_state
+        targets_BT = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+        loss = linear_cross_entropy(hidden_BTd.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), divisor)
+        return CausalLMOutputWithPast(loss=loss)
+
+
 def build_llama(config: DogeConfig, train: TrainSettings, changes: Sequence[str] = ()) -> PreTrainedModel:
     """The Llama beside a Doge, initialized by the same rule (`weight_init`), with changes of `variants.py`."""
-    model = LlamaForCausalLM._from_config(
-        llama_like(config), attn_implementation=train.attn_implementation, dtype=torch.float32
-    )
+    model = Llama._from_config(llama_like(config), attn_implementation=train.attn_implementation, dtype=torch.float32)
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             std = module.in_features**-0.5 if config.weight_init == "fan_in" else config.initializer_range

@@ -327,6 +327,10 @@ def test_what_does_not_fit_is_refused(world, base, data, tmp_path, capsys):
     refused(base, data, message="unknown key 'stream'", stream="x")
     refused(base, data, message="targets must be some of: q_proj", lora={"targets": "lm_head"})
     refused(base, data, message="lazy_expert_rows", lora={"rank": 2}, lazy_expert_rows=True)
+    refused(base, data, message="optimizer: muon is for training all weights", lora={"rank": 2}, optimizer="muon")
+    # With adapters the embedding is not trained.
+    scales = {"word_embed": 2}
+    refused(base, data, message="takes its factor from 'word_embed'", lora={"rank": 2}, learning_rate_scales=scales)
     refused(base, data, message="sequence_length is 32", sequence_length=32)
 
 

@@ -49,7 +49,7 @@ def test_the_estimate_of_memory_is_near_what_was_measured(name, micro_batch, gib
     """On an H100 and an H200 at a length of 2,048 (benchmarks/RESULTS.md, 2026-11-28)."""
     settings = load_settings(name, ["sequence_length=2048", "document_mask=false"])
     config = settings.model_config()
-    found = estimate_memory(config, settings.train, count_model(config).total, micro_batch, True, True).total / 2**30
+    found = estimate_memory(config, settings.train, count_model(config), micro_batch, True, True).total / 2**30
     assert gib <= found <= 1.15 * gib
 
 
@@ -137,10 +137,23 @@ def test_auto_fills_a_gpu_but_not_over_the_estimate():
     config, train = settings.model_config(), settings.train
     for gpu in (GPU, small):
         micro = make_plan(config, train, gpu).micro_batch
-        parameters = count_model(config).total
-        assert estimate_memory(config, train, parameters, micro, True, False).total <= 0.75 * gpu.memory
-        assert estimate_memory(config, train, parameters, 2 * micro, True, False).total > 0.75 * gpu.memory
+        counts = count_model(config)
+        assert estimate_memory(config, train, counts, micro, True, False).total <= 0.75 * gpu.memory
+        assert estimate_memory(config, train, counts, 2 * micro, True, False).total > 0.75 * gpu.memory
     assert make_plan(config, train, small).micro_batch < make_plan(config, train, GPU).micro_batch
+
+
+def test_muon_keeps_one_moment_of_the_matrices():
+    d, r, cross, e = 32, 16, 64, 16
+    matrices = 2 * (3 * d * d + r * d + d * cross + cross * e + e * e)
+    adamw, muon = plan_of(make_settings()), plan_of(make_settings(optimizer="muon"))
+    assert adamw.counts.hidden == matrices
+    assert adamw.memory.optimizer == 8 * adamw.counts.total
+    assert adamw.checkpoint_bytes == 12 * adamw.counts.total
+    assert adamw.memory.optimizer - muon.memory.optimizer == 4 * matrices
+    assert adamw.checkpoint_bytes - muon.checkpoint_bytes == 4 * matrices
+    assert ", AdamW 0.00, " in adamw.table()
+    assert ", Muon and AdamW 0.00, " in muon.table()
 
 
 def test_auto_takes_small_micro_batches_on_a_cpu_however_much_fits():

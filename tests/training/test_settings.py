@@ -135,6 +135,15 @@ def test_an_unknown_preset_names_the_nearest():
         ("train:\n  accumulate_steps: none\n", r"accumulate_steps must be a whole number or auto"),
         ("train:\n  logging_steps: true\n", r"logging_steps must be a whole number"),
         ("train:\n  lr_scheduler_type: linear\n", r"lr_scheduler_type must be cosine or constant"),
+        ("train:\n  optimizer: sgd\n", r"optimizer must be adamw or muon"),
+        ("train:\n  muon_momentum: 1\n", r"muon_momentum must be 0 or more and below 1"),
+        ("train:\n  muon_learning_rate: 0\n", r"muon_learning_rate must be above 0"),
+        ("train:\n  learning_rate_scales: 3\n", r"learning_rate_scales must be a mapping of text to numbers or null"),
+        ("train:\n  learning_rate_scales: {a: b}\n", r"must be a mapping of text to numbers or null"),
+        ("train:\n  learning_rate_scales: {a:3}\n", r"must be a mapping of text to numbers or null"),
+        ("train:\n  learning_rate_scales: {1: 3}\n", r"must be a mapping of text to numbers or null"),
+        ("train:\n  learning_rate_scales: {a: 0}\n", r"learning_rate_scales must be factors above 0 by parts of names"),
+        ("train:\n  learning_rate_scales: {'': 2}\n", r"must be factors above 0 by parts of names"),
         ("train:\n  seed: 1\n  seed: 2\n", r"x\.yaml: line 3: key 'seed' is given twice"),
         ("train: [1\n", r"x\.yaml: line 2: "),
         ("- 1\n", r"x\.yaml: expected the parts `model:`, `train:`"),
@@ -172,6 +181,21 @@ def test_an_override_reaches_its_key(key):
     assert settings.train.save_total_limit is None
 
 
+@pytest.mark.parametrize("start", ["", "train."])
+def test_an_override_reaches_an_entry_of_a_mapping(start):
+    key = f"{start}learning_rate_scales"
+    settings = load_settings("doge_tiny", [f"{key}={{word_embed: 3, lm_head: 3e-1}}"])
+    assert settings.train.learning_rate_scales == {"word_embed": 3.0, "lm_head": 0.3}
+    for override in (f"{key}.lm_head=1", f"{key}.feed_forward.keys = 3e-1"):
+        apply_override(settings, override)
+    assert settings.train.learning_rate_scales == {"word_embed": 3.0, "lm_head": 1.0, "feed_forward.keys": 0.3}
+    again = parse_settings(yaml.safe_load(settings.to_yaml()), "again")
+    assert again.to_dict() == settings.to_dict()
+    fresh = load_settings("doge_tiny", [f"{key}.lm_head=2", "rope_parameters.rope_type=linear", "learning_rate=1"])
+    assert (fresh.train.learning_rate_scales, fresh.train.learning_rate) == ({"lm_head": 2.0}, 1.0)
+    assert fresh.model.rope_parameters == {"rope_type": "linear"}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -184,6 +208,10 @@ def test_an_override_reaches_its_key(key):
         ("rope_parameters=&r {a: *r}", r"--set rope_parameters=.*: line 1: the alias \*r is not supported"),
         ("rope_parameters={? [a] : 1}", r"--set rope_parameters=.*: line 1: \['a'\] cannot be a key"),
         ("rope_parameters={a: 1, a: 2}", r"--set rope_parameters=.*: line 1: key 'a' is given twice"),
+        ("learning_rate_scales.lm_head=-1", r"learning_rate_scales must be factors above 0 by parts of names"),
+        ("learning_rate_scales.lm_head=", r"must be a mapping of text to numbers or null"),
+        ("learning_rate_scales.=3", r"must be a mapping of text to numbers or null"),
+        ("learning_rate.lm_head=3", r"unknown part 'learning_rate'"),
         ("seed=2024-13-45", r"--set seed=2024-13-45: .*month must be in 1\.\.12"),
     ],
 )

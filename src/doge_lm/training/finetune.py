@@ -13,14 +13,20 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from doge_lm.errors import UserError
 from doge_lm.training.answers import write_report
 from doge_lm.training.callbacks import LOG_NAME
 from doge_lm.training.data import Opened, load_prepared_data
 from doge_lm.training.run import Job, run_job
 from doge_lm.training.settings import FinetuneSettings, load_settings_of, preset_paths
 from doge_lm.training.trainer import training_arguments
-from doge_lm.training.tuning import TuningTrainer, add_tuning_arguments, base_config, base_sha256, load_base
+from doge_lm.training.tuning import (
+    TuningTrainer,
+    add_tuning_arguments,
+    base_config,
+    base_sha256,
+    load_base,
+    refuse_for_adapters,
+)
 
 FOLDER = "finetune"
 """Of the presets."""
@@ -71,8 +77,7 @@ def run(args: argparse.Namespace) -> int:
     train, base = settings.train, args.model_path
     if args.dataset_path is not None:
         train.dataset_path = args.dataset_path
-    if settings.lora.rank and train.lazy_expert_rows:
-        raise UserError("lazy_expert_rows: true is for training all weights; set it to false, or lora.rank to 0")
+    refuse_for_adapters(train, settings.lora)
     tokenizer_path = args.tokenizer_path or base
     job = Job(
         settings=settings,

@@ -19,6 +19,7 @@ from doge_lm.model.configuration_doge import DogeConfig
 from doge_lm.model.linear_cross_entropy import CHUNK_LOGITS
 from doge_lm.model.modeling_doge import DogeForCausalLM
 from doge_lm.training.hardware import Hardware
+from doge_lm.training.muon import hidden_matrices
 from doge_lm.training.settings import TrainSettings
 
 # Share of a GPU's memory that the estimate may fill: the rest is for fragmentation and for what it leaves out.
@@ -36,11 +37,15 @@ EXPERT_TABLES = ("down_embed.weight", "up_embed.weight")
 
 @dataclass(frozen=True)
 class ModelCounts:
-    """Parameters of a model and its work. `active` leaves out the experts that one token does not choose."""
+    """Parameters of a model and its work. `active` leaves out the experts that one token does not choose.
+
+    `hidden` are those of linear maps but the head, which Muon can train.
+    """
 
     total: int
     active: int
     matmul: int
+    hidden: int
     layers: int
     hidden_size: int
 
@@ -61,7 +66,8 @@ def count_model(config: DogeConfig) -> ModelCounts:
     chosen = min(config.num_cdmmoe_heads * config.num_cdmmoe_experts_per_head, config.num_cdmmoe_experts)
     # A tied embedding is the lm_head's matrix, and multiplied as such.
     looked_up = ("v_embed",) if config.tie_word_embeddings else ("v_embed", "word_embed")
-    total = idle = not_multiplied = 0
+    maps = hidden_matrices(model)
+    total = idle = not_multiplied = hidden = 0
     for name, parameter in model.named_parameters():
         size = parameter.numel()
         total += size
@@ -69,7 +75,10 @@ def count_model(config: DogeConfig) -> ModelCounts:
             idle += size - chosen * parameter.shape[1]
         elif name.endswith(("layernorm.weight", ".bias")) or any(each in name for each in looked_up):
             not_multiplied += size
-    return ModelCounts(total, total - idle, total - idle - not_multiplied, config.num_hidden_layers, config.hidden_size)
+        elif name in maps:
+            hidden += size
+    active = total - idle
+    return ModelCounts(total, active, active - not_multiplied, hidden, config.num_hidden_layers, config.hidden_size)
 
 
 @dataclass(frozen=True)
@@ -89,17 +98,17 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    config: DogeConfig, train: TrainSettings, parameters: int, micro_batch: int, bf16: bool, kernels: bool
+    config: DogeConfig, train: TrainSettings, counts: ModelCounts, micro_batch: int, bf16: bool, kernels: bool
 ) -> MemoryEstimate:
     """What one device holds during the backward pass of one micro-batch.
 
-    Weights, gradients and the two moments of AdamW are float32. For each token and layer the backward pass needs,
-    in the type of the computation: the inputs and outputs of the linear maps, queries, keys, values and output of
-    attention, the hidden layer of the shared part twice, and the N expert scores; the residual stream, the norms
-    and the inner values are float32. With `kernels`, compiled for a GPU, norms and queries are kept once or not at
-    all, the residual stream in the type of the computation, the inner values are not written out, and with
-    `recompute_activation` that hidden layer is kept once. For one layer at a time there is its gradient too. Of the
-    logits one chunk exists at a time (`linear_cross_entropy`), with the gradients of the head's input and of its
+    Weights, gradients and the two moments of AdamW, or the one of Muon, are float32. For each token and layer the
+    backward pass needs, in the type of the computation: the inputs and outputs of the linear maps, queries, keys,
+    values and output of attention, the hidden layer of the shared part twice, and the N expert scores; the residual
+    stream, the norms and the inner values are float32. With `kernels`, compiled for a GPU, norms and queries are kept
+    once or not at all, the residual stream in the type of the computation, the inner values are not written out, and
+    with `recompute_activation` that hidden layer is kept once. For one layer at a time there is its gradient too. Of
+    the logits one chunk exists at a time (`linear_cross_entropy`), with the gradients of the head's input and of its
     matrix.
     """
     tokens = micro_batch * train.sequence_length * train.ROWS
@@ -115,7 +124,8 @@ def estimate_memory(
     kept += 2 * width * config.cross_domain_intermediate_size
     chunk = min(tokens * config.vocab_size, CHUNK_LOGITS)
     logits = width * (chunk + tokens * d) + 4 * config.vocab_size * d
-    return MemoryEstimate(4 * parameters, 4 * parameters, 8 * parameters, tokens * kept, logits)
+    moments = 2 * counts.total - (counts.hidden if train.optimizer == "muon" else 0)
+    return MemoryEstimate(4 * counts.total, 4 * counts.total, 4 * moments, tokens * kept, logits)
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,7 @@ class Plan:
     notes: tuple[str, ...]
     data: str = ""
     attention: str = ""
+    optimizer: str = "AdamW"
 
     @property
     def tokens_per_step(self) -> int:
@@ -171,8 +182,8 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Size of one checkpoint on disk: weights and the two moments of AdamW."""
-        return 12 * self.counts.total
+        """Size of one checkpoint on disk: weights and the optimizer's moments."""
+        return self.memory.weights + self.memory.optimizer
 
     def table(self) -> str:
         """The plan as aligned lines of text, followed by its notes."""
@@ -203,7 +214,7 @@ class Plan:
             (
                 "memory, estimated",
                 f"{memory.total / gib:.2f} GiB: weights {memory.weights / gib:.2f}, "
-                f"gradients {memory.gradients / gib:.2f}, AdamW {memory.optimizer / gib:.2f}, "
+                f"gradients {memory.gradients / gib:.2f}, {self.optimizer} {memory.optimizer / gib:.2f}, "
                 f"activations {memory.activations / gib:.2f}, logits {memory.logits / gib:.2f}",
             ),
             ("device", f"{self.hardware.device} ({self.hardware.name}), {self.hardware.memory / gib:.2f} GiB"),
@@ -244,7 +255,7 @@ def make_plan(
 
     def memory_of(micro_batch: int) -> MemoryEstimate:
         kernels = compiled and hardware.device.type == "cuda"
-        return estimate_memory(config, train, counts.total, micro_batch, bf16, kernels)
+        return estimate_memory(config, train, counts, micro_batch, bf16, kernels)
 
     sequences, micro, accumulate = _resolve_batch(train, world_size, hardware, memory_of)
     notes = []
@@ -282,6 +293,7 @@ def make_plan(
         notes=tuple(notes),
         data=_data_described(train),
         attention=_attention_described(train),
+        optimizer="AdamW" if train.optimizer == "adamw" else "Muon and AdamW",
     )
 
 

@@ -19,7 +19,7 @@ Shapes, the one legend of this file:
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -81,6 +81,10 @@ class RowLazyAdamW(torch.optim.Optimizer):
         lr, betas, eps, weight_decay: as those of `torch.optim.AdamW`; λ is `weight_decay`.
     """
 
+    # What a lazy group counts is a part of the group.
+    GROUP_DEFAULTS: ClassVar[dict[str, Any]] = {"lazy_rows": False, "lazy_step": 0, "log_decay": 0.0}
+    """What a parameter group has beside AdamW's settings, if it does not say otherwise."""
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -89,9 +93,9 @@ class RowLazyAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ):
-        # `fused` tells PyTorch where the state "step" belongs; what a lazy group counts is a part of the group.
+        # `fused` tells PyTorch where the state "step" belongs.
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
-        super().__init__(params, {**defaults, "lazy_rows": False, "lazy_step": 0, "log_decay": 0.0})
+        super().__init__(params, {**defaults, **self.GROUP_DEFAULTS})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters.
@@ -120,11 +124,14 @@ class RowLazyAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            if group["lazy_rows"]:
-                self._step_lazily(group)
-            else:
-                self._step_wholly(group)
+            self._step_group(group)
         return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        if group["lazy_rows"]:
+            self._step_lazily(group)
+        else:
+            self._step_wholly(group)
 
     def _step_wholly(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None]

@@ -86,7 +86,10 @@ class TrainSettings:
     document_mask: bool = True
     seed: int = 233
     # Optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 8e-4
+    muon_learning_rate: float = 0.02
+    learning_rate_scales: dict[str, float] | None = None
     lr_scheduler_type: Literal["cosine", "constant"] = "cosine"
     warmup_ratio: float = 0.1
     min_lr_rate: float = 0.1
@@ -94,6 +97,7 @@ class TrainSettings:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
+    muon_momentum: float = 0.95
     max_grad_norm: float = 1.0
     lazy_expert_rows: bool = False
     # How it is computed
@@ -123,6 +127,7 @@ class TuneSettings(TrainSettings):
     per_epoch_max_steps: int | None = None
     num_train_epochs: int = 2
     learning_rate: float = 2e-4
+    muon_learning_rate: float = 5e-3
     weight_decay: float = 0.0
     adam_beta2: float = 0.95
     eval_steps: int = 100
@@ -140,6 +145,7 @@ class PairSettings(TuneSettings):
     torch_compile: bool | Auto = False
     num_train_epochs: int = 1
     learning_rate: float = 2e-5
+    muon_learning_rate: float = 5e-4
     document_mask: bool = False
     cuda_graphs: bool | Auto = False
 
@@ -207,12 +213,18 @@ _RANGES: dict[str, Check] = {
     "num_train_epochs": _at_least(1),
     "seed": ((lambda value: 0 <= value < 2**32), "0 or more and below 2**32"),
     "learning_rate": _POSITIVE,
+    "muon_learning_rate": _POSITIVE,
+    "learning_rate_scales": (
+        (lambda scales: all(part and factor > 0 for part, factor in scales.items())),
+        "factors above 0 by parts of names",
+    ),
     "warmup_ratio": _BELOW_ONE,
     "min_lr_rate": _SHARE,
     "weight_decay": _NOT_NEGATIVE,
     "adam_beta1": _BELOW_ONE,
     "adam_beta2": _BELOW_ONE,
     "adam_epsilon": _POSITIVE,
+    "muon_momentum": _BELOW_ONE,
     "max_grad_norm": _NOT_NEGATIVE,
     "dataloader_num_workers": _at_least(0),
     "logging_steps": _at_least(1),
@@ -348,6 +360,8 @@ def parse_settings_of(kind: type[_Settings], document: Any, origin: str) -> _Set
 def apply_override(settings: RunSettings, override: str) -> None:
     """Apply one `key=value`, where key is `train.learning_rate`, or `learning_rate` as no part shares a name.
 
+    `learning_rate_scales.word_embed=3` changes one entry of a mapping and keeps the others.
+
     Raises:
         UserError: naming the flag, the key and the nearest known one.
     """
@@ -356,6 +370,7 @@ def apply_override(settings: RunSettings, override: str) -> None:
     where = f"--set {override}"
     if not equals or not key:
         raise UserError(f"{where}: expected key=value, for example --set learning_rate=3e-4")
+    key, entry = _split_entry(settings, key)
     part, dot, name = key.rpartition(".")
     known = settings.parts()
     if dot and part not in known:
@@ -367,7 +382,21 @@ def apply_override(settings: RunSettings, override: str) -> None:
     if len(parts) > 1:
         raise UserError(f"{where}: {name} is a key of both parts; write {' or '.join(f'{p}.{name}' for p in parts)}")
     value = _parse_yaml(text, f"{where}: {text!r} is not a YAML value")
+    if entry:
+        value = {**(getattr(getattr(settings, parts[0]), name) or {}), entry: value}
     _assign(settings, parts[0], name, value, where)
+
+
+def _split_entry(settings: RunSettings, key: str) -> tuple[str, str]:
+    """A key and what stands behind it where it names an entry of a mapping, else "": of `train.a.b.c`, `b.c`."""
+    for part in settings.parts():
+        kinds = typing.get_type_hints(type(getattr(settings, part)))
+        for name in settings.names(part):
+            if any(dict in (option, typing.get_origin(option)) for option in typing.get_args(kinds[name])):
+                for start in (name, f"{part}.{name}"):
+                    if key.startswith(f"{start}."):
+                        return start, key.removeprefix(f"{start}.")
+    return key, ""
 
 
 def find_preset(path_or_name: str | Path, folder: str = "") -> Path:
@@ -477,7 +506,10 @@ def _assign(settings: RunSettings, part: str, key: Any, value: Any, where: str) 
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    """`value` as a `kind` (bool, int, float, str, dict, None, a Literal, or a union of these); ValueError if not."""
+    """`value` as a `kind` (bool, int, float, str, dict, None, a Literal, or a union of these); ValueError if not.
+
+    A dict may say of what: `dict[str, float]`.
+    """
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         for option in typing.get_args(kind):
             try:
@@ -489,6 +521,11 @@ def _convert(value: Any, kind: Any) -> Any:
         if value in typing.get_args(kind):
             return value
         raise ValueError(value)
+    if typing.get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise ValueError(value)
+        of_key, of_value = typing.get_args(kind)
+        return {_convert(key, of_key): _convert(each, of_value) for key, each in value.items()}
     if kind is types.NoneType:
         if value is None:
             return None
@@ -520,6 +557,7 @@ _DESCRIPTIONS: dict[Any, str] = {
     float: "a number",
     str: "text",
     dict: "a mapping",
+    dict[str, float]: "a mapping of text to numbers",
     types.NoneType: "null",
 }
 

@@ -25,9 +25,9 @@ from doge_lm.training.callbacks import StepSchedule
 from doge_lm.training.checkpoints import RunRecord
 from doge_lm.training.data import TrainingData
 from doge_lm.training.hardware import Peak
+from doge_lm.training.optimizer import is_plain_adamw, make_optimizer
 from doge_lm.training.order import StreamSampler
-from doge_lm.training.plan import EXPERT_TABLES, Plan
-from doge_lm.training.row_lazy_adamw import RowLazyAdamW
+from doge_lm.training.plan import Plan
 from doge_lm.training.settings import TrainSettings
 
 
@@ -219,24 +219,11 @@ class DogeTrainer(Trainer):
     # Optimizer
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The Trainer's AdamW, or with `lazy_expert_rows` one that skips the experts without a gradient."""
-        if self.optimizer is not None or not self.train_settings.lazy_expert_rows:
+        """The Trainer's AdamW, or what else the settings ask for (`make_optimizer`)."""
+        if self.optimizer is not None or is_plain_adamw(self.train_settings):
             return super().create_optimizer(*args, **kwargs)
         decayed = set(self.get_decay_parameter_names(self.model))
-        matrices: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
-        tables: list[nn.Parameter] = []
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                (tables if name.endswith(EXPERT_TABLES) else matrices if name in decayed else others).append(parameter)
-        decay = self.args.weight_decay
-        groups = [
-            {"params": matrices, "weight_decay": decay},
-            {"params": others, "weight_decay": 0.0},
-            {"params": tables, "weight_decay": decay, "lazy_rows": True},
-        ]
-        betas = (self.args.adam_beta1, self.args.adam_beta2)
-        self.optimizer = optimizer = RowLazyAdamW(groups, self.args.learning_rate, betas, self.args.adam_epsilon)
+        self.optimizer = optimizer = make_optimizer(self.model, self.train_settings, decayed)
         return optimizer
 
     # Precision

@@ -42,6 +42,18 @@ def add_tuning_arguments(parser: argparse.ArgumentParser, presets: dict[str, Pat
     add_run_arguments(parser, output_dir=f"results_{stage}", logging_dir=f"log_{stage}")
 
 
+def refuse_for_adapters(train: TrainSettings, lora: LoraSettings) -> None:
+    """Refuse what makes no sense where adapters are trained.
+
+    Raises:
+        UserError: naming the keys.
+    """
+    if lora.rank and train.lazy_expert_rows:
+        raise UserError("lazy_expert_rows: true is for training all weights; set it to false, or lora.rank to 0")
+    if lora.rank and train.optimizer == "muon":
+        raise UserError("optimizer: muon is for training all weights; set it to adamw, or lora.rank to 0")
+
+
 def base_config(path: Path) -> DogeConfig:
     """The configuration of a model to start from.
 

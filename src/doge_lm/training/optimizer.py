@@ -1,0 +1,110 @@
+"""The optimizer that the settings ask for: which parameters it updates how, and at which learning rate."""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from doge_lm.errors import UserError
+from doge_lm.training.muon import Muon, hidden_matrices
+from doge_lm.training.plan import EXPERT_TABLES
+from doge_lm.training.row_lazy_adamw import RowLazyAdamW
+from doge_lm.training.settings import TrainSettings
+
+
+class _Treatment(NamedTuple):
+    """What the parameters of a group have in common. `way` is "adamw", "muon" or "lazy"."""
+
+    way: str
+    decays: bool
+    factor: float
+
+
+def is_plain_adamw(train: TrainSettings) -> bool:
+    """Whether transformers' own AdamW does all that the settings ask for."""
+    return train.optimizer == "adamw" and not train.lazy_expert_rows and not train.learning_rate_scales
+
+
+def make_optimizer(model: PreTrainedModel, train: TrainSettings, decayed: Collection[str]) -> RowLazyAdamW:
+    """Muon for the matrices, lazy rows for the tables of experts, and fused AdamW, as the settings have it.
+
+    The first group is AdamW's at `learning_rate` itself, though it may be empty: its learning rate is what is logged.
+
+    Args:
+        model: what is trained.
+        train: the settings.
+        decayed: names of parameters that have weight decay.
+
+    Raises:
+        UserError: as `learning_rate_factors`.
+    """
+    betas = (train.adam_beta1, train.adam_beta2)
+    kind = Muon if train.optimizer == "muon" else RowLazyAdamW
+    return kind(_groups(model, train, decayed), train.learning_rate, betas, train.adam_epsilon)
+
+
+def learning_rate_factors(model: PreTrainedModel, scales: Mapping[str, float] | None) -> dict[str, float]:
+    """What the learning rate of each trained parameter is multiplied by, by its name.
+
+    Of several parts that are in a name, the longest counts.
+
+    Args:
+        model: what is trained.
+        scales: factors by parts of names.
+
+    Raises:
+        UserError: if nothing takes its factor from a part, or two of the same length are in a name.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    scales = scales or {}
+    chosen = {name: _longest_within(name, scales) for name in names}
+    for part in scales:
+        if part not in chosen.values():
+            raise UserError(
+                f"learning_rate_scales: nothing takes its factor from {part!r}, as it is in the name of no parameter "
+                f"that is trained, or only beside a longer part; names are {', '.join(_examples(names))}"
+            )
+    return {name: 1.0 if part is None else scales[part] for name, part in chosen.items()}
+
+
+def _longest_within(name: str, parts: Collection[str]) -> str | None:
+    found = sorted((part for part in parts if part in name), key=len)
+    if len(found) > 1 and len(found[-1]) == len(found[-2]):
+        raise UserError(
+            f"learning_rate_scales: {found[-2]!r} and {found[-1]!r} are both in {name} and equally long; the longest "
+            "part counts, so lengthen one of them"
+        )
+    return found[-1] if found else None
+
+
+def _examples(names: Collection[str]) -> list[str]:
+    """Of layers that are alike, the names of the first alone."""
+    return list({re.sub(r"\d+", "", name): name for name in reversed(list(names))}.values())[::-1]
+
+
+def _groups(model: PreTrainedModel, train: TrainSettings, decayed: Collection[str]) -> list[dict[str, Any]]:
+    factors = learning_rate_factors(model, train.learning_rate_scales)
+    matrices = hidden_matrices(model) if train.optimizer == "muon" else ()
+    members: dict[_Treatment, list[nn.Parameter]] = {
+        _Treatment("adamw", True, 1.0): [],
+        _Treatment("adamw", False, 1.0): [],
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            lazy = train.lazy_expert_rows and name.endswith(EXPERT_TABLES)
+            way = "lazy" if lazy else "muon" if name in matrices else "adamw"
+            members.setdefault(_Treatment(way, name in decayed, factors[name]), []).append(parameter)
+    return [_group(treatment, params, train) for treatment, params in members.items()]
+
+
+def _group(treatment: _Treatment, params: list[nn.Parameter], train: TrainSettings) -> dict[str, Any]:
+    way, decays, factor = treatment
+    rate = train.muon_learning_rate if way == "muon" else train.learning_rate
+    group = {"params": params, "lr": rate * factor, "weight_decay": train.weight_decay if decays else 0.0}
+    if way == "muon":
+        group |= {"muon": True, "momentum": train.muon_momentum}
+    elif way == "lazy":
+        group["lazy_rows"] = True
+    return group
