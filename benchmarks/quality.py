@@ -3,9 +3,10 @@
     python benchmarks/quality.py --dataset_path DIR --tokenizer_path DIR --output_dir OUT RUN [RUN …]
 
 A RUN is a row of the protocol, e.g. `doge:inner_value_init=identity,seed=1` or `llama:learning_rate=2e-3`: what
-stands behind the colon are settings of the preset doge_25M, changed. `doge@query_norm+residual:seed=1` is a Doge with
-changes of `variants.py`, made for diagnosis, `llama@qk_norm` a Llama with one. The protocol is the default under them:
-T = 1,024, 64K tokens a step, cosine over 60M tokens, peak learning rate 3e-3, 1/√fan_in init.
+stands behind the colon are settings of the preset doge_25M, changed. `doge@key_shift+residual:seed=1` is a Doge with
+changes of `variants.py`, made for diagnosis, `llama@qk_norm` a Llama with one. `fit=true` among the settings makes the
+shared part of a Doge's feed-forward as wide as brings the total of parameters to the preset's. The protocol is the
+default under them: T = 1,024, 64K tokens a step, cosine over 60M tokens, peak learning rate 3e-3, 1/√fan_in init.
 Prints a table and appends each row to OUT/quality.jsonl.
 """
 
@@ -17,7 +18,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ from doge_lm.model.modeling_doge import DogeCDMoE, DogeInnerFuncAttn
 from doge_lm.training import pretrain
 from doge_lm.training.callbacks import LOG_NAME
 from doge_lm.training.plan import count_model
-from doge_lm.training.settings import TrainSettings, load_settings
+from doge_lm.training.pretrain import ModelBuilder
+from doge_lm.training.settings import Settings, TrainSettings, load_settings
 
 SEQUENCE_LENGTH = 1024
 TOKENS_PER_STEP = 65536
@@ -110,7 +112,7 @@ def build_doge(config: DogeConfig, train: TrainSettings, changes: Sequence[str] 
     return model
 
 
-def parse_row(row: str) -> tuple[str, Callable[[DogeConfig, TrainSettings], PreTrainedModel], dict[str, str]]:
+def parse_row(row: str) -> tuple[str, ModelBuilder, dict[str, str]]:
     """The architecture of a row, what builds its model, and its settings.
 
     Raises:
@@ -132,9 +134,28 @@ def parse_row(row: str) -> tuple[str, Callable[[DogeConfig, TrainSettings], PreT
     return architecture, build, dict(change.split("=", 1) for change in settings.split(",") if change)
 
 
+def fitted_width(build: ModelBuilder, settings: Settings, total: int) -> int:
+    """The width of the shared part at which a Doge comes nearest to `total` parameters.
+
+    Raises:
+        UserError: if the rest alone has more.
+    """
+    counts = []
+    for width in (1, 2):
+        settings.model.cross_domain_intermediate_size = width
+        with torch.device("meta"):
+            model = build(settings.model_config(), settings.train)
+        counts.append(sum(parameter.numel() for parameter in model.parameters()))
+    width = 1 + round((total - counts[0]) / (counts[1] - counts[0]))
+    if width < 1:
+        raise UserError(f"fit: without the shared part the model has {counts[0]} parameters, more than {total}")
+    return width
+
+
 def run_row(row: str, args: argparse.Namespace) -> dict[str, Any]:
     """Train and evaluate one row; returns its figures."""
     architecture, build, changed = parse_row(row)
+    fit = changed.pop("fit", "false") == "true"
     steps = round(args.tokens / TOKENS_PER_STEP)
     epochs = math.ceil(args.tokens / args.epoch_tokens)
     settings = {
@@ -146,6 +167,10 @@ def run_row(row: str, args: argparse.Namespace) -> dict[str, Any]:
         **({"per_device_train_batch_size": str(args.micro_batch)} if args.micro_batch else {}),
         **changed,
     }
+    if fit:
+        total = count_model(load_settings(args.preset).model_config()).total
+        loaded = load_settings(args.preset, [f"{key}={value}" for key, value in settings.items()])
+        settings["cross_domain_intermediate_size"] = str(fitted_width(build, loaded, total))
     place = args.output_dir / re.sub(r"[^\w.+-]+", "-", row)
     parser = argparse.ArgumentParser()
     pretrain.add_arguments(parser)
@@ -194,6 +219,7 @@ def usage(model: PreTrainedModel, test: Dataset, rows: int = 64) -> dict[str, li
     where a change took the choice away.
     """
     feed_forwards = [layer.feed_forward for layer in model.model.layers if isinstance(layer.feed_forward, DogeCDMoE)]
+    feed_forwards = [each for each in feed_forwards if hasattr(each, "keys")]
     experts = [watch_experts(feed_forward, model.config.num_cdmmoe_experts) for feed_forward in feed_forwards]
     values = [watch_values(layer.attn, model.config.num_inner_values) for layer in model.model.layers]
     for index in range(min(rows, len(test))):

@@ -16,7 +16,7 @@ import torch
 from lm_eval.tasks import TaskManager
 from transformers.utils import logging
 
-from doge_lm import DogeForCausalLM
+from doge_lm import DogeConfig, DogeForCausalLM
 from doge_lm.cli import COMMANDS
 from doge_lm.data.storage import row_schema
 from doge_lm.errors import UserError
@@ -387,17 +387,32 @@ def test_every_option_of_the_model_is_listed(folder: Path, header: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "header"),
-    [(DOCS, "name in a layer (`model.layers.0.…`)"), (DOCS / "zh", "一层中的名字（`model.layers.0.…`）")],
+    ("folder", "header", "with_options"),
+    [
+        (DOCS, "name in a layer (`model.layers.0.…`)", "with an option"),
+        (DOCS / "zh", "一层中的名字（`model.layers.0.…`）", "有选项时"),
+    ],
     ids=["en", "zh"],
 )
-def test_the_parameters_are_listed_with_their_shapes(folder: Path, header: str) -> None:
+def test_the_parameters_are_listed_with_their_shapes(folder: Path, header: str, with_options: str) -> None:
     settings = load_settings("doge_200M")  # n1 and n2 differ, and every other size but d and e
     settings.model.private_expert_intermediate_size = 640
-    config = settings.model_config()
+    page = read(folder / "architecture.md")
+    published = layer_shapes(settings.model_config())
+    assert listed_shapes(page.table(header), settings.model_config()) == published
+    settings.model.qk_norm = settings.model.shared_gate = True
+    settings.model.router_queries = False
+    listed = listed_shapes(page.table(with_options), settings.model_config())
+    changed = dict(layer_shapes(settings.model_config()).items() - published.items())
+    assert listed == changed
+
+
+def listed_shapes(rows: list[list[str]], config: DogeConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a table whose second column has letters."""
     n1, n2 = key_table_sizes(config.num_cdmmoe_experts)
     letters = {
         "d": config.hidden_size,
+        "d_h": config.hidden_size // config.num_attention_heads,
         "r": config.inner_values_retrieval_size,
         "n": config.num_inner_values,
         "d_cross": config.cross_domain_intermediate_size,
@@ -408,13 +423,14 @@ def test_the_parameters_are_listed_with_their_shapes(folder: Path, header: str) 
         "n1 + n2": n1 + n2,
         "e/2": config.private_expert_intermediate_size // 2,
     }
-    listed = {
-        row[0].strip("`"): tuple(letters[letter] for letter in row[1].strip("()").split(", "))
-        for row in read(folder / "architecture.md").table(header)
-    }
+    return {row[0].strip("`"): tuple(letters[letter] for letter in row[1].strip("()").split(", ")) for row in rows}
+
+
+def layer_shapes(config: DogeConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters of a layer."""
     with torch.device("meta"):
         layer = DogeForCausalLM(config).model.layers[0]
-    assert listed == {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+    return {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
 
 
 def test_the_code_of_the_page_on_the_architecture_runs() -> None:

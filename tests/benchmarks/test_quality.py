@@ -38,6 +38,59 @@ def test_the_llama_starts_by_the_same_rule() -> None:
     assert abs(llama.model.embed_tokens.weight.std().item() / 0.02 - 1) < 0.05
 
 
+SMALL = {
+    "vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "inner_values_retrieval_size": 2,
+    "cross_domain_intermediate_size": 24, "private_expert_intermediate_size": 16, "num_cdmmoe_experts": 16,
+    "weight_init": "fan_in",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*quality.CHANGES, "nothing"])
+@pytest.mark.parametrize("options", [{}, {"parallel_experts": True, "router_queries": False, "shared_gate": True}])
+def test_each_change_trains_and_is_counted(name: str, options: dict[str, bool]) -> None:
+    settings = make_settings({**SMALL, **options})
+    changes = [] if name == "nothing" else [name]
+    torch.manual_seed(0)
+    model = quality.build_doge(settings.model_config(), settings.train, changes)
+    ids = torch.randint(0, 64, (2, 12))
+    loss = model(input_ids=ids, labels=ids, skip_logits=True, use_cache=False).loss
+    loss.backward()
+    idle = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert all("v_" in each for each in idle), "a linear value leaves the inner values unused, nothing else is"
+    torch.manual_seed(0)
+    plain = quality.build_doge(settings.model_config(), settings.train)
+    with torch.no_grad():
+        same = torch.allclose(model.eval()(ids).logits, plain.eval()(ids).logits)
+    assert same == (name in ("nothing", "value_rank_32", "value_rank_64")), "a low rank starts at 0"
+    used = quality.usage(model.eval(), [{"input_ids": ids[0].numpy()}])
+    assert bool(used["experts_used"]) == (name != "no_experts")
+
+
+def test_a_change_that_needs_another_width_says_so() -> None:
+    settings = make_settings({**SMALL, "private_expert_intermediate_size": 8})
+    with pytest.raises(ValueError, match="no_experts needs private_expert_intermediate_size = hidden_size"):
+        quality.build_doge(settings.model_config(), settings.train, ["no_experts"])
+
+
+@pytest.mark.parametrize("row", ["doge:", "doge@no_experts+key_shift:", "doge@linear_value:"])
+def test_fit_brings_the_total_to_the_presets(row: str) -> None:
+    options = ["qk_norm=true", "shared_gate=true", "parallel_experts=true", "router_queries=false"]
+    settings = load_settings("doge_25M", options)
+    _, build, _ = quality.parse_row(row)
+    total = 24_422_656
+    settings.model.cross_domain_intermediate_size = quality.fitted_width(build, settings, total)
+    with torch.device("meta"):
+        model = build(settings.model_config(), settings.train)
+    # Half a column of the three matrices of eight layers.
+    assert abs(sum(parameter.numel() for parameter in model.parameters()) - total) <= 8 * 3 * 256 / 2
+
+
+def test_fit_says_where_nothing_is_left() -> None:
+    settings = load_settings("doge_25M", ["num_cdmmoe_experts=65536"])
+    with pytest.raises(quality.UserError, match=r"without the shared part the model has \d+ parameters"):
+        quality.fitted_width(quality.parse_row("doge")[1], settings, 24_422_656)
+
+
 def test_usage_counts_what_the_layers_choose() -> None:
     torch.manual_seed(0)
     config = DogeConfig(
@@ -60,16 +113,25 @@ def test_a_row_of_each_architecture_runs(tmp_path: Path) -> None:
     config = tmp_path / "settings.yaml"
     config.write_text(make_settings().to_yaml(), encoding="utf-8")
     small = "sequences_per_step=8,per_epoch_max_steps=2,num_train_epochs=1,logging_steps=1,per_device_eval_batch_size=4"
+    fitted = "shared_gate=true,private_expert_intermediate_size=32,fit=true"
     command = [
         *(sys.executable, str(ROOT / "benchmarks" / "quality.py"), "--preset", str(config), "--sequence_length", "32"),
         *("--dataset_path", str(world.data), "--tokenizer_path", str(world.tokenizer_path)),
-        *("--output_dir", str(tmp_path / "out"), f"doge:{small}", f"llama:{small}"),
+        *(
+            "--output_dir",
+            str(tmp_path / "out"),
+            f"doge:{small}",
+            f"llama:{small}",
+            f"doge@no_experts:{small},{fitted}",
+        ),
     ]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "out" / "quality.jsonl").read_text(encoding="utf-8").splitlines()
-    doge, llama = map(json.loads, lines)
+    doge, llama, without = map(json.loads, lines)
     assert doge["tokens"] == llama["tokens"] == 2 * 8 * 32
     assert doge["eval_loss"] != llama["eval_loss"]
     assert len(doge["experts_used"]) == 2
     assert "experts_used" not in llama
+    assert without["experts_used"] == []
+    assert abs(without["parameters"] / doge["parameters"] - 1) < 0.02

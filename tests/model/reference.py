@@ -63,7 +63,8 @@ def rope_tables(position_ids: Tensor, head_size: int, theta: float) -> tuple[Ten
 def brute_force_route(query: Tensor, keys: Tensor, n1: int, k: int) -> tuple[list[Tensor], list[int]]:
     """Route one token of one expert head over **all** N experts.
 
-    `query` (e), `keys` (n1+n2, e/2). Returns the k weights and the k experts, best first.
+    `query` holds both halves, each as wide as `keys` (n1+n2, width). Returns the k weights and the k experts, best
+    first.
     """
     half = query.numel() // 2
     n2 = keys.shape[0] - n1
@@ -106,6 +107,7 @@ class Sizes:
     attention_heads: int
     first_key_table: int
     experts_per_head: int
+    parallel_experts: bool = False
 
 
 @dataclass
@@ -164,6 +166,8 @@ class Reference:
         queries = [self.linear(f"{prefix}.q_proj", x) for x in tokens]
         keys = [self.linear(f"{prefix}.k_proj", x) for x in tokens]
         values, choices = zip(*[self.inner_value(prefix, x) for x in tokens], strict=True)
+        queries = [self.normed_heads(f"{prefix}.q_norm", x, size) for x in queries]
+        keys = [self.normed_heads(f"{prefix}.k_norm", x, size) for x in keys]
         shares = torch.zeros(heads, len(tokens), len(tokens), dtype=torch.float64)
         outputs = []
         for t in range(len(tokens)):
@@ -183,15 +187,38 @@ class Reference:
             outputs.append(self.linear(f"{prefix}.o_proj", torch.cat(mixed)))
         return outputs, list(choices), shares
 
+    def normed_heads(self, name: str, x: Tensor, size: int) -> Tensor:
+        """The RMSNorm of each head of one token, where the model has it."""
+        if f"{name}.weight" not in self.state:
+            return x
+        heads = [x[start : start + size] for start in range(0, x.numel(), size)]
+        return torch.cat([rms_norm(head, self.state[f"{name}.weight"]) for head in heads])
+
+    def shared(self, prefix: str, x: Tensor) -> Tensor:
+        """What all domains share, of one token."""
+        up = self.linear(f"{prefix}.shared_up_proj", x)
+        if f"{prefix}.shared_gate_proj.weight" in self.state:
+            return self.linear(
+                f"{prefix}.shared_down_proj", self.act(self.linear(f"{prefix}.shared_gate_proj", x)) * up
+            )
+        return self.linear(f"{prefix}.shared_down_proj", self.act(up))
+
     def feed_forward(self, prefix: str, x: Tensor) -> Tensor:
         """CDMoE of one token."""
+        c = self.shared(prefix, x)
+        return c + self.experts(prefix, x) if self.sizes.parallel_experts else self.experts(prefix, c)
+
+    def experts(self, prefix: str, c: Tensor) -> Tensor:
+        """What the experts make of their input, for one token. Without queries both key tables score all of it."""
         down_embed = self.state[f"{prefix}.down_embed.weight"]
         up_embed = self.state[f"{prefix}.up_embed.weight"]
         keys = self.state[f"{prefix}.keys"]
         expert_size = down_embed.shape[1]
-        c = self.linear(f"{prefix}.shared_down_proj", self.act(self.linear(f"{prefix}.shared_up_proj", x)))
-        query = self.linear(f"{prefix}.queries", c)
-        queries = [query[head * expert_size : (head + 1) * expert_size] for head in range(keys.shape[0])]
+        if f"{prefix}.queries.weight" in self.state:
+            query = self.linear(f"{prefix}.queries", c)
+            queries = [query[head * expert_size : (head + 1) * expert_size] for head in range(keys.shape[0])]
+        else:
+            queries = [torch.cat((c, c))] * keys.shape[0]
         return cdmoe(
             c[None],
             torch.stack(queries)[None],

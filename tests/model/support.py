@@ -65,7 +65,7 @@ def draw_large_weights(model: torch.nn.Module, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if name.endswith("layernorm.weight"):
+            if name.endswith("norm.weight"):
                 drawn = 1 + 0.3 * noise
             elif name.endswith("v_embed.weight"):
                 drawn = 1 + 0.7 * noise
@@ -83,6 +83,7 @@ def reference_of(model: Any) -> Reference:
         attention_heads=config.num_attention_heads,
         first_key_table=TINY_FIRST_KEY_TABLE,
         experts_per_head=config.num_cdmmoe_experts_per_head,
+        parallel_experts=config.parallel_experts,
     )
     return Reference({name: tensor.detach().clone() for name, tensor in model.state_dict().items()}, sizes)
 

@@ -1,4 +1,4 @@
-"""The kernel of the rotation against the plain one in float64: on a GPU, or in Triton's interpreter."""
+"""The kernels of the rotation against plain ones in float64: on a GPU, or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="there is no Triton for this machine")
 
-from doge_lm.model.rotation_triton import rotated_projections, rotated_projections_backward
+from doge_lm.model.rotation_triton import (
+    normed_rotated_projections,
+    normed_rotated_projections_backward,
+    rotated_projections,
+    rotated_projections_backward,
+)
 
 from .support import relative_error
 
@@ -85,6 +90,70 @@ def test_tensors_that_are_not_contiguous() -> None:
             assert_same(product, cos, sin, h, n, [query, key, scores])
 
 
+EPS = 0.02
+
+
+def plain_normed(
+    product: Tensor, query_gains: Tensor, key_gains: Tensor, cos: Tensor, sin: Tensor, heads: int, values: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x / √(mean x² + ε), times the gains, of each head's queries and keys, and then the plain rotation."""
+    d, f = heads * cos.shape[-1], cos.shape[-1]
+
+    def normed(x: Tensor, gains: Tensor) -> Tensor:
+        of_heads = x.unflatten(-1, (heads, f))
+        return (of_heads / (of_heads.square().mean(-1, keepdim=True) + EPS).sqrt() * gains).flatten(-2)
+
+    query, key = normed(product[..., :d], query_gains), normed(product[..., d : 2 * d], key_gains)
+    return plain(torch.cat((query, key, product[..., 2 * d :]), dim=-1), cos, sin, heads, values)
+
+
+def assert_same_normed(product: Tensor, sizes: tuple[int, ...], rows: int, directions: list[Tensor]) -> None:
+    """Outputs and gradients with norms, to the precision of the product's type."""
+    _, t, h, f, n, _ = sizes
+    cos, sin = angles(rows, t, f)
+    gains = [1 + 0.5 * normal(f, seed=seed) for seed in (11, 12)]
+    leaves = [x.detach().requires_grad_() for x in (product, *gains)]
+    wide = [x.detach().double().requires_grad_() for x in (product, *gains)]
+    found = normed_rotated_projections(*leaves, cos, sin, h, n, EPS)
+    expected = plain_normed(*wide, cos.double(), sin.double(), h, n)
+    grads = torch.autograd.grad(found, leaves, directions)
+    wide_grads = torch.autograd.grad(expected, wide, [direction.double() for direction in directions])
+    for one, other in zip((*found, *grads), (*expected, *wide_grads), strict=True):
+        assert one.shape == other.shape
+        assert relative_error(one, other) <= TOLERANCE[product.dtype]
+    assert [x.dtype for x in grads] == [product.dtype, torch.float32, torch.float32]
+    assert not grads[0][..., 2 * h * f + n :].any()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("positions", ["for all rows", "for each row"])
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
+def test_with_norms(sizes: tuple[int, ...], positions: str, dtype: torch.dtype) -> None:
+    b, t, h, f, n, columns = sizes
+    directions = [normal(b, t, *shape, seed=i, dtype=dtype) for i, shape in enumerate(((h, f), (h, f), (n,)))]
+    product = normal(b, t, columns, seed=5, dtype=dtype)
+    assert_same_normed(product, sizes, 1 if positions == "for all rows" else b, directions)
+
+
+def test_with_norms_more_tiles_than_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each program takes several tiles, and the last ones fewer."""
+    monkeypatch.setattr("doge_lm.model.rotation_triton._PROGRAMS", 3)
+    sizes = (2, 41, 2, 6, 5, 32)
+    b, t, h, f, n, columns = sizes
+    directions = [normal(b, t, *shape, seed=i) for i, shape in enumerate(((h, f), (h, f), (n,)))]
+    assert_same_normed(normal(b, t, columns, seed=5), sizes, 1, directions)
+
+
+def test_with_norms_of_tensors_that_are_not_contiguous() -> None:
+    b, t, h, f, n, columns = SIZES[1]
+    query, key = normal(b, h, t, f, seed=1).transpose(1, 2), normal(f, h, t, b, seed=2).permute(3, 2, 1, 0)
+    for product in (
+        normal(b, t, 2 * columns, seed=5)[..., 3 : columns + 3],
+        normal(columns, b, t, seed=5).permute(1, 2, 0),
+    ):
+        assert_same_normed(product, SIZES[1], 1, [query, key, normal(b, n, t, seed=3).transpose(1, 2)])
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)], ids=str)
 def test_no_tokens(shape: tuple[int, int]) -> None:
     product = torch.empty(*shape, 16, device=DEVICE, requires_grad=True)
@@ -94,6 +163,11 @@ def test_no_tokens(shape: tuple[int, int]) -> None:
     torch.cat([out.flatten() for out in found]).sum().backward()
     assert product.grad is not None
     assert product.grad.shape == product.shape
+    gains = torch.ones(2, device=DEVICE, requires_grad=True)
+    normed = normed_rotated_projections(product, gains, gains, cos, sin, 3, 4, EPS)
+    torch.cat([out.flatten() for out in normed]).sum().backward()
+    assert gains.grad is not None
+    assert not gains.grad.any()
 
 
 def test_the_operators_are_sound() -> None:
@@ -105,6 +179,20 @@ def test_the_operators_are_sound() -> None:
     torch.library.opcheck(rotated_projections, (product, cos, sin, h, n), test_utils=tests)
     parts = [out.detach() for out in rotated_projections(product, cos, sin, h, n)]
     torch.library.opcheck(rotated_projections_backward, (*parts, cos, sin, columns), test_utils=tests[:2])
+
+
+def test_the_operators_with_norms_are_sound() -> None:
+    b, t, h, f, n, columns = SIZES[1]
+    cos, sin = angles(1, t, f)
+    product = normal(b, t, columns, seed=5, dtype=torch.bfloat16).requires_grad_()
+    gains = [normal(f, seed=seed).requires_grad_() for seed in (1, 2)]
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    inputs = (product, *gains, cos, sin)
+    torch.library.opcheck(normed_rotated_projections, (*inputs, h, n, EPS), test_utils=tests)
+    parts = [out.detach() for out in normed_rotated_projections(*inputs, h, n, EPS)]
+    torch.library.opcheck(
+        normed_rotated_projections_backward, (*parts, *(x.detach() for x in inputs), EPS), test_utils=tests[:2]
+    )
 
 
 def test_compiles_without_a_graph_break() -> None:

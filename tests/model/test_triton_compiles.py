@@ -81,6 +81,9 @@ def compile_all(dtype: torch.dtype) -> None:
     angles = torch.zeros(1, m, 128)
     outputs = rotation_triton.rotated_projections(leaf(1, m, 520), angles, angles, heads, 2)
     sum(x.sum() for x in outputs).backward()
+    gains = leaf(128, dtype=torch.float32), leaf(128, dtype=torch.float32)
+    outputs = rotation_triton.normed_rotated_projections(leaf(1, m, 520), *gains, angles, angles, heads, 2, 1e-6)
+    sum(x.sum() for x in outputs).backward()
     for width in (f, residual_norm_triton.MOST_FEATURES):
         stream, weight = leaf(m, width, dtype=torch.float32), leaf(width, dtype=torch.float32)
         total, normed = residual_norm_triton.add_norm(stream, leaf(m, width), weight, 1e-6)
@@ -116,9 +119,9 @@ def test_every_kernel_compiles(dtype: str) -> None:
     assert found.returncode == 0, found.stderr[-3000:]
     kernels = {
         "_add_norm_kernel", "_add_norm_backward_kernel", "_inner_value_kernel", "_inner_value_backward_kernel",
-        "_rotation_kernel", "_rotation_backward_kernel", "_topk_kernel", "_topk_backward_kernel", "_hidden_kernel",
-        "_hidden_backward_kernel", "_dots_kernel", "_bag_kernel", "_scatter_kernel", "_chunk_kernel",
-        "_long_run_kernel", "_join_kernel",
-        "_spread_kernel", "_silu_kernel", "_silu_backward_kernel",
+        "_rotation_kernel", "_rotation_backward_kernel", "_normed_backward_kernel", "_topk_kernel",
+        "_topk_backward_kernel", "_hidden_kernel", "_hidden_backward_kernel", "_dots_kernel", "_bag_kernel",
+        "_scatter_kernel", "_chunk_kernel", "_long_run_kernel", "_join_kernel", "_spread_kernel", "_silu_kernel",
+        "_silu_backward_kernel",
     }  # fmt: skip
     assert set(found.stdout.split()) == kernels | ({"_silu_product_kernel"} if dtype == "bfloat16" else set())

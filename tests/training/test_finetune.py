@@ -22,6 +22,8 @@ from doge_lm.training import finetune as module
 from doge_lm.training.answers import PROMPTS
 from doge_lm.training.checkpoints import list_checkpoints
 from doge_lm.training.settings import FinetuneSettings, load_settings_of, preset_paths
+from doge_lm.training.tuning import load_base
+from tests.model.support import tiny_model
 
 from .conversations import LENGTH, TUNE, conversations, make_conversations
 from .support import log_lines, losses
@@ -150,7 +152,7 @@ def test_adapters_are_trained_resumed_and_merged(base, data, tmp_path):
     before, after = (load_file(place / "model.safetensors") for place in (base, whole / "out"))
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert {name.split(".")[-2] for name in changed} == set(FinetuneSettings().lora.names)
+    assert {name.split(".")[-2] for name in changed} == set(FinetuneSettings().lora.names) - {"shared_gate_proj"}
 
     for checkpoint in list_checkpoints(whole / "out"):
         assert not (checkpoint / "model.safetensors").exists()  # the adapter alone
@@ -310,6 +312,20 @@ def test_presets_name_every_key(name):
     assert f"Doge-{name.removeprefix('doge_')} " in path.read_text(encoding="utf-8")
 
 
+def test_adapters_of_a_model_with_options(tmp_path):
+    """They change what the model has: its gate, and no queries."""
+    tiny_model(shared_gate=True, router_queries=False).save_pretrained(tmp_path)
+    settings = FinetuneSettings()
+    settings.lora.rank = 2
+    adapted = load_base(tmp_path, settings.train, settings.lora)
+    trained = {
+        name.partition(".lora_")[0].split(".")[-1]
+        for name, parameter in adapted.named_parameters()
+        if parameter.requires_grad
+    }
+    assert trained == set(settings.lora.names) - {"queries"}
+
+
 def test_what_does_not_fit_is_refused(world, base, data, tmp_path, capsys):
     def refused(*arguments, message, **settings):
         assert tune(tmp_path / "refused", *arguments, **settings) == 1
@@ -326,6 +342,8 @@ def test_what_does_not_fit_is_refused(world, base, data, tmp_path, capsys):
     refused(base, tmp_path / "none", message="does not exist")
     refused(base, data, message="unknown key 'stream'", stream="x")
     refused(base, data, message="targets must be some of: q_proj", lora={"targets": "lm_head"})
+    targets = {"rank": 2, "targets": "shared_gate_proj"}
+    refused(base, data, message="the model has none of shared_gate_proj", lora=targets)
     refused(base, data, message="lazy_expert_rows", lora={"rank": 2}, lazy_expert_rows=True)
     refused(base, data, message="optimizer: muon is for training all weights", lora={"rank": 2}, optimizer="muon")
     # With adapters the embedding is not trained.

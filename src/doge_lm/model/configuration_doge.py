@@ -70,12 +70,18 @@ class DogeConfig(PreTrainedConfig):
         inner_values_retrieval_size: r, the width in which the inner value is chosen.
         inner_value_init: where E starts: `"identity"`, 1 + N(0, 0.02), so that the value is nearly the input
             itself, or `"normal"`, N(0, 0.02), as published.
+        qk_norm: whether each head's queries and keys have an RMSNorm before they are rotated.
         cross_domain_intermediate_size: hidden width of the part of the CDMoE that all domains share.
+        shared_gate: whether that part is gated (SwiGLU), by a third matrix.
+        parallel_experts: whether the experts are beside the shared part, both of them reading the layer's input and
+            both adding to its output, or behind it, as published. Needs `private_expert_intermediate_size` equal to
+            `hidden_size`.
         private_expert_intermediate_size: e, the width in which experts are chosen and read; even.
         num_cdmmoe_experts: N, the number of experts of a layer. It is factored into n1·n2, as near square as it
             goes, and must have a factor other than 1 and itself.
         num_cdmmoe_heads: H, the number of independent retrievals for each token.
         num_cdmmoe_experts_per_head: k, the number of experts that one retrieval takes.
+        router_queries: whether keys meet a query, cut in two halves, as published; or else the router's input itself.
         cdmoe_path: how experts are computed, `"auto"` (by size), `"gather"`, `"dense"` or `"sparse"` (Triton, on a
             GPU); the result is the same.
         weight_init: `"normal"`, every matrix N(0, `initializer_range`), as published; or `"fan_in"`, matrices
@@ -108,11 +114,15 @@ class DogeConfig(PreTrainedConfig):
     num_inner_values: int = 2
     inner_values_retrieval_size: int = 128
     inner_value_init: str = "identity"
+    qk_norm: bool = False
     cross_domain_intermediate_size: int = 1024
+    shared_gate: bool = False
+    parallel_experts: bool = False
     private_expert_intermediate_size: int = 256
     num_cdmmoe_experts: int = 256
     num_cdmmoe_heads: int = 1
     num_cdmmoe_experts_per_head: int = 2
+    router_queries: bool = True
     cdmoe_path: str = "auto"
     weight_init: str = "normal"
     initializer_range: float = 0.02
@@ -165,6 +175,11 @@ class DogeConfig(PreTrainedConfig):
             self.num_cdmmoe_experts,
             self.num_cdmmoe_experts_per_head,
         )
+        if self.parallel_experts and e != self.hidden_size:
+            raise ValueError(
+                f"private_expert_intermediate_size is {e}; with parallel_experts the experts read the layer's input, "
+                f"so it must equal hidden_size, {self.hidden_size}"
+            )
         if e % 2:
             raise ValueError(
                 f"private_expert_intermediate_size is {e}; a query is cut into two halves, so it must be even, "

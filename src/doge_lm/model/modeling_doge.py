@@ -52,6 +52,7 @@ if HAVE_TRITON:
     from .inner_value_triton import inner_value as fused_inner_value
     from .residual_norm_triton import MOST_FEATURES
     from .residual_norm_triton import add_norm as fused_add_norm
+    from .rotation_triton import normed_rotated_projections as fused_normed_rotation
     from .rotation_triton import rotated_projections as fused_rotation
     from .silu_product_triton import silu_product
 
@@ -140,6 +141,8 @@ class DogeInnerFuncAttn(nn.Module):
 
     q = RoPE(W_q x) and k = RoPE(W_k x); s = K_v (W_s x), j = argmax s and v = x ⊙ E[j], cut into heads;
     the output is W_o (softmax(q kᵀ/√f + mask) v).
+
+    With `qk_norm` each head's queries and keys have an RMSNorm before they are rotated; the heads share its gains.
     """
 
     folded: Tensor | None = None
@@ -160,17 +163,39 @@ class DogeInnerFuncAttn(nn.Module):
         self.v_keys = nn.Parameter(torch.empty(config.num_inner_values, config.inner_values_retrieval_size))
         self.v_embed = nn.Embedding(config.num_inner_values, d)
         self.o_proj = nn.Linear(d, d, bias=bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def rotated_projections(self, x_BTd: Tensor, cos_BTf: Tensor, sin_BTf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, rotated, (B, h, T, f) each, and the scores of the inner values, (B, T, n)."""
         heads, values = self.config.num_attention_heads, self.config.num_inner_values
-        if kernels_take(x_BTd) and self.merges(x_BTd):
+        if kernels_take(x_BTd) and self.merges(x_BTd) and self._norms_are_plain():
             angles = cos_BTf.contiguous(), sin_BTf.contiguous()
-            query_BThf, key_BThf, scores_BTn = fused_rotation(self.merged_projection(x_BTd), *angles, heads, values)
+            product_BTC = self.merged_projection(x_BTd)
+            if self.config.qk_norm:
+                gains = self.q_norm.weight, self.k_norm.weight
+                eps = self.config.rms_norm_eps
+                parts = fused_normed_rotation(product_BTC, *gains, *angles, heads, values, eps)
+            else:
+                parts = fused_rotation(product_BTC, *angles, heads, values)
+            query_BThf, key_BThf, scores_BTn = parts
             return query_BThf.transpose(1, 2), key_BThf.transpose(1, 2), scores_BTn
         query_BTd, key_BTd, scores_BTn = self.projections(x_BTd)
-        query_BhTf, key_BhTf = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query_BTd, key_BTd))
+        query_BThf, key_BThf = (x.unflatten(-1, (heads, -1)) for x in (query_BTd, key_BTd))
+        if self.config.qk_norm:
+            dtype, wide = query_BThf.dtype, self.q_norm.weight.dtype
+            query_BThf = self.q_norm(query_BThf.to(wide)).to(dtype)
+            key_BThf = self.k_norm(key_BThf.to(wide)).to(dtype)
+        query_BhTf, key_BhTf = query_BThf.transpose(1, 2), key_BThf.transpose(1, 2)
         return rotate(query_BhTf, cos_BTf, sin_BTf), rotate(key_BhTf, cos_BTf, sin_BTf), scores_BTn
+
+    def _norms_are_plain(self) -> bool:
+        """Whether the norms of queries and keys, if there are any, are no more than gains in float32."""
+        if not self.config.qk_norm:
+            return True
+        norms = self.q_norm, self.k_norm
+        return all(is_plain(norm, nn.RMSNorm) and norm.weight.dtype == torch.float32 for norm in norms)
 
     def projections(self, x_BTd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys before their rotation, (B, T, d) each, and the scores of the inner values, (B, T, n)."""
@@ -264,6 +289,10 @@ class DogeCDMoE(nn.Module):
     which have one hidden unit each. Only the experts reach the output.
 
     y = Σ over heads and chosen experts of σ(w · (c·D_expert)) U_expert.
+
+    Options: `shared_gate` makes the shared part a gated one, c = W_down (σ(W_gate x) ⊙ W_up x). With `parallel_experts`
+    the experts are beside it and not behind it: they, and their router, read x, and y = c + what they give. Without
+    `router_queries` the keys meet the router's input as it is: both tables score all of it.
     """
 
     folded: Tensor | None = None
@@ -281,49 +310,72 @@ class DogeCDMoE(nn.Module):
         self.num_experts = config.num_cdmmoe_experts
         self.n1, n2 = key_table_sizes(self.num_experts)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.parallel = config.parallel_experts
+        self.shared_gate_proj = None
+        if config.shared_gate:
+            self.shared_gate_proj = nn.Linear(d, config.cross_domain_intermediate_size, bias=bias)
         self.shared_up_proj = nn.Linear(d, config.cross_domain_intermediate_size, bias=bias)
         self.shared_down_proj = nn.Linear(config.cross_domain_intermediate_size, e, bias=bias)
-        self.queries = nn.Linear(e, self.num_heads * e, bias=bias)
-        self.keys = nn.Parameter(torch.empty(self.num_heads, self.n1 + n2, e // 2))
+        self.queries = nn.Linear(e, self.num_heads * e, bias=bias) if config.router_queries else None
+        width = e // 2 if config.router_queries else e
+        self.keys = nn.Parameter(torch.empty(self.num_heads, self.n1 + n2, width))
         self.down_embed = nn.Embedding(self.num_experts, e)
         self.up_embed = nn.Embedding(self.num_experts, d)
 
     def route(self, c_Me: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and indices of the chosen experts, each (M, H, k)."""
-        heads, rows, half = self.keys.shape
+        heads, rows, _ = self.keys.shape
         keys_CE = self.folded
-        if keys_CE is None and self.is_foldable() and folding_pays(c_Me.shape[0], 2 * half, rows):
+        if keys_CE is None and self._scores_directly(c_Me):
             keys_CE = self.fold()
         if keys_CE is None:
+            assert self.queries is not None
             queries_MHe = self.queries(c_Me).unflatten(-1, (heads, -1))
             return cdmoe_route(queries_MHe, self.keys, self.n1, self.experts_per_head)
         scores_MHn = nn.functional.linear(c_Me, keys_CE).unflatten(-1, (heads, rows))
         return product_topk(scores_MHn[..., : self.n1], scores_MHn[..., self.n1 :], self.experts_per_head)
 
     def is_foldable(self) -> bool:
-        """Whether the queries are no more than their matrix, and few enough keys that they are best done without."""
+        """Whether there are queries, no more than their matrix, and so few keys that they are best done without."""
         if PLAIN or torch.compiler.is_exporting():  # see `DogeInnerFuncAttn.merges`
             return False
-        return is_plain(self.queries) and self.keys.shape[1] < 4 * self.keys.shape[2]
+        return self.queries is not None and is_plain(self.queries) and self.keys.shape[1] < 4 * self.keys.shape[2]
 
     def fold(self) -> Tensor:
-        """`folded_keys`, all heads below each other: (H·(n1 + n2), e)."""
-        return folded_keys(self.queries.weight, self.keys, self.n1).flatten(0, 1)
+        """The keys as they meet c itself, all heads below each other: (H·(n1 + n2), e)."""
+        keys = self.keys if self.queries is None else folded_keys(self.queries.weight, self.keys, self.n1)
+        return keys.flatten(0, 1)
+
+    def _scores_directly(self, c_Me: Tensor) -> bool:
+        """Whether the scores are computed by `fold`, without queries."""
+        if self.queries is None:
+            return True
+        _, rows, half = self.keys.shape
+        return self.is_foldable() and folding_pays(c_Me.shape[0], 2 * half, rows)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, T, d) to (B, T, d)."""
-        c_Me = self.shared(hidden_states).flatten(0, 1)
+        c_BTe = self.shared(hidden_states)
+        if self.parallel:
+            return c_BTe + self.experts(hidden_states)
+        return self.experts(c_BTe)
+
+    def experts(self, c_BTe: Tensor) -> Tensor:
+        """What the chosen experts make of c: (B, T, e) to (B, T, d)."""
+        c_Me = c_BTe.flatten(0, 1)
         down, up = (whole_table(table, self.num_experts, c_Me.device) for table in (self.down_embed, self.up_embed))
         if self._merges(c_Me):
             output_Md = merged_cdmoe(c_Me, self.fold(), down, up, self.n1, self.num_heads, self.experts_per_head)
         else:
             weights_MHk, experts_MHk = self.route(c_Me)
             output_Md = cdmoe(c_Me, weights_MHk, experts_MHk, down, up, self.act_fn, self.path)
-        return output_Md.view(hidden_states.shape)
+        return output_Md.view(*c_BTe.shape[:-1], -1)
 
     def shared(self, hidden_states: Tensor) -> Tensor:
-        """c = W_down σ(W_up x), (B, T, d) to (B, T, e)."""
+        """c = W_down σ(W_up x), or its gated form: (B, T, d) to (B, T, e)."""
         wide_BTK = self.shared_up_proj(hidden_states)
+        if self.shared_gate_proj is not None:
+            return self.shared_down_proj(self.act_fn(self.shared_gate_proj(hidden_states)) * wide_BTK)
         down = self.shared_down_proj
         if (
             self.recomputes_activation
@@ -341,14 +393,13 @@ class DogeCDMoE(nn.Module):
 
     def _merges(self, c_Me: Tensor) -> bool:
         """Whether `merged_cdmoe` takes the place of `route` and `cdmoe`; not where `route` is watched or replaced."""
-        heads, rows, half = self.keys.shape
         return (
             self.folded is None
             and "route" not in vars(self)
             and self._is_silu()
-            and self.is_foldable()
-            and folding_pays(c_Me.shape[0], 2 * half, rows)
-            and merges(c_Me, self.num_experts, heads * self.experts_per_head, self.path)
+            and not torch.compiler.is_exporting()
+            and self._scores_directly(c_Me)
+            and merges(c_Me, self.num_experts, self.num_heads * self.experts_per_head, self.path)
         )
 
 

@@ -52,11 +52,15 @@ class ModelSettings:
     num_inner_values: int = 2
     inner_values_retrieval_size: int = 128
     inner_value_init: str = DogeConfig.inner_value_init
+    qk_norm: bool = False
     cross_domain_intermediate_size: int = 1024
+    shared_gate: bool = False
+    parallel_experts: bool = False
     private_expert_intermediate_size: int = 256
     num_cdmmoe_experts: int = 256
     num_cdmmoe_heads: int = 1
     num_cdmmoe_experts_per_head: int = 2
+    router_queries: bool = True
     cdmoe_path: str = "auto"
     weight_init: str = DogeConfig.weight_init
     initializer_range: float = 0.02
@@ -156,6 +160,7 @@ LORA_TARGETS = (
     "k_proj",
     "o_proj",
     "v_queries",
+    "shared_gate_proj",
     "shared_up_proj",
     "shared_down_proj",
     "queries",

@@ -94,7 +94,7 @@ def load_base(path: Path, train: TrainSettings, lora: LoraSettings) -> PreTraine
     """The model to start from in float32, with adapters if `lora` has a rank; then only these are trained.
 
     Raises:
-        UserError: if it cannot be loaded.
+        UserError: if it cannot be loaded, or has none of the modules that adapters are for.
     """
     model = load_model(path, torch.device("cpu"), "float32")
     model.set_attn_implementation(train.attn_implementation)
@@ -106,13 +106,22 @@ def load_base(path: Path, train: TrainSettings, lora: LoraSettings) -> PreTraine
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.names,
+        target_modules=_present(model, lora),
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(path),
     )
     # Within the model and not around it: it keeps its class, and is compiled and decoded as ever.
     model.add_adapter(adapter)
     return model
+
+
+def _present(model: PreTrainedModel, lora: LoraSettings) -> list[str]:
+    """The targets that the model has: an option may have left one out (`router_queries`) or not put it in."""
+    there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    present = [name for name in lora.names if name in there]
+    if not present:
+        raise UserError(f"lora.targets: the model has none of {', '.join(lora.names)}")
+    return present
 
 
 class TuningTrainer(DogeTrainer):
