@@ -25,7 +25,7 @@ SIZES = [(0, 8), (1, 1), (1, 6), (33, 6), (33, 64), (1, 100), (33, 100), (8, 256
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a program has several tiles, and others none."""
-    monkeypatch.setattr(residual_norm_triton, "_PROGRAMS", 3)
+    monkeypatch.setattr(residual_norm_triton, "SUMMING_PROGRAMS", 3)
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -137,7 +137,7 @@ def test_with_norms(sizes: tuple[int, ...], positions: str, dtype: torch.dtype) 
 
 def test_with_norms_more_tiles_than_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each program takes several tiles, and the last ones fewer."""
-    monkeypatch.setattr("doge_lm.model.rotation_triton._PROGRAMS", 3)
+    monkeypatch.setattr("doge_lm.model.rotation_triton.SUMMING_PROGRAMS", 3)
     sizes = (2, 41, 2, 6, 5, 32)
     b, t, h, f, n, columns = sizes
     directions = [normal(b, t, *shape, seed=i) for i, shape in enumerate(((h, f), (h, f), (n,)))]

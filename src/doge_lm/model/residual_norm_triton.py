@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_operator import by_rows, launcher, operator
+from .triton_operator import SUMMING_PROGRAMS, by_rows, launcher, operator
 
 MOST_FEATURES = 8192
 """The widest rows that the kernels are made for: a tile holds rows whole, in registers."""
@@ -26,10 +26,6 @@ MOST_FEATURES = 8192
 _FORWARD_TILE, _BACKWARD_TILE = 4096, 2048
 """Elements of a tile that has several rows. The backward pass holds more of them at once, and is to stay below 128
 registers a thread."""
-
-# Each leaves one row to be summed for the weight's gradient. Four at once fit on each of the 132 multiprocessors of an
-# H100 or H200. A number that does not depend on M keeps the shapes of a compiled step fixed.
-_PROGRAMS = 4 * 132
 
 
 @triton.jit
@@ -154,12 +150,12 @@ def add_norm_backward(
     m, d = kept_Md.shape
     residual_grad_Md = kept_Md.new_empty((m, d), dtype=residual_dtype)
     branch_grad_Md = kept_Md.new_empty((m, d), dtype=branch_dtype)
-    parts_pd = weight_d.new_empty((_PROGRAMS, d), dtype=torch.float32)
+    parts_pd = weight_d.new_empty((SUMMING_PROGRAMS, d), dtype=torch.float32)
     normed_grad_Md = by_rows(normed_grad_Md)
     given = sum_grad_Md is not None
     sum_grad_Md = normed_grad_Md if sum_grad_Md is None else by_rows(sum_grad_Md)  # some pointer, never read
     rows, width, warps = _tile(d, _BACKWARD_TILE)
-    launcher(_add_norm_backward_kernel)[(_PROGRAMS,)](
+    launcher(_add_norm_backward_kernel)[(SUMMING_PROGRAMS,)](
         sum_grad_Md, normed_grad_Md, kept_Md, weight_d.contiguous(), residual_grad_Md, branch_grad_Md, parts_pd, m,
         sum_grad_Md.stride(0), normed_grad_Md.stride(0), eps=eps,
         d=d, BM=rows, BF=width, SUM_GRAD=given, num_warps=warps,

@@ -16,14 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_operator import by_rows, launcher, operator
+from .triton_operator import SUMMING_PROGRAMS, by_rows, launcher, operator
 
 # The tokens of a program. It goes over the heads one by one with the angles in registers: a program for each head would
 # read the angles, in float32, 2·h times, four times as much as it moves.
 _BM = 8
-
-# Each leaves one row to be summed for the gradient of the gains, as in `residual_norm_triton`.
-_PROGRAMS = 4 * 132
 
 
 @triton.jit
@@ -270,10 +267,10 @@ def normed_rotated_projections_backward(
     b, t, h, f = query_BThf.shape
     columns = product_BTC.shape[-1]
     out_BTC = query_BThf.new_empty((b, t, columns))
-    parts_p2f = query_gains_f.new_empty((_PROGRAMS, 2, f))
+    parts_p2f = query_gains_f.new_empty((SUMMING_PROGRAMS, 2, f))
     query_BThf, key_BThf, scores_Mn = by_rows(query_BThf), by_rows(key_BThf), by_rows(scores_BTn.flatten(0, 1))
     product_MC = by_rows(product_BTC.flatten(0, 1))
-    launcher(_normed_backward_kernel)[(_PROGRAMS,)](
+    launcher(_normed_backward_kernel)[(SUMMING_PROGRAMS,)](
         query_BThf, key_BThf, scores_Mn, product_MC, query_gains_f.contiguous(), key_gains_f.contiguous(),
         cos_BTf, sin_BTf, out_BTC, parts_p2f, b * t, t, cos_BTf.shape[0] * t, product_MC.stride(0), h, f // 2,
         scores_Mn.shape[1], columns, *query_BThf.stride()[:3], *key_BThf.stride()[:3], scores_Mn.stride(0),

@@ -9,6 +9,13 @@ import triton
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), as they were decorated: on a CPU, for tests."""
 
+SUMMING_PROGRAMS = 3 if INTERPRETED else 4 * 132
+"""Programs of a kernel that goes over all tokens and leaves one row each to be summed, as for the gradient of gains.
+
+Four at once fit on each of the 132 multiprocessors of an H100 or H200. A number that does not depend on the tokens
+keeps the shapes of a compiled step fixed. The interpreter runs one after the other.
+"""
+
 
 def operator(name: str) -> Callable[[Callable], Any]:
     """Make a function that launches kernels (through `launcher`) an operator that `torch.compile` takes whole.
