@@ -1,11 +1,16 @@
-"""Draw the curves of `quality.py`: training loss against tokens, a line a run.
+"""Draw what `quality.py` found: training loss against tokens, a line a run; or copying against the loss, a point a run.
 
-python benchmarks/plot_quality.py benchmarks/results/quality-2026-11-24.jsonl OUT.png
+    python benchmarks/plot_quality.py RESULTS.jsonl OUT.png [--rows LABEL=N …] [--copying]
+
+`--rows` picks lines of the file by their number, from 1, and labels them; else every run is drawn under its name.
+With `--copying` a second panel has all finished runs of the file: the loss of the test set against `repeat_loss`, that
+on the second copy of random tokens.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -14,25 +19,55 @@ import numpy as np
 SMOOTHING = 5  # logged losses (each a mean over 10 steps) that a point averages
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("picture", type=Path)
-    args = parser.parse_args()
-    mpl.use("Agg")
-    figure, axes = plt.subplots(figsize=(9, 5.4))
-    for line in args.results.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+def picked(rows: list[dict[str, Any]], choices: list[str] | None) -> list[tuple[str, dict[str, Any]]]:
+    """The runs to draw, each with its label."""
+    if choices is None:
+        return [(f"{row['run']}  (test {row['eval_loss']:.3f})", row) for row in rows if "eval_loss" in row]
+    split = [choice.rpartition("=") for choice in choices]
+    return [(label, rows[int(number) - 1]) for label, _, number in split]
+
+
+def draw_curves(axes: Any, runs: list[tuple[str, dict[str, Any]]]) -> None:
+    """Training loss against tokens."""
+    for label, row in runs:
         tokens = np.array([int(key) for key in row["curve"]]) / 1e6
         loss = np.convolve(list(row["curve"].values()), np.ones(SMOOTHING) / SMOOTHING, mode="valid")
         style = "--" if row["run"].startswith("llama") else "-"
-        label = f"{row['run']}  (test {row['eval_loss']:.3f})"
         axes.plot(tokens[SMOOTHING - 1 :], loss, style, linewidth=1.2, label=label)
     axes.set_xlabel("million tokens")
     axes.set_ylabel("training loss, nats a token")
-    axes.set_ylim(3.0, 7.0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7.5)
+
+
+def draw_copying(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Loss of the test set against that of copied tokens."""
+    for name, marker in (("llama", "s"), ("doge", "o")):
+        points = [(row["repeat_loss"], row["eval_loss"]) for row in rows if row["run"].startswith(name)]
+        axes.plot(*zip(*points, strict=True), marker, markersize=5, alpha=0.7, label=name.capitalize())
+    copied, loss = zip(*[(row["repeat_loss"], row["eval_loss"]) for row in rows], strict=True)
+    axes.set_title(f"{len(rows)} runs, correlation {np.corrcoef(copied, loss)[0, 1]:.2f}", fontsize=9)
+    axes.set_xlabel("loss on the second copy of random tokens")
+    axes.set_ylabel("test loss at the end")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7.5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--rows", nargs="+", metavar="LABEL=N")
+    parser.add_argument("--copying", action="store_true")
+    parser.add_argument("--losses", nargs=2, type=float, default=(3.0, 7.0), metavar=("LOW", "HIGH"))
+    args = parser.parse_args()
+    mpl.use("Agg")
+    rows = [json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()]
+    figure, axes = plt.subplots(1, 1 + args.copying, figsize=(13, 5) if args.copying else (9, 5.4), squeeze=False)
+    draw_curves(axes[0, 0], picked(rows, args.rows))
+    axes[0, 0].set_ylim(*args.losses)
+    if args.copying:
+        draw_copying(axes[0, 1], [row for row in rows if "eval_loss" in row])
     figure.tight_layout()
     figure.savefig(args.picture, dpi=110)
 
