@@ -33,7 +33,7 @@ from variants import CHANGES, LLAMA_CHANGES
 from doge_lm.data.dataset import load_prepared
 from doge_lm.errors import UserError
 from doge_lm.model.configuration_doge import DogeConfig
-from doge_lm.model.linear_cross_entropy import linear_cross_entropy
+from doge_lm.model.linear_cross_entropy import next_token_loss
 from doge_lm.model.modeling_doge import DogeCDMoE, DogeInnerFuncAttn
 from doge_lm.training import pretrain
 from doge_lm.training.callbacks import LOG_NAME
@@ -85,9 +85,7 @@ class Llama(LlamaForCausalLM):
             return super().forward(labels=labels, **kwargs)
         divisor = kwargs.pop("num_items_in_batch", None)
         hidden_BTd = self.model(**kwargs).last_hidden_state
-        targets_BT = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-        loss = linear_cross_entropy(hidden_BTd.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), divisor)
-        return CausalLMOutputWithPast(loss=loss)
+        return CausalLMOutputWithPast(loss=next_token_loss(hidden_BTd, self.lm_head.weight, labels, divisor))
 
 
 def build_llama(config: DogeConfig, train: TrainSettings, changes: Sequence[str] = ()) -> PreTrainedModel:
@@ -218,8 +216,7 @@ def usage(model: PreTrainedModel, test: Dataset, rows: int = 64) -> dict[str, li
     of their use over N, and `value_share` the share of tokens that take the commonest inner value. A list is empty
     where a change took the choice away.
     """
-    feed_forwards = [layer.feed_forward for layer in model.model.layers if isinstance(layer.feed_forward, DogeCDMoE)]
-    feed_forwards = [each for each in feed_forwards if hasattr(each, "keys")]
+    feed_forwards = [layer.feed_forward for layer in model.model.layers if hasattr(layer.feed_forward, "keys")]
     experts = [watch_experts(feed_forward, model.config.num_cdmmoe_experts) for feed_forward in feed_forwards]
     values = [watch_values(layer.attn, model.config.num_inner_values) for layer in model.model.layers]
     for index in range(min(rows, len(test))):

@@ -4,6 +4,7 @@ Shapes, the one legend of this file; a tensor's name ends in its shape where it 
 
     M  tokens (batch and sequence as one)     d  hidden size
     R  tokens at a time, a chunk              V  vocabulary
+    B  batch                                  T  tokens of a row
 
 The gradient of a chunk's logits needs nothing that is not at hand when its loss is computed, but the factor that
 arrives in the backward pass, one number for all of them. So the forward pass computes both, and what is kept for
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .kernels import HAVE_TRITON, kernels_take
 
@@ -78,6 +80,21 @@ def linear_cross_entropy(
     if isinstance(divisor, Tensor):
         return total / divisor.reshape(()).to(device, total.dtype, non_blocking=True)
     return total / divisor
+
+
+def next_token_loss(
+    hidden_BTd: Tensor, weight_Vd: Tensor, labels_BT: Tensor, divisor: Tensor | float | None = None
+) -> Tensor:
+    """`linear_cross_entropy` of a language model, as transformers' `ForCausalLMLoss`: t is to predict label t + 1.
+
+    Args:
+        hidden_BTd: (B, T, d), what the head is to read.
+        weight_Vd: the head, (V, d).
+        labels_BT: (B, T), the tokens themselves, -100 where a token is no target.
+        divisor: as for `linear_cross_entropy`.
+    """
+    targets_BT = F.pad(labels_BT, (0, 1), value=-100)[:, 1:]
+    return linear_cross_entropy(hidden_BTd.flatten(0, 1), weight_Vd, targets_BT.flatten(), divisor)
 
 
 def _check(

@@ -45,7 +45,7 @@ from .cdmoe import (
 from .configuration_doge import DogeConfig
 from .document_attention import DocumentBlocks, Layout, document_attention, document_layout
 from .kernels import HAVE_TRITON, PLAIN, kernels_take
-from .linear_cross_entropy import linear_cross_entropy
+from .linear_cross_entropy import next_token_loss
 
 if HAVE_TRITON:
     from .inner_value_triton import MOST_VALUES
@@ -696,7 +696,9 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
         loss = logits = None
         shifted = kwargs.get("shift_labels") is not None
         if skip_logits and labels is not None and not (shifted or PLAIN) and is_plain(self.lm_head):
-            loss = self._loss_without_logits(outputs.last_hidden_state, labels, kwargs.get("num_items_in_batch"))
+            divisor = kwargs.get("num_items_in_batch")
+            assert divisor is None or isinstance(divisor, Tensor | int | float)
+            loss = next_token_loss(outputs.last_hidden_state, self.lm_head.weight, labels, divisor)
         else:
             logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         if loss is None and labels is not None:
@@ -708,12 +710,6 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _loss_without_logits(self, hidden_BTd: Tensor, labels_BT: Tensor, divisor: object) -> Tensor:
-        """As transformers' `ForCausalLMLoss`: position t is to predict the label of t + 1."""
-        targets_BT = nn.functional.pad(labels_BT, (0, 1), value=-100)[:, 1:]
-        assert divisor is None or isinstance(divisor, Tensor | int | float)
-        return linear_cross_entropy(hidden_BTd.flatten(0, 1), self.lm_head.weight, targets_BT.flatten(), divisor)
 
 
 def adds_and_norms(x_BTd: Tensor, branch_BTd: Tensor, norm: nn.Module) -> bool:

@@ -8,6 +8,7 @@ Shapes, the one legend of this file:
     B  batch      h  heads                     n   inner values
     T  tokens     f  features of a head        C   columns of the product: h·f queries, h·f keys, n scores, the rest
     BM  tokens of a program                    BF  f/2, rounded up to a power of 2
+    p  programs of the backward pass with norms
 """
 
 from typing import Any
@@ -190,6 +191,13 @@ def rotated_projections(
     return _rotated(product_BTC, None, cos_BTf, sin_BTf, heads, values, 0.0)
 
 
+def _empty_parts(product_BTC: Tensor, heads: int, values: int, f: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for queries, keys and scores."""
+    b, t, _ = product_BTC.shape
+    query_BThf, key_BThf = (product_BTC.new_empty((b, t, heads, f)) for _ in range(2))
+    return query_BThf, key_BThf, product_BTC.new_empty((b, t, values))
+
+
 def _rotated(
     product_BTC: Tensor,
     gains: tuple[Tensor, Tensor] | None,
@@ -200,8 +208,7 @@ def _rotated(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (b, t, _), f = product_BTC.shape, cos_BTf.shape[-1]
-    query_BThf, key_BThf = (product_BTC.new_empty((b, t, heads, f)) for _ in range(2))
-    scores_BTn = product_BTC.new_empty((b, t, values))
+    query_BThf, key_BThf, scores_BTn = _empty_parts(product_BTC, heads, values, f)
     if b * t:
         product_MC = by_rows(product_BTC.flatten(0, 1))
         launcher(_rotation_kernel)[(triton.cdiv(b * t, _BM),)](
@@ -281,9 +288,7 @@ def normed_rotated_projections_backward(
 
 @rotated_projections.register_fake
 def _(product_BTC: Tensor, cos_BTf: Tensor, sin_BTf: Tensor, heads: int, values: int) -> tuple[Tensor, Tensor, Tensor]:
-    b, t, _ = product_BTC.shape
-    query_BThf, key_BThf = (product_BTC.new_empty((b, t, heads, cos_BTf.shape[-1])) for _ in range(2))
-    return query_BThf, key_BThf, product_BTC.new_empty((b, t, values))
+    return _empty_parts(product_BTC, heads, values, cos_BTf.shape[-1])
 
 
 @rotated_projections_backward.register_fake
@@ -304,9 +309,7 @@ def _(
     values: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    b, t, _ = product_BTC.shape
-    query_BThf, key_BThf = (product_BTC.new_empty((b, t, heads, cos_BTf.shape[-1])) for _ in range(2))
-    return query_BThf, key_BThf, product_BTC.new_empty((b, t, values))
+    return _empty_parts(product_BTC, heads, values, cos_BTf.shape[-1])
 
 
 @normed_rotated_projections_backward.register_fake
