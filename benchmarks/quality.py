@@ -4,14 +4,17 @@
 
 A RUN is a row of the protocol, e.g. `doge:inner_value_init=identity,seed=1` or `llama:learning_rate=2e-3`: what
 stands behind the colon are settings of the preset doge_25M, changed. `doge@key_shift+residual:seed=1` is a Doge with
-changes of `variants.py`, made for diagnosis, `llama@qk_norm` a Llama with one. `fit=true` among the settings makes the
-shared part of a Doge's feed-forward as wide as brings the total of parameters to the preset's. The protocol is the
-default under them: T = 1,024, 64K tokens a step, cosine over 60M tokens, peak learning rate 3e-3, 1/√fan_in init.
+changes of `variants.py`, made for diagnosis, `llama@qk_norm` a Llama with one. The width of a Llama follows from the
+total of parameters of the Doge with the same settings, or with `equal_work=true` from its work a token. `fit=true`
+among the settings makes the shared part of a Doge as wide as brings the total to the preset's (with tied embeddings,
+say, that of a Llama too), and `tokens=30e6` takes the place of --tokens. The protocol is the default under them: T =
+1,024, 64K tokens a step, cosine over 60M tokens, peak learning rate 3e-3, 1/√fan_in init.
 Prints a table and appends each row to OUT/quality.jsonl.
 """
 
 import argparse
 import gc
+import hashlib
 import json
 import math
 import re
@@ -43,6 +46,7 @@ from doge_lm.training.settings import Settings, TrainSettings, load_settings
 
 SEQUENCE_LENGTH = 1024
 TOKENS_PER_STEP = 65536
+LONGEST_NAME = 120  # of a folder; file systems refuse names over 255 bytes
 PROTOCOL = {
     "learning_rate": "3e-3",
     "weight_init": "fan_in",
@@ -54,12 +58,19 @@ PROTOCOL = {
 }
 
 
-def llama_like(config: DogeConfig) -> LlamaConfig:
-    """A Llama of the same width and depth, its MLP as wide as brings it nearest to the same total parameters."""
+def llama_like(config: DogeConfig, equal_work: bool = False) -> LlamaConfig:
+    """A Llama of the same width and depth, its MLP as wide as brings it nearest to the same total parameters.
+
+    With `equal_work`: to the same work a token, counted as `ModelCounts.flops_per_token` counts it.
+    """
     d, layers = config.hidden_size, config.num_hidden_layers
-    total = count_model(config).total
-    outside = (1 if config.tie_word_embeddings else 2) * config.vocab_size * d + d
-    width = round(((total - outside) / layers - 4 * d * d - 2 * d) / (3 * d))
+    counts = count_model(config)
+    head = config.vocab_size * d
+    if equal_work:
+        width = round(((counts.matmul - head) / layers - 4 * d * d) / (3 * d))
+    else:
+        outside = (1 if config.tie_word_embeddings else 2) * head + d
+        width = round(((counts.total - outside) / layers - 4 * d * d - 2 * d) / (3 * d))
     return LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=d,
@@ -88,9 +99,12 @@ class Llama(LlamaForCausalLM):
         return CausalLMOutputWithPast(loss=next_token_loss(hidden_BTd, self.lm_head.weight, labels, divisor))
 
 
-def build_llama(config: DogeConfig, train: TrainSettings, changes: Sequence[str] = ()) -> PreTrainedModel:
+def build_llama(
+    config: DogeConfig, train: TrainSettings, changes: Sequence[str] = (), equal_work: bool = False
+) -> PreTrainedModel:
     """The Llama beside a Doge, initialized by the same rule (`weight_init`), with changes of `variants.py`."""
-    model = Llama._from_config(llama_like(config), attn_implementation=train.attn_implementation, dtype=torch.float32)
+    like = llama_like(config, equal_work)
+    model = Llama._from_config(like, attn_implementation=train.attn_implementation, dtype=torch.float32)
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             std = module.in_features**-0.5 if config.weight_init == "fan_in" else config.initializer_range
@@ -129,7 +143,12 @@ def parse_row(row: str) -> tuple[str, ModelBuilder, dict[str, str]]:
             f"{', '.join(known)}"
         )
     build = partial(builder, changes=changes)
-    return architecture, build, dict(change.split("=", 1) for change in settings.split(",") if change)
+    changed = dict(change.split("=", 1) for change in settings.split(",") if change)
+    if changed.pop("equal_work", "false") == "true":
+        if architecture == "doge":
+            raise UserError(f"run {row!r}: equal_work is a setting of a llama, whose width follows a doge's")
+        build = partial(build, equal_work=True)
+    return architecture, build, changed
 
 
 def fitted_width(build: ModelBuilder, settings: Settings, total: int) -> int:
@@ -154,22 +173,27 @@ def run_row(row: str, args: argparse.Namespace) -> dict[str, Any]:
     """Train and evaluate one row; returns its figures."""
     architecture, build, changed = parse_row(row)
     fit = changed.pop("fit", "false") == "true"
-    steps = round(args.tokens / TOKENS_PER_STEP)
-    epochs = math.ceil(args.tokens / args.epoch_tokens)
+    sequences = int(changed.pop("sequences_per_step", TOKENS_PER_STEP // args.sequence_length))
+    tokens = float(changed.pop("tokens", args.tokens))
+    steps = round(tokens / (sequences * args.sequence_length))
+    epochs = math.ceil(tokens / args.epoch_tokens)
     settings = {
         **PROTOCOL,
         "sequence_length": str(args.sequence_length),
-        "sequences_per_step": str(TOKENS_PER_STEP // args.sequence_length),
+        "sequences_per_step": str(sequences),
         "num_train_epochs": str(epochs),
         "per_epoch_max_steps": str(round(steps / epochs)),
-        **({"per_device_train_batch_size": str(args.micro_batch)} if args.micro_batch else {}),
+        **({"per_device_train_batch_size": str(min(args.micro_batch, sequences))} if args.micro_batch else {}),
         **changed,
     }
     if fit:
         total = count_model(load_settings(args.preset).model_config()).total
         loaded = load_settings(args.preset, [f"{key}={value}" for key, value in settings.items()])
-        settings["cross_domain_intermediate_size"] = str(fitted_width(build, loaded, total))
-    place = args.output_dir / re.sub(r"[^\w.+-]+", "-", row)
+        # A Llama's own width follows from that of the Doge beside it.
+        settings["cross_domain_intermediate_size"] = str(
+            fitted_width(build if architecture == "doge" else build_doge, loaded, total)
+        )
+    place = args.output_dir / place_name(row)
     parser = argparse.ArgumentParser()
     pretrain.add_arguments(parser)
     flags = ["--config_path", args.preset, "--dataset_path", args.dataset_path, "--tokenizer_path", args.tokenizer_path]
@@ -193,6 +217,14 @@ def run_row(row: str, args: argparse.Namespace) -> dict[str, Any]:
     if architecture == "doge":
         figures.update(usage(model, test))
     return figures
+
+
+def place_name(row: str) -> str:
+    """The name of a row's folder: what of the row may stand in one, and where that is too long a digest of its end."""
+    name = re.sub(r"[^\w.+-]+", "-", row)
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(row.encode()).hexdigest()[:8]}"
 
 
 @torch.no_grad()

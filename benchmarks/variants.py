@@ -44,6 +44,33 @@ class Shift(nn.Module):
         return torch.lerp(x_BTd, before_BTd, self.shares.to(x_BTd.dtype))
 
 
+class PairEmbedding(nn.Embedding):
+    """e_t + W_p e_{t-1}: a token's row of the table beside a map of the row of the token before, with W_p of d × d."""
+
+    before_proj: nn.Linear
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """(B, T) to (B, T, d)."""
+        rows_BTd = super().forward(ids_BT)
+        return rows_BTd + nn.functional.pad(self.before_proj(rows_BTd), (0, 0, 1, 0))[:, :-1]
+
+
+class ScaledEmbedding(nn.Embedding):
+    """√d times the rows: a table that is the head's too can start as small as a head must."""
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """(B, T) to (B, T, d)."""
+        return super().forward(ids_BT) * self.embedding_dim**0.5
+
+
+class MatrixTable(nn.Linear):
+    """A table of experts as a matrix, for an optimizer that treats the weights of linear maps in its own way."""
+
+    def forward(self, _rows: Tensor) -> Tensor:
+        """All rows, (N, width)."""
+        return self.weight
+
+
 class OpenCDMoE(DogeCDMoE):
     """The experts in plain steps, that the changes below take apart."""
 
@@ -115,6 +142,16 @@ class LowRankValueAttn(DogeInnerFuncAttn):
         return super().inner_values(x_BTd, scores_BTn) + self.v_up(self.v_down(x_BTd))
 
 
+class GatedOutputAttn(DogeInnerFuncAttn):
+    """The output is W_o (2 sigmoid(W_g x) ⊙ (softmax(q kᵀ/√f + mask) v)), with W_g of d × d that starts at 0."""
+
+    gate_proj: nn.Linear
+
+    def output(self, mixed_BTd: Tensor, x_BTd: Tensor) -> Tensor:
+        """(B, T, d) each to (B, T, d)."""
+        return super().output(mixed_BTd * (2 * self.gate_proj(x_BTd).sigmoid()), x_BTd)
+
+
 def _queries_and_keys_normed(model: LlamaForCausalLM) -> None:
     """What `qk_norm` is in a Doge."""
     for attention in _attentions(model):
@@ -126,8 +163,7 @@ def _queries_and_keys_normed(model: LlamaForCausalLM) -> None:
 def _keys_shifted(model: DogeForCausalLM | LlamaForCausalLM) -> None:
     """Keys of attention see the token before: a layer alone can then find what followed the like of this token."""
     for attention in _attentions(model):
-        pairs = attention.head_dim // 2  # the two features of a rotated pair share a start
-        shares_d = torch.linspace(0, 1, pairs).repeat(model.config.hidden_size // pairs)
+        shares_d = _key_shares(model, attention)
         projection = attention.k_proj
         if isinstance(projection, nn.Sequential):  # before the norm
             projection.insert(1, Shift(shares_d))
@@ -135,11 +171,98 @@ def _keys_shifted(model: DogeForCausalLM | LlamaForCausalLM) -> None:
             attention.k_proj = nn.Sequential(projection, Shift(shares_d))
 
 
-def _feed_forward_shifted(model: DogeForCausalLM) -> None:
+def _feed_forward_shifted(model: DogeForCausalLM | LlamaForCausalLM) -> None:
     """The feed-forward sees the token before."""
+    name = _feed_forward_norm(model)
     for layer in model.model.layers:
         shift = Shift(torch.linspace(0, 0.5, model.config.hidden_size))
-        layer.in_ff_layernorm = nn.Sequential(layer.in_ff_layernorm, shift)
+        setattr(layer, name, nn.Sequential(getattr(layer, name), shift))
+
+
+def _pairs_embedded(model: DogeForCausalLM | LlamaForCausalLM) -> None:
+    """The residual stream starts with the token before beside the token."""
+    embedding = model.get_input_embeddings()
+    embedding.__class__ = PairEmbedding
+    embedding.before_proj = nn.Linear(embedding.embedding_dim, embedding.embedding_dim, bias=False)
+    nn.init.normal_(embedding.before_proj.weight, std=0.5 * embedding.embedding_dim**-0.5)
+
+
+class KeptEmbedding(nn.Embedding):
+    """The token embedding, which keeps what it gave: p_t = W_p RMSNorm(e_{t-1}) for the keys of all layers."""
+
+    before_proj: nn.Linear
+    before: Tensor | None = None
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """(B, T) to (B, T, d)."""
+        rows_BTd = super().forward(ids_BT)
+        normed_BTd = nn.functional.rms_norm(rows_BTd, rows_BTd.shape[-1:])
+        self.before = nn.functional.pad(self.before_proj(normed_BTd), (0, 0, 1, 0))[:, :-1]
+        return rows_BTd
+
+
+class WithTokenBefore(nn.Module):
+    """x_t + s ⊙ (p_t - x_t), with p_t of the token before and learned shares s, (d,)."""
+
+    def __init__(self, shares_d: Tensor, embedding: KeptEmbedding) -> None:
+        super().__init__()
+        self.shares = nn.Parameter(shares_d)
+        self.embedding = [embedding]  # in a list: it is no module of this one
+
+    def forward(self, x_BTd: Tensor) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        before_BTd = self.embedding[0].before
+        assert before_BTd is not None
+        return torch.lerp(x_BTd, before_BTd.to(x_BTd.dtype), self.shares.to(x_BTd.dtype))
+
+
+def _keys_see_token_before(model: DogeForCausalLM | LlamaForCausalLM) -> None:
+    """As `key_shift`, but keys see which token came before, not the key that it had in this layer."""
+    embedding = model.get_input_embeddings()
+    embedding.__class__ = KeptEmbedding
+    embedding.before_proj = nn.Linear(embedding.embedding_dim, embedding.embedding_dim, bias=False)
+    nn.init.normal_(embedding.before_proj.weight, std=embedding.embedding_dim**-0.5)
+    for attention in _attentions(model):
+        projection = attention.k_proj
+        seen = WithTokenBefore(_key_shares(model, attention), embedding)
+        if isinstance(projection, nn.Sequential):  # before the norm
+            projection.insert(1, seen)
+        else:
+            attention.k_proj = nn.Sequential(projection, seen)
+
+
+def _feed_forward_sees_token_before(model: DogeForCausalLM | LlamaForCausalLM) -> None:
+    """The feed-forward sees which token came before: with `before_keys` ahead of it in the list of changes."""
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, KeptEmbedding):
+        raise ValueError("before_ff comes behind before_keys")
+    name = _feed_forward_norm(model)
+    for layer in model.model.layers:
+        seen = WithTokenBefore(torch.linspace(0, 0.5, model.config.hidden_size), embedding)
+        setattr(layer, name, nn.Sequential(getattr(layer, name), seen))
+
+
+def _feed_forward_norm(model: DogeForCausalLM | LlamaForCausalLM) -> str:
+    return "in_ff_layernorm" if isinstance(model, DogeForCausalLM) else "post_attention_layernorm"
+
+
+def _key_shares(model: DogeForCausalLM | LlamaForCausalLM, attention: nn.Module) -> Tensor:
+    pairs = attention.head_dim // 2  # the two features of a rotated pair share a start
+    return torch.linspace(0, 1, pairs).repeat(model.config.hidden_size // pairs)
+
+
+def _embedding_scaled(model: DogeForCausalLM | LlamaForCausalLM) -> None:
+    model.get_input_embeddings().__class__ = ScaledEmbedding
+
+
+def _tables_as_matrices(model: DogeForCausalLM) -> None:
+    """Muon updates the tables of experts."""
+    for feed_forward in _feed_forwards(model):
+        for name in ("down_embed", "up_embed"):
+            table = getattr(feed_forward, name)
+            matrix = MatrixTable(table.embedding_dim, table.num_embeddings, bias=False)
+            matrix.weight = table.weight
+            setattr(feed_forward, name, matrix)
 
 
 def _attentions(model: DogeForCausalLM | LlamaForCausalLM) -> list[nn.Module]:
@@ -190,6 +313,13 @@ def _linear_value(model: DogeForCausalLM) -> None:
         attention.v_proj = _matrix(model, model.config.hidden_size, model.config.hidden_size)
 
 
+def _output_gate(model: DogeForCausalLM) -> None:
+    for attention in _attentions(model):
+        attention.__class__ = GatedOutputAttn
+        attention.gate_proj = _matrix(model, model.config.hidden_size, model.config.hidden_size)
+        nn.init.zeros_(attention.gate_proj.weight)
+
+
 def _low_rank_value(rank: int) -> Change:
     def change(model: DogeForCausalLM) -> None:
         for attention in _attentions(model):
@@ -209,10 +339,16 @@ def _matrix(model: DogeForCausalLM, inputs: int, outputs: int) -> nn.Linear:
 
 CHANGES: dict[str, Change] = {
     "key_shift": _keys_shifted,
+    "before_keys": _keys_see_token_before,
+    "before_ff": _feed_forward_sees_token_before,
     "ff_shift": _feed_forward_shifted,
+    "pair_embed": _pairs_embedded,
+    "scaled_embed": _embedding_scaled,
+    "muon_tables": _tables_as_matrices,
     "linear_value": _linear_value,
     "value_rank_32": _low_rank_value(32),
     "value_rank_64": _low_rank_value(64),
+    "output_gate": _output_gate,
     "residual": _residual,
     "no_experts": _no_experts,
     "one_pool": _one_pool,
@@ -222,4 +358,9 @@ CHANGES: dict[str, Change] = {
 LLAMA_CHANGES: dict[str, LlamaChange] = {
     "qk_norm": _queries_and_keys_normed,
     "key_shift": _keys_shifted,
+    "before_keys": _keys_see_token_before,
+    "before_ff": _feed_forward_sees_token_before,
+    "ff_shift": _feed_forward_shifted,
+    "pair_embed": _pairs_embedded,
+    "scaled_embed": _embedding_scaled,
 }

@@ -31,6 +31,45 @@ def test_the_llama_has_as_many_parameters(preset: str) -> None:
     assert llama.config.hidden_size == config.hidden_size
 
 
+@pytest.mark.parametrize("preset", ["doge_25M", "doge_80M"])
+def test_the_llama_can_have_equal_work(preset: str) -> None:
+    settings = load_settings(preset)
+    config = settings.model_config()
+    with torch.device("meta"):
+        llama = quality.parse_row("llama:equal_work=true")[1](config, settings.train)
+    embedding = llama.model.embed_tokens.weight.numel()
+    matrices = sum(parameter.numel() for parameter in llama.parameters() if parameter.ndim == 2) - embedding
+    assert abs(matrices / count_model(config).matmul - 1) < 1e-3
+    with pytest.raises(quality.UserError, match="equal_work is a setting of a llama"):
+        quality.parse_row("doge:equal_work=true")
+
+
+@pytest.mark.parametrize("architecture", ["doge", "llama"])
+def test_tied_embeddings_leave_more_to_the_layers(architecture: str) -> None:
+    settings = load_settings("doge_25M", ["tie_word_embeddings=true"])
+    total = count_model(load_settings("doge_25M").model_config()).total
+    settings.model.cross_domain_intermediate_size = quality.fitted_width(quality.build_doge, settings, total)
+    with torch.device("meta"):
+        model = quality.parse_row(architecture)[1](settings.model_config(), settings.train)
+    assert abs(sum(parameter.numel() for parameter in model.parameters()) / total - 1) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ("llama@qk_norm:learning_rate=1e-2,a.b=true", "llama-qk_norm-learning_rate-1e-2-a.b-true"),
+        ("doge:" + "x" * 300, None),
+    ],
+)
+def test_rows_have_folders_of_names_that_fit(row: str, name: str | None) -> None:
+    found = quality.place_name(row)
+    assert len(found) <= quality.LONGEST_NAME
+    if name is None:
+        assert found != quality.place_name(row + "x"), "long rows that begin alike have folders of their own"
+    else:
+        assert found == name
+
+
 def test_the_llama_starts_by_the_same_rule() -> None:
     settings = make_settings({"weight_init": "fan_in", "hidden_size": 64, "cross_domain_intermediate_size": 256})
     llama = quality.build_llama(settings.model_config(), settings.train)
@@ -49,7 +88,7 @@ SMALL = {
 @pytest.mark.parametrize("options", [{}, {"parallel_experts": True, "router_queries": False, "shared_gate": True}])
 def test_each_change_trains_and_is_counted(name: str, options: dict[str, bool]) -> None:
     settings = make_settings({**SMALL, **options})
-    changes = [] if name == "nothing" else [name]
+    changes = {"nothing": [], "before_ff": ["before_keys", "before_ff"]}.get(name, [name])
     torch.manual_seed(0)
     model = quality.build_doge(settings.model_config(), settings.train, changes)
     ids = torch.randint(0, 64, (2, 12))
@@ -61,9 +100,33 @@ def test_each_change_trains_and_is_counted(name: str, options: dict[str, bool]) 
     plain = quality.build_doge(settings.model_config(), settings.train)
     with torch.no_grad():
         same = torch.allclose(model.eval()(ids).logits, plain.eval()(ids).logits)
-    assert same == (name in ("nothing", "value_rank_32", "value_rank_64")), "a low rank starts at 0"
+    neutral = ("nothing", "value_rank_32", "value_rank_64", "output_gate", "muon_tables")
+    assert same == (name in neutral), "a low rank and a gate start at 0"
     used = quality.usage(model.eval(), [{"input_ids": ids[0].numpy()}])
     assert bool(used["experts_used"]) == (name != "no_experts")
+
+
+def test_a_change_that_builds_on_another_says_so() -> None:
+    settings = make_settings(SMALL)
+    with pytest.raises(ValueError, match="before_ff comes behind before_keys"):
+        quality.build_llama(settings.model_config(), settings.train, ["before_ff"])
+
+
+@pytest.mark.parametrize("name", ["key_shift", "before_keys", "ff_shift", "before_ff"])
+@pytest.mark.parametrize("architecture", ["doge", "llama"])
+def test_the_token_before_is_seen_and_no_later_one(architecture: str, name: str) -> None:
+    settings = make_settings({**SMALL, "qk_norm": True})
+    build = quality.build_doge if architecture == "doge" else quality.build_llama
+    changes = ["before_keys", name] if name == "before_ff" else [name]
+    torch.manual_seed(0)
+    model = build(settings.model_config(), settings.train, changes).eval()
+    ids = torch.randint(0, 64, (1, 9))
+    later = ids.clone()
+    later[0, 5:] = (ids[0, 5:] + 1) % 64
+    with torch.no_grad():
+        found, expected = model(input_ids=ids).logits, model(input_ids=later).logits
+    assert torch.equal(found[:, :5], expected[:, :5])
+    assert not torch.isclose(found[:, 5:], expected[:, 5:]).all()
 
 
 def test_a_change_that_needs_another_width_says_so() -> None:
@@ -121,7 +184,7 @@ def test_a_row_of_each_architecture_runs(tmp_path: Path) -> None:
             "--output_dir",
             str(tmp_path / "out"),
             f"doge:{small}",
-            f"llama:{small}",
+            f"llama:{small.replace('per_epoch_max_steps=2,', '')},tokens=512",
             f"doge@no_experts:{small},{fitted}",
         ),
     ]

@@ -273,14 +273,18 @@ class DogeInnerFuncAttn(nn.Module):
             key_BhSf, value_BhSf = past_key_values.update(key_BhSf, value_BhSf, self.layer_idx)
         if documents is not None:
             output_BThf = document_attention(query_BhTf, key_BhSf, value_BhSf, documents, self.scaling)
-            return self.o_proj(output_BThf.reshape(hidden_states.shape)), None
+            return self.output(output_BThf.reshape(hidden_states.shape), hidden_states), None
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         output_BThf, weights_BhTS = attention(
             self, query_BhTf, key_BhSf, value_BhSf, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(output_BThf.reshape(hidden_states.shape)), weights_BhTS
+        return self.output(output_BThf.reshape(hidden_states.shape), hidden_states), weights_BhTS
+
+    def output(self, mixed_BTd: Tensor, _x_BTd: Tensor) -> Tensor:
+        """The layer's output from the mixed values of all heads and the layer's input, (B, T, d) each."""
+        return self.o_proj(mixed_BTd)
 
 
 class DogeCDMoE(nn.Module):
