@@ -3,7 +3,7 @@
     python benchmarks/quality.py --dataset_path DIR --tokenizer_path DIR --output_dir OUT RUN [RUN …]
 
 A RUN is a row of the protocol, e.g. `doge:inner_value_init=identity,seed=1` or `llama:learning_rate=2e-3`: what
-stands behind the colon are settings of the preset doge_25M, changed. `doge@key_shift+residual:seed=1` is a Doge with
+stands behind the colon are settings of the preset doge_25M, changed. `doge@one_pool+residual:seed=1` is a Doge with
 changes of `variants.py`, made for diagnosis, `llama@qk_norm` a Llama with one. The width of a Llama follows from the
 total of parameters of the Doge with the same settings, or with `equal_work=true` from its work a token. `fit=true`
 among the settings makes the shared part of a Doge as wide as brings the total to the preset's (with tied embeddings,

@@ -1,4 +1,4 @@
-"""Changes of a model for diagnosis: what a run of `quality.py` names behind `@`, as in `doge@key_shift+residual`.
+"""Changes of a model for diagnosis: what a run of `quality.py` names behind `@`, as in `doge@no_experts`.
 
 They answer the question which part of a form costs what. None is an option of the package; what proves useful becomes a
 field of its configuration, and what does not pay is removed: docs/log.md names the commit of the changes that are gone.
@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 
 from doge_lm.model.cdmoe import cdmoe
 from doge_lm.model.modeling_doge import DogeCDMoE, DogeForCausalLM, DogeInnerFuncAttn
+from doge_lm.model.token_shift import TokensBefore, TokenShift
 
 Change = Callable[[DogeForCausalLM], None]
 LlamaChange = Callable[[LlamaForCausalLM], None]
@@ -31,28 +32,16 @@ class HeadNorm(nn.Module):
         return self.norm(x_BTd.unflatten(-1, (-1, *self.norm.normalized_shape))).flatten(-2)
 
 
-class Shift(nn.Module):
-    """x_t + s ⊙ (x_{t-1} - x_t), with learned shares s of the token before, (d,), that start between 0 and 1."""
+class Shift(TokenShift):
+    """A shift of rows that are one document each, with its shares at their start."""
 
-    def __init__(self, shares_d: Tensor) -> None:
-        super().__init__()
-        self.shares = nn.Parameter(shares_d)
+    def __init__(self, size: int, period: int, most: float) -> None:
+        super().__init__(size, period, most)
+        self.shares = nn.Parameter(self.initial_shares())
 
-    def forward(self, x_BTd: Tensor) -> Tensor:
+    def forward(self, x_BTd: Tensor) -> Tensor:  # type: ignore[override]
         """(B, T, d) to (B, T, d)."""
-        before_BTd = nn.functional.pad(x_BTd, (0, 0, 1, 0))[:, :-1]
-        return torch.lerp(x_BTd, before_BTd, self.shares.to(x_BTd.dtype))
-
-
-class PairEmbedding(nn.Embedding):
-    """e_t + W_p e_{t-1}: a token's row of the table beside a map of the row of the token before, with W_p of d × d."""
-
-    before_proj: nn.Linear
-
-    def forward(self, ids_BT: Tensor) -> Tensor:
-        """(B, T) to (B, T, d)."""
-        rows_BTd = super().forward(ids_BT)
-        return rows_BTd + nn.functional.pad(self.before_proj(rows_BTd), (0, 0, 1, 0))[:, :-1]
+        return super().forward(x_BTd, TokensBefore(None, None).of(x_BTd, 0, 0))
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -131,27 +120,6 @@ class LinearValueAttn(DogeInnerFuncAttn):
         return self.v_proj(x_BTd)
 
 
-class LowRankValueAttn(DogeInnerFuncAttn):
-    """v = x ⊙ E[argmax s] + W_b W_a x, with W_a of ρ × d, and W_b of d × ρ that starts at 0."""
-
-    v_down: nn.Linear
-    v_up: nn.Linear
-
-    def inner_values(self, x_BTd: Tensor, scores_BTn: Tensor) -> Tensor:
-        """(B, T, d) to (B, T, d)."""
-        return super().inner_values(x_BTd, scores_BTn) + self.v_up(self.v_down(x_BTd))
-
-
-class GatedOutputAttn(DogeInnerFuncAttn):
-    """The output is W_o (2 sigmoid(W_g x) ⊙ (softmax(q kᵀ/√f + mask) v)), with W_g of d × d that starts at 0."""
-
-    gate_proj: nn.Linear
-
-    def output(self, mixed_BTd: Tensor, x_BTd: Tensor) -> Tensor:
-        """(B, T, d) each to (B, T, d)."""
-        return super().output(mixed_BTd * (2 * self.gate_proj(x_BTd).sigmoid()), x_BTd)
-
-
 def _queries_and_keys_normed(model: LlamaForCausalLM) -> None:
     """What `qk_norm` is in a Doge."""
     for attention in _attentions(model):
@@ -160,95 +128,22 @@ def _queries_and_keys_normed(model: LlamaForCausalLM) -> None:
             setattr(attention, name, nn.Sequential(getattr(attention, name), norm))
 
 
-def _keys_shifted(model: DogeForCausalLM | LlamaForCausalLM) -> None:
-    """Keys of attention see the token before: a layer alone can then find what followed the like of this token."""
+def _keys_shifted(model: LlamaForCausalLM) -> None:
+    """What `key_shift` is in a Doge."""
     for attention in _attentions(model):
-        shares_d = _key_shares(model, attention)
+        shift = Shift(model.config.hidden_size, attention.head_dim // 2, 1.0)
         projection = attention.k_proj
         if isinstance(projection, nn.Sequential):  # before the norm
-            projection.insert(1, Shift(shares_d))
+            projection.insert(1, shift)
         else:
-            attention.k_proj = nn.Sequential(projection, Shift(shares_d))
+            attention.k_proj = nn.Sequential(projection, shift)
 
 
-def _feed_forward_shifted(model: DogeForCausalLM | LlamaForCausalLM) -> None:
-    """The feed-forward sees the token before."""
-    name = _feed_forward_norm(model)
+def _feed_forward_shifted(model: LlamaForCausalLM) -> None:
+    """What `feed_forward_shift` is in a Doge."""
     for layer in model.model.layers:
-        shift = Shift(torch.linspace(0, 0.5, model.config.hidden_size))
-        setattr(layer, name, nn.Sequential(getattr(layer, name), shift))
-
-
-def _pairs_embedded(model: DogeForCausalLM | LlamaForCausalLM) -> None:
-    """The residual stream starts with the token before beside the token."""
-    embedding = model.get_input_embeddings()
-    embedding.__class__ = PairEmbedding
-    embedding.before_proj = nn.Linear(embedding.embedding_dim, embedding.embedding_dim, bias=False)
-    nn.init.normal_(embedding.before_proj.weight, std=0.5 * embedding.embedding_dim**-0.5)
-
-
-class KeptEmbedding(nn.Embedding):
-    """The token embedding, which keeps what it gave: p_t = W_p RMSNorm(e_{t-1}) for the keys of all layers."""
-
-    before_proj: nn.Linear
-    before: Tensor | None = None
-
-    def forward(self, ids_BT: Tensor) -> Tensor:
-        """(B, T) to (B, T, d)."""
-        rows_BTd = super().forward(ids_BT)
-        normed_BTd = nn.functional.rms_norm(rows_BTd, rows_BTd.shape[-1:])
-        self.before = nn.functional.pad(self.before_proj(normed_BTd), (0, 0, 1, 0))[:, :-1]
-        return rows_BTd
-
-
-class WithTokenBefore(nn.Module):
-    """x_t + s ⊙ (p_t - x_t), with p_t of the token before and learned shares s, (d,)."""
-
-    def __init__(self, shares_d: Tensor, embedding: KeptEmbedding) -> None:
-        super().__init__()
-        self.shares = nn.Parameter(shares_d)
-        self.embedding = [embedding]  # in a list: it is no module of this one
-
-    def forward(self, x_BTd: Tensor) -> Tensor:
-        """(B, T, d) to (B, T, d)."""
-        before_BTd = self.embedding[0].before
-        assert before_BTd is not None
-        return torch.lerp(x_BTd, before_BTd.to(x_BTd.dtype), self.shares.to(x_BTd.dtype))
-
-
-def _keys_see_token_before(model: DogeForCausalLM | LlamaForCausalLM) -> None:
-    """As `key_shift`, but keys see which token came before, not the key that it had in this layer."""
-    embedding = model.get_input_embeddings()
-    embedding.__class__ = KeptEmbedding
-    embedding.before_proj = nn.Linear(embedding.embedding_dim, embedding.embedding_dim, bias=False)
-    nn.init.normal_(embedding.before_proj.weight, std=embedding.embedding_dim**-0.5)
-    for attention in _attentions(model):
-        projection = attention.k_proj
-        seen = WithTokenBefore(_key_shares(model, attention), embedding)
-        if isinstance(projection, nn.Sequential):  # before the norm
-            projection.insert(1, seen)
-        else:
-            attention.k_proj = nn.Sequential(projection, seen)
-
-
-def _feed_forward_sees_token_before(model: DogeForCausalLM | LlamaForCausalLM) -> None:
-    """The feed-forward sees which token came before: with `before_keys` ahead of it in the list of changes."""
-    embedding = model.get_input_embeddings()
-    if not isinstance(embedding, KeptEmbedding):
-        raise ValueError("before_ff comes behind before_keys")
-    name = _feed_forward_norm(model)
-    for layer in model.model.layers:
-        seen = WithTokenBefore(torch.linspace(0, 0.5, model.config.hidden_size), embedding)
-        setattr(layer, name, nn.Sequential(getattr(layer, name), seen))
-
-
-def _feed_forward_norm(model: DogeForCausalLM | LlamaForCausalLM) -> str:
-    return "in_ff_layernorm" if isinstance(model, DogeForCausalLM) else "post_attention_layernorm"
-
-
-def _key_shares(model: DogeForCausalLM | LlamaForCausalLM, attention: nn.Module) -> Tensor:
-    pairs = attention.head_dim // 2  # the two features of a rotated pair share a start
-    return torch.linspace(0, 1, pairs).repeat(model.config.hidden_size // pairs)
+        shift = Shift(model.config.hidden_size, model.config.hidden_size, 0.5)
+        layer.post_attention_layernorm = nn.Sequential(layer.post_attention_layernorm, shift)
 
 
 def _embedding_scaled(model: DogeForCausalLM | LlamaForCausalLM) -> None:
@@ -313,24 +208,6 @@ def _linear_value(model: DogeForCausalLM) -> None:
         attention.v_proj = _matrix(model, model.config.hidden_size, model.config.hidden_size)
 
 
-def _output_gate(model: DogeForCausalLM) -> None:
-    for attention in _attentions(model):
-        attention.__class__ = GatedOutputAttn
-        attention.gate_proj = _matrix(model, model.config.hidden_size, model.config.hidden_size)
-        nn.init.zeros_(attention.gate_proj.weight)
-
-
-def _low_rank_value(rank: int) -> Change:
-    def change(model: DogeForCausalLM) -> None:
-        for attention in _attentions(model):
-            attention.__class__ = LowRankValueAttn
-            attention.v_down = _matrix(model, model.config.hidden_size, rank)
-            attention.v_up = _matrix(model, rank, model.config.hidden_size)
-            nn.init.zeros_(attention.v_up.weight)
-
-    return change
-
-
 def _matrix(model: DogeForCausalLM, inputs: int, outputs: int) -> nn.Linear:
     matrix = nn.Linear(inputs, outputs, bias=False)
     nn.init.normal_(matrix.weight, std=model._std(inputs))
@@ -338,17 +215,9 @@ def _matrix(model: DogeForCausalLM, inputs: int, outputs: int) -> nn.Linear:
 
 
 CHANGES: dict[str, Change] = {
-    "key_shift": _keys_shifted,
-    "before_keys": _keys_see_token_before,
-    "before_ff": _feed_forward_sees_token_before,
-    "ff_shift": _feed_forward_shifted,
-    "pair_embed": _pairs_embedded,
     "scaled_embed": _embedding_scaled,
     "muon_tables": _tables_as_matrices,
     "linear_value": _linear_value,
-    "value_rank_32": _low_rank_value(32),
-    "value_rank_64": _low_rank_value(64),
-    "output_gate": _output_gate,
     "residual": _residual,
     "no_experts": _no_experts,
     "one_pool": _one_pool,
@@ -356,11 +225,8 @@ CHANGES: dict[str, Change] = {
 }
 
 LLAMA_CHANGES: dict[str, LlamaChange] = {
-    "qk_norm": _queries_and_keys_normed,
     "key_shift": _keys_shifted,
-    "before_keys": _keys_see_token_before,
-    "before_ff": _feed_forward_sees_token_before,
     "ff_shift": _feed_forward_shifted,
-    "pair_embed": _pairs_embedded,
+    "qk_norm": _queries_and_keys_normed,
     "scaled_embed": _embedding_scaled,
 }

@@ -1,6 +1,7 @@
 """A model that knows nothing, for tests of what is done with a trained one."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -8,8 +9,8 @@ from doge_lm import DogeConfig, DogeForCausalLM
 from doge_lm.data.tokenizer import build_tokenizer
 
 
-def make_model(place: Path, positions: int = 512, seed: int = 0) -> Path:
-    """A Doge with random weights and the published tokenizer."""
+def make_model(place: Path, positions: int = 512, seed: int = 0, **changes: Any) -> Path:
+    """A Doge with random weights and the published tokenizer; `changes` are of its configuration."""
     torch.manual_seed(seed)
     config = DogeConfig(
         hidden_size=32,
@@ -19,6 +20,7 @@ def make_model(place: Path, positions: int = 512, seed: int = 0) -> Path:
         cross_domain_intermediate_size=32,
         private_expert_intermediate_size=16,
         num_cdmmoe_experts=16,
+        **changes,
     )
     DogeForCausalLM(config).save_pretrained(place)
     build_tokenizer(place.parent / f"{place.name}-tokenizer").save_pretrained(place)

@@ -88,7 +88,7 @@ SMALL = {
 @pytest.mark.parametrize("options", [{}, {"parallel_experts": True, "router_queries": False, "shared_gate": True}])
 def test_each_change_trains_and_is_counted(name: str, options: dict[str, bool]) -> None:
     settings = make_settings({**SMALL, **options})
-    changes = {"nothing": [], "before_ff": ["before_keys", "before_ff"]}.get(name, [name])
+    changes = [] if name == "nothing" else [name]
     torch.manual_seed(0)
     model = quality.build_doge(settings.model_config(), settings.train, changes)
     ids = torch.randint(0, 64, (2, 12))
@@ -100,26 +100,16 @@ def test_each_change_trains_and_is_counted(name: str, options: dict[str, bool]) 
     plain = quality.build_doge(settings.model_config(), settings.train)
     with torch.no_grad():
         same = torch.allclose(model.eval()(ids).logits, plain.eval()(ids).logits)
-    neutral = ("nothing", "value_rank_32", "value_rank_64", "output_gate", "muon_tables")
-    assert same == (name in neutral), "a low rank and a gate start at 0"
+    assert same == (name in ("nothing", "muon_tables")), "for another optimizer the model is the same"
     used = quality.usage(model.eval(), [{"input_ids": ids[0].numpy()}])
     assert bool(used["experts_used"]) == (name != "no_experts")
 
 
-def test_a_change_that_builds_on_another_says_so() -> None:
+@pytest.mark.parametrize("name", ["key_shift", "ff_shift"])
+def test_the_token_before_is_seen_and_no_later_one(name: str) -> None:
     settings = make_settings(SMALL)
-    with pytest.raises(ValueError, match="before_ff comes behind before_keys"):
-        quality.build_llama(settings.model_config(), settings.train, ["before_ff"])
-
-
-@pytest.mark.parametrize("name", ["key_shift", "before_keys", "ff_shift", "before_ff"])
-@pytest.mark.parametrize("architecture", ["doge", "llama"])
-def test_the_token_before_is_seen_and_no_later_one(architecture: str, name: str) -> None:
-    settings = make_settings({**SMALL, "qk_norm": True})
-    build = quality.build_doge if architecture == "doge" else quality.build_llama
-    changes = ["before_keys", name] if name == "before_ff" else [name]
     torch.manual_seed(0)
-    model = build(settings.model_config(), settings.train, changes).eval()
+    model = quality.build_llama(settings.model_config(), settings.train, ["qk_norm", name]).eval()
     ids = torch.randint(0, 64, (1, 9))
     later = ids.clone()
     later[0, 5:] = (ids[0, 5:] + 1) % 64
@@ -135,7 +125,7 @@ def test_a_change_that_needs_another_width_says_so() -> None:
         quality.build_doge(settings.model_config(), settings.train, ["no_experts"])
 
 
-@pytest.mark.parametrize("row", ["doge:", "doge@no_experts+key_shift:", "doge@linear_value:"])
+@pytest.mark.parametrize("row", ["doge:", "doge@no_experts:", "doge@linear_value:"])
 def test_fit_brings_the_total_to_the_presets(row: str) -> None:
     options = ["qk_norm=true", "shared_gate=true", "parallel_experts=true", "router_queries=false"]
     settings = load_settings("doge_25M", options)

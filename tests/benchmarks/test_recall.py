@@ -96,7 +96,7 @@ def test_a_model_that_knows_is_found_to_know(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_small_run_writes_its_rows_and_learns(tmp_path: Path) -> None:
-    models = ["doge@key_shift:qk_norm=true", "llama"]
+    models = ["doge:qk_norm=true,key_shift=true", "llama@qk_norm"]
     command = [
         *(sys.executable, str(ROOT / "benchmarks" / "recall.py"), "--output_dir", str(tmp_path)),
         *("--tasks", "16x2", "16x4", "--rates", "1e-2", "--steps", "60", "--tokens", "1024", "--hidden_size", "32"),

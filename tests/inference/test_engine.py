@@ -20,7 +20,7 @@ from doge_lm.inference.engine import Engine, EngineFullError, EngineStoppedError
 from doge_lm.inference.sampling import Rule
 from doge_lm.inference.slots import Slots
 from tests.inference.test_decoding import tiny_llama_config, uncached, uncached_model
-from tests.model.support import random_ids, tiny_model
+from tests.model.support import random_ids, tiny_model, with_and_without_shifts
 
 END = 2
 GREEDY = Rule(temperature=0.0)
@@ -106,13 +106,16 @@ def mixed_tasks(count: int) -> list[Task]:
 # ------------------------------------------------------------------------------------------------------ correctness
 
 
+@with_and_without_shifts
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_answers_are_those_of_runs_without_a_cache(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_those_of_runs_without_a_cache(
+    attention: str, form: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In float64, where a near tie of two tokens is out of the question. Prompts are read in pieces of 16."""
     monkeypatch.setattr(slots_module, "CHUNK", 16)
     monkeypatch.setattr(engine_module, "CHUNK", 16)
-    reference = tiny_model(dtype=torch.float64)
-    slots = Slots(tiny_model(dtype=torch.float64, attention=attention), 12, 128)
+    reference = tiny_model(dtype=torch.float64, **form)
+    slots = Slots(tiny_model(dtype=torch.float64, attention=attention, **form), 12, 128)
     tasks = [Task(prompt_of(length, length), 20, GREEDY) for length in [1, 2, 15, 16, 17, 33, 70, 100] * 3]
     with running(slots, end=-1) as engine:
         answers = [ask(engine, task) for task in tasks]
@@ -122,11 +125,12 @@ def test_answers_are_those_of_runs_without_a_cache(attention: str, monkeypatch: 
     assert found[:8] == found[8:16] == found[16:]
 
 
+@with_and_without_shifts
 @pytest.mark.parametrize("penalty", [1.0, 1.6])
-def test_drawn_answers_are_those_of_the_decoder_with_the_seed(penalty: float) -> None:
-    decoder = Decoder(tiny_model(dtype=torch.float64))
+def test_drawn_answers_are_those_of_the_decoder_with_the_seed(penalty: float, form: dict[str, bool]) -> None:
+    decoder = Decoder(tiny_model(dtype=torch.float64, **form))
     rule = Rule(temperature=1.4, top_k=20, top_p=0.9, repetition_penalty=penalty)
-    with running(Slots(tiny_model(dtype=torch.float64), 8, 128)) as engine:
+    with running(Slots(tiny_model(dtype=torch.float64, **form), 8, 128)) as engine:
         tasks = [Task(prompt_of(5 + seed, seed), 25, rule, seed=seed) for seed in range(8)]
         answers = [ask(engine, task) for task in tasks]
         for seed, (task, answer) in enumerate(zip(tasks, answers, strict=True)):
@@ -147,10 +151,11 @@ def test_a_llama_is_served_as_well() -> None:
         assert [answer.text() for answer in answers] == expected
 
 
+@with_and_without_shifts
 @pytest.mark.parametrize("experts", [12, 64])
-def test_company_changes_no_bit(experts: int) -> None:
+def test_company_changes_no_bit(experts: int, form: dict[str, bool]) -> None:
     """64 answers at once, joining and leaving at different times, have the log-probabilities of each alone, exactly."""
-    sizes = {"hidden_size": 48, "vocab_size": 500, "num_cdmmoe_experts": experts}
+    sizes = {"hidden_size": 48, "vocab_size": 500, "num_cdmmoe_experts": experts, **form}
     tasks = [Task(task.prompt, task.max_tokens, task.rule, task.seed, logprobs=2) for task in mixed_tasks(80)]
 
     def written(answer: Answer) -> list[Any]:

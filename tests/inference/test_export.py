@@ -30,23 +30,29 @@ CPU = torch.device("cpu")
 LINEAR = ("_proj.weight", "queries.weight", "lm_head.weight")
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_loud_model(place: Path, **changes: Any) -> Path:
     """A small model whose every part shows in its logits, with the published tokenizer."""
-    place = make_model(tmp_path_factory.mktemp("export") / "model")
-    model = DogeForCausalLM.from_pretrained(place)
+    model = DogeForCausalLM.from_pretrained(make_model(place, **changes))
     draw_large_weights(model, seed=3)
     model.save_pretrained(place)
     return place
 
 
 @pytest.fixture(scope="module")
-def onnx_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_loud_model(tmp_path_factory.mktemp("export") / "model")
+
+
+def make_onnx(model_dir: Path, place: Path) -> Path:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    place = tmp_path_factory.mktemp("export") / "onnx"
     assert main(["export", str(model_dir), "--output_dir", str(place), "--format", "onnx"]) == 0
     return place
+
+
+@pytest.fixture(scope="module")
+def onnx_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_onnx(model_dir, tmp_path_factory.mktemp("export") / "onnx")
 
 
 def logits_of(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -260,6 +266,16 @@ def test_a_model_for_the_kernels_of_a_gpu_is_quantized_without_one(
 
 def test_onnx_computes_the_same_with_a_cache_and_padding(model_dir: Path, onnx_dir: Path) -> None:
     """Prompts of several sizes, steps of one token and of several, rows with padding: one file for all."""
+    assert_onnx_computes_the_same(model_dir, onnx_dir)
+
+
+@pytest.mark.parametrize("shifts", [["key_shift"], ["key_shift", "feed_forward_shift"]], ids="+".join)
+def test_onnx_keeps_the_newest_inputs_of_shifts(shifts: list[str], tmp_path: Path) -> None:
+    model_dir = make_loud_model(tmp_path / "model", qk_norm=True, **dict.fromkeys(shifts, True))
+    assert_onnx_computes_the_same(model_dir, make_onnx(model_dir, tmp_path / "onnx"))
+
+
+def assert_onnx_computes_the_same(model_dir: Path, onnx_dir: Path) -> None:
     import numpy as np  # noqa: PLC0415
     import onnxruntime  # noqa: PLC0415
 
@@ -271,8 +287,11 @@ def test_onnx_computes_the_same_with_a_cache_and_padding(model_dir: Path, onnx_d
         ids = some_ids(len(lengths), longest, seed=longest)
         mask = torch.stack([(torch.arange(longest) >= longest - length).long() for length in lengths])
         expected = logits_of(model, ids, mask)
-        shape = (len(lengths), model.config.num_attention_heads, 0, 32 // model.config.num_attention_heads)
-        past = dict.fromkeys(names[2:], np.zeros(shape, np.float32))
+        heads = model.config.num_attention_heads
+        shape, newest = (len(lengths), heads, 0, 32 // heads), (len(lengths), 32, 1)
+        past = {
+            name: np.full(newest if name.endswith("_before") else shape, 7, np.float32) for name in names[2:]
+        }  # the first tokens see nothing of it
         start = 0
         for end in dict.fromkeys(ends):
             inputs = {"input_ids": ids[:, start:end].numpy(), "attention_mask": mask[:, :end].numpy()}

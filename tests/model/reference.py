@@ -166,6 +166,7 @@ class Reference:
         queries = [self.linear(f"{prefix}.q_proj", x) for x in tokens]
         keys = [self.linear(f"{prefix}.k_proj", x) for x in tokens]
         values, choices = zip(*[self.inner_value(prefix, x) for x in tokens], strict=True)
+        keys = self.shifted(f"{prefix}.k_shift", keys, visible)
         queries = [self.normed_heads(f"{prefix}.q_norm", x, size) for x in queries]
         keys = [self.normed_heads(f"{prefix}.k_norm", x, size) for x in keys]
         shares = torch.zeros(heads, len(tokens), len(tokens), dtype=torch.float64)
@@ -186,6 +187,17 @@ class Reference:
                 mixed.append(head_output)
             outputs.append(self.linear(f"{prefix}.o_proj", torch.cat(mixed)))
         return outputs, list(choices), shares
+
+    def shifted(self, name: str, tokens: list[Tensor], visible: list[list[int]]) -> list[Tensor]:
+        """x_t + s ⊙ (x_{t-1} - x_t), where the model has shares s; 0 where the token before is not seen."""
+        shares = self.state.get(f"{name}.shares")
+        if shares is None:
+            return tokens
+        mixed = []
+        for t, x in enumerate(tokens):
+            before = tokens[t - 1] if t - 1 in visible[t] else torch.zeros_like(x)
+            mixed.append((1 - shares) * x + shares * before)
+        return mixed
 
     def normed_heads(self, name: str, x: Tensor, size: int) -> Tensor:
         """The RMSNorm of each head of one token, where the model has it."""
@@ -242,7 +254,9 @@ class Reference:
             )
             tokens = [x + y for x, y in zip(tokens, attended, strict=True)]
             norm = self.state[f"{prefix}.in_ff_layernorm.weight"]
-            tokens = [x + self.feed_forward(f"{prefix}.feed_forward", rms_norm(x, norm)) for x in tokens]
+            inputs = self.shifted(f"{prefix}.ff_shift", [rms_norm(x, norm) for x in tokens], visible)
+            outputs = [self.feed_forward(f"{prefix}.feed_forward", x) for x in inputs]
+            tokens = [x + y for x, y in zip(tokens, outputs, strict=True)]
             found.inner_values.append([[choice if visible[t] else -1 for t, choice in enumerate(choices)]])
             found.attentions.append(shares)
         norm = self.state["model.final_layernorm.weight"]

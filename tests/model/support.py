@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -42,6 +43,11 @@ TINY: dict[str, Any] = {
 """No two sizes alike, so that a transposed or mistaken one cannot pass. 12 experts are tables of 3 and 4 rows."""
 
 TINY_FIRST_KEY_TABLE = 3
+
+SHIFTS = {"key_shift": True, "feed_forward_shift": True}
+"""With them a cache holds more than keys and values."""
+
+with_and_without_shifts = pytest.mark.parametrize("form", [{}, SHIFTS], ids=["published", "shifts"])
 
 
 def tiny_config(**changes: Any) -> DogeConfig:

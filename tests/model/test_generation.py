@@ -18,7 +18,15 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from doge_lm import DogeForCausalLM, DogeModel
 
 from . import reference
-from .support import TINY, left_padded, random_ids, text_batch, tiny_config, tiny_model
+from .support import (
+    TINY,
+    left_padded,
+    random_ids,
+    text_batch,
+    tiny_config,
+    tiny_model,
+    with_and_without_shifts,
+)
 
 HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl"))
 
@@ -41,11 +49,14 @@ def generate(model: Any, ids: Tensor, mask: Tensor | None = None, *, new: int = 
 # --------------------------------------------------------------------------------------------------------- caches
 
 
+@with_and_without_shifts
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_cached_generation_equals_uncached_for_left_padded_rows(cache: str, attention: str) -> None:
+def test_cached_generation_equals_uncached_for_left_padded_rows(
+    cache: str, attention: str, form: dict[str, bool]
+) -> None:
     """And both equal each row generated alone, without padding or cache."""
-    model = tiny_model(attention=attention)
+    model = tiny_model(attention=attention, **form)
     ids, mask = left_padded([9, 4, 6])
     uncached = generate(model, ids, mask, use_cache=False, do_sample=False)
     cached = generate(model, ids, mask, use_cache=True, do_sample=False, cache_implementation=cache)
@@ -58,11 +69,12 @@ def test_cached_generation_equals_uncached_for_left_padded_rows(cache: str, atte
         torch.testing.assert_close(found, torch.stack(alone.logits)[:, 0], rtol=0, atol=1e-4)
 
 
+@with_and_without_shifts
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("pieces", [[1] * 10, [4, 1, 5], [9, 1], [3, 7]], ids=str)
-def test_feeding_pieces_through_a_cache_equals_one_pass(cache: str, pieces: list[int]) -> None:
+def test_feeding_pieces_through_a_cache_equals_one_pass(cache: str, pieces: list[int], form: dict[str, bool]) -> None:
     """Prefill in chunks as well as token by token; positions are worked out from what the cache holds."""
-    model = tiny_model(dtype=torch.float64)
+    model = tiny_model(dtype=torch.float64, **form)
     ids = random_ids(2, sum(pieces))
     with torch.no_grad():
         whole = model(ids, use_cache=False)
@@ -234,26 +246,28 @@ def test_beam_search_wide_enough_finds_the_best_of_all_continuations() -> None:
     assert out[0, -2:].tolist() == pairs[int(total.argmax())].tolist()
 
 
-def test_beam_search_with_and_without_cache() -> None:
+@with_and_without_shifts
+def test_beam_search_with_and_without_cache(form: dict[str, bool]) -> None:
     """The cache is reordered as beams cross."""
-    model = tiny_model()
+    model = tiny_model(**form)
     ids, mask = left_padded([6, 3])
     with_cache = generate(model, ids, mask, num_beams=4, do_sample=False, use_cache=True).sequences
     without = generate(model, ids, mask, num_beams=4, do_sample=False, use_cache=False).sequences
     assert torch.equal(with_cache, without)
 
 
+@with_and_without_shifts
 @pytest.mark.parametrize("helper", ["a worse model", "the model itself", "prompt lookup"])
-def test_assisted_generation_equals_greedy(helper: str) -> None:
+def test_assisted_generation_equals_greedy(helper: str, form: dict[str, bool]) -> None:
     """The cache is cropped where the assistant's tokens are refused."""
-    model = tiny_model()
+    model = tiny_model(**form)
     ids = random_ids(1, 7)
     expected = generate(model, ids, new=16, do_sample=False).sequences
     options: dict[str, Any]
     if helper == "prompt lookup":
         options = {"prompt_lookup_num_tokens": 3}
     else:
-        options = {"assistant_model": tiny_model(seed=5) if helper == "a worse model" else copy.deepcopy(model)}
+        options = {"assistant_model": tiny_model(seed=5, **form) if helper == "a worse model" else copy.deepcopy(model)}
     assert torch.equal(generate(model, ids, new=16, do_sample=False, **options).sequences, expected)
 
 

@@ -18,12 +18,18 @@ from .support import TINY, random_ids, reference_of, relative_error, tiny_config
 # Parallel experts read the layer's input, so e is d there.
 OPTIONS: dict[str, dict[str, Any]] = {
     "qk_norm": {"qk_norm": True},
+    "key_shift": {"key_shift": True},
+    "feed_forward_shift": {"feed_forward_shift": True},
     "shared_gate": {"shared_gate": True},
     "parallel": {"parallel_experts": True, "private_expert_intermediate_size": 24},
     "no queries": {"router_queries": False},
-    "all": {
+    "all but shifts": {
         **{"qk_norm": True, "shared_gate": True, "parallel_experts": True, "private_expert_intermediate_size": 24},
         "router_queries": False,
+    },
+    "all": {
+        **{"qk_norm": True, "shared_gate": True, "parallel_experts": True, "private_expert_intermediate_size": 24},
+        **{"router_queries": False, "key_shift": True, "feed_forward_shift": True},
     },
 }
 each_option = pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS)
@@ -38,6 +44,8 @@ def test_names_and_shapes() -> None:
         shapes |= {
             f"{prefix}.attn.q_norm.weight": (8,),
             f"{prefix}.attn.k_norm.weight": (8,),
+            f"{prefix}.attn.k_shift.shares": (24,),
+            f"{prefix}.ff_shift.shares": (24,),
             f"{prefix}.feed_forward.shared_gate_proj.weight": (28, 24),
             f"{prefix}.feed_forward.shared_down_proj.weight": (24, 28),
             f"{prefix}.feed_forward.keys": (2, 3 + 4, 24),
@@ -178,6 +186,7 @@ def test_kernels_give_the_plain_loss_and_gradients(changes: dict[str, Any], monk
         monkeypatch.setattr(module, name, lambda *args, **options: (used.append(name), plain(*args, **options))[1])
 
     rotation = "fused_normed_rotation" if changes.get("qk_norm") else "fused_rotation"
+    kernels = {rotation, "chosen_hidden"} - ({rotation} if changes.get("key_shift") else set())
     for module, name in ((modeling_doge, rotation), (cdmoe, "chosen_hidden")):
         note(module, name)
 
@@ -192,7 +201,7 @@ def test_kernels_give_the_plain_loss_and_gradients(changes: dict[str, Any], monk
     expected, gradients = loss_and_gradients(False)
     assert not used
     found, found_gradients = loss_and_gradients(True)
-    assert set(used) == {rotation, "chosen_hidden"}
+    assert set(used) == kernels
     assert abs(found - expected) < 1e-5
     assert found_gradients.keys() == gradients.keys() == dict(model.named_parameters()).keys()
     for name, gradient in gradients.items():

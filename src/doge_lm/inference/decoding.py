@@ -31,10 +31,16 @@ from typing import Any, SupportsIndex, TypeAlias
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+    StaticLayer,
+)
 
 from ..data.tokenizer import known_max_length
-from ..model.modeling_doge import DogeCDMoE, DogeInnerFuncAttn
+from ..model.modeling_doge import DogeCDMoE, DogeInnerFuncAttn, DogePreTrainedModel
 
 _Foldable: TypeAlias = DogeInnerFuncAttn | DogeCDMoE
 _FOLDABLE = (DogeInnerFuncAttn, DogeCDMoE)
@@ -266,12 +272,10 @@ class Decoder:
         state.take(out.logits[:, -1].float())
 
 
-class _Layer(StaticLayer):
+class _Columns(StaticLayer):
     """The keys and values of one layer, written where the step is: no layer has to count for itself."""
 
-    def __init__(self, slots: int, column: Tensor) -> None:
-        super().__init__(slots)
-        self._column = column
+    column: Tensor
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -279,17 +283,40 @@ class _Layer(StaticLayer):
         """Take those of one token, (B, heads, 1, features), and return those of all columns."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys.index_copy_(2, self._column.to(self.device), key_states)
-        self.values.index_copy_(2, self._column.to(self.device), value_states)
+        self.keys.index_copy_(2, self.column.to(self.device), key_states)
+        self.values.index_copy_(2, self.column.to(self.device), value_states)
         return self.keys, self.values
 
-    def fill(self, key_states: Tensor, value_states: Tensor) -> None:
+    def fill(self, prompts: CacheLayerMixin) -> None:
         """Take those of the first columns."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        length = key_states.shape[2]
-        self.keys[:, :, :length] = key_states
-        self.values[:, :, :length] = value_states
+            self.lazy_initialization(prompts.keys, prompts.values)
+        length = prompts.keys.shape[2]
+        self.keys[:, :, :length] = prompts.keys
+        self.values[:, :, :length] = prompts.values
+
+
+class _ShiftingColumns(_Columns, LinearAttentionAndStaticFullAttentionLayer):
+    """The same for a Doge with shifts, with the newest inputs."""
+
+    def fill(self, prompts: LinearAttentionAndFullAttentionLayer) -> None:
+        """Take the newest inputs too."""
+        super().fill(prompts)
+        for index, newest_Bd1 in prompts.conv_states.items():
+            if not self.is_conv_states_initialized[index]:
+                self.lazy_initialization(conv_states=newest_Bd1, state_idx=index)
+            self.conv_states[index].copy_(newest_Bd1)
+            self.has_previous_state[index] = True
+
+
+def _columns_of(layer: StaticLayer, slots: int, column: Tensor) -> _Columns:
+    """Such a layer in the place of one of transformers'."""
+    if isinstance(layer, LinearAttentionAndStaticFullAttentionLayer):
+        columns: _Columns = _ShiftingColumns(slots, number_of_states=layer.number_of_states)
+    else:
+        columns = _Columns(slots)
+    columns.column = column
+    return columns
 
 
 class _State:
@@ -305,7 +332,7 @@ class _State:
         self.padding_B1 = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.column = torch.zeros(1, dtype=torch.long, device=device)
         self.ended_B = torch.zeros(batch, dtype=torch.bool, device=device)
-        self.cache.layers = [_Layer(slots, self.column) for _ in self.cache.layers]
+        self.cache.layers = [_columns_of(layer, slots, self.column) for layer in self.cache.layers]
         self.folded: dict[_Foldable, Tensor] = {
             module: module.fold()
             for module in model.modules()
@@ -353,9 +380,9 @@ class _State:
             self._draws_BS[:, longest : longest + sampling.max_new_tokens] = draws.to(device)
 
     def fill(self, prompts: Cache) -> None:
-        """Take the keys and values of all columns of the prompts."""
+        """Take what the cache of the prompts holds."""
         for layer, filled in zip(self.cache.layers, prompts.layers, strict=True):
-            layer.fill(filled.keys, filled.values)
+            layer.fill(filled)
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """The newest ids (B, 1), what they see as an additive mask (B, 1, 1, S), and their positions (B, 1)."""
@@ -479,7 +506,9 @@ def refuse_other_models(model: PreTrainedModel) -> None:
     if attention not in ("sdpa", "eager"):
         raise ValueError(f"the attention {attention!r} takes no mask; load the model with sdpa or eager")
     kinds = {type(layer) for layer in StaticCache(config=model.config, max_cache_len=SHORTEST_CACHE).layers}
-    if model.config.is_encoder_decoder or kinds != {StaticLayer}:
+    # Elsewhere a layer that keeps more than keys and values may not know of padding, or of where it is.
+    known = LinearAttentionAndStaticFullAttentionLayer if isinstance(model, DogePreTrainedModel) else StaticLayer
+    if model.config.is_encoder_decoder or kinds not in ({StaticLayer}, {known}):
         raise ValueError(
             "the model has an encoder, or layers that are not full attention (a sliding window, a recurrence); "
             "use its own generate"

@@ -6,9 +6,12 @@ Inputs, B rows of T new tokens behind P earlier ones:
     attention_mask            (B, P + T) int64, 0 at padding, which is on the left
     past_key_values.N.key     (B, heads, P, features of a head) float32, for each layer N; P is 0 at the start
     past_key_values.N.value   the same
+    past_key_values.N.key_before           with `key_shift` (B, d, 1) float32: the newest key before its shift; any at
+                                           the start
+    past_key_values.N.feed_forward_before  the same of the input of the feed-forward, with `feed_forward_shift`
 
-Outputs: `logits` (B, T, vocabulary), and `present.N.key` and `present.N.value` (B, heads, P + T, features), which are
-the next step's past. Positions are counted from the mask. The logits of padding are numbers without meaning.
+Outputs: `logits` (B, T, vocabulary), and `present.N.key` and `present.N.value` (B, heads, P + T, features) and so on,
+which are the next step's past. Positions are counted from the mask. The logits of padding are numbers without meaning.
 """
 
 import math
@@ -100,8 +103,9 @@ class OnnxRunner:
     def logits(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.float32]:
         """Those of new tokens (B, T), which become part of the cache; the mask (B, S) is of all tokens so far."""
         if not self._past:
-            shapes = [(len(input_ids), each.shape[1], 0, each.shape[3]) for each in self._past_inputs]
-            self._past = [np.zeros(shape, np.float32) for shape in shapes]
+            # Of keys and values no column yet; of newest inputs one, which the first token does not see.
+            rests = [[size if isinstance(size, int) else 0 for size in each.shape[1:]] for each in self._past_inputs]
+            self._past = [np.zeros((len(input_ids), *rest), np.float32) for rest in rests]
         past = {each.name: array for each, array in zip(self._past_inputs, self._past, strict=True)}
         logits, *self._past = self._session.run(
             None, {"input_ids": input_ids, "attention_mask": attention_mask, **past}
@@ -142,8 +146,12 @@ class _Step(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
         cache = DynamicCache(config=self.model.config)
-        for layer, (key, value) in enumerate(zip(past[::2], past[1::2], strict=True)):
+        parts = len(_parts(self.model))
+        for layer in range(self.model.config.num_hidden_layers):
+            key, value, *newest = past[layer * parts : (layer + 1) * parts]
             cache.update(key, value, layer)
+            for index, newest_Bd1 in enumerate(newest):
+                cache.update_conv_state(newest_Bd1, layer, index)
         new, seen = input_ids.shape[1], attention_mask.shape[1]
         positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, seen - new :]
         columns = torch.arange(seen)
@@ -154,7 +162,9 @@ class _Step(nn.Module):
         out = self.model(
             input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
-        present = [tensor for layer in out.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        present = []
+        for layer in out.past_key_values.layers:
+            present += [layer.keys, layer.values, *(layer.conv_states.values() if parts > 2 else ())]
         return out.logits, *present
 
 
@@ -165,21 +175,30 @@ def _stable_sort(values: Any, *, stable: bool | None = None, dim: int = -1, desc
 
 
 def _cache_names(model: DogeForCausalLM) -> list[str]:
-    return [f"{layer}.{part}" for layer in range(model.config.num_hidden_layers) for part in ("key", "value")]
+    return [f"{layer}.{part}" for layer in range(model.config.num_hidden_layers) for part in _parts(model)]
+
+
+def _parts(model: DogeForCausalLM) -> list[str]:
+    """What is kept for each layer; the newest inputs in the order of their states."""
+    shifts = {"key_before": model.config.key_shift, "feed_forward_before": model.config.feed_forward_shift}
+    return ["key", "value", *(name for name, there in shifts.items() if there)]
 
 
 def _example(model: DogeForCausalLM) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Inputs to trace with; no size is 0 or 1, which the tracer would take for fixed."""
     config, batch, new, past = model.config, 2, 3, 5
     shape = (batch, config.num_attention_heads, past, config.hidden_size // config.num_attention_heads)
+    newest = (batch, config.hidden_size, 1)
+    shapes = [newest if name.endswith("_before") else shape for name in _cache_names(model)]
     ids, mask = torch.ones(batch, new, dtype=torch.long), torch.ones(batch, past + new, dtype=torch.long)
-    return ids, mask, [torch.zeros(shape) for _ in _cache_names(model)]
+    return ids, mask, [torch.zeros(each) for each in shapes]
 
 
 def _dynamic_shapes(model: DogeForCausalLM) -> tuple[Any, Any, Any]:
     dim = torch.export.Dim
     batch, new, past = dim("batch"), dim("tokens"), dim("past")
-    return {0: batch, 1: new}, {0: batch, 1: dim.AUTO}, [{0: batch, 2: past} for _ in _cache_names(model)]
+    kept = [{0: batch} if name.endswith("_before") else {0: batch, 2: past} for name in _cache_names(model)]
+    return {0: batch, 1: new}, {0: batch, 1: dim.AUTO}, kept
 
 
 @contextmanager

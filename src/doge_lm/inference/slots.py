@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import LinearAttentionAndStaticFullAttentionLayer, StaticLayer
 
 from ..model.modeling_doge import DogeCDMoE, DogeInnerFuncAttn
 from .decoding import refuse_other_models, rope_follows_length
@@ -69,7 +69,8 @@ class Slots:
         self._width = -(-columns // COLUMNS) * COLUMNS
         self._place = _Place()
         self._cache = StaticCache(config=model.config, max_cache_len=self._width)
-        self._cache.layers = [_SlotLayer(self._rows, self._width, self._place) for _ in self._cache.layers]
+        sizes = self._rows, self._width, self._place
+        self._cache.layers = [_slot_layer(layer, *sizes) for layer in self._cache.layers]
         self._experts = [module for module in model.modules() if isinstance(module, DogeCDMoE)]
         self._paths = [module.path for module in self._experts]
         if self.device.type == "cpu":
@@ -140,16 +141,14 @@ class Slots:
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` columns of a slot to another, and empty the first."""
         for layer in self._layers():
-            layer.keys[target, :, :length] = layer.keys[source, :, :length]
-            layer.values[target, :, :length] = layer.values[source, :, :length]
+            layer.move(source, target, length)
         self.clear(source, length)
 
     @torch.inference_mode()
     def clear(self, slot: int, length: int) -> None:
         """Empty the first `length` columns of a slot: what is no number would reach later texts through the mask."""
         for layer in self._layers():
-            layer.keys[slot, :, :length].zero_()
-            layer.values[slot, :, :length].zero_()
+            layer.clear(slot, length)
 
     def _layers(self) -> list["_SlotLayer"]:
         return self._cache.layers
@@ -195,10 +194,8 @@ class Slots:
         """A step on an empty cache, which is empty again after it."""
         logits = self.step(ids, places)
         for layer in self._layers():
-            for kept in (layer.keys, layer.values):
-                kept[:, :, 0].zero_()  # of slots without a token
-                for slot, place in enumerate(places):
-                    kept[slot, :, place].zero_()
+            for slot in range(self._rows):  # those without a token too
+                layer.clear(slot, places[slot] + 1 if slot < len(places) else 1)
         return logits
 
 
@@ -224,7 +221,7 @@ class _SlotLayer(StaticLayer):
     is_initialized: bool
 
     def __init__(self, rows: int, width: int, place: _Place) -> None:
-        super().__init__(width)
+        StaticLayer.__init__(self, width)
         self._shape = rows, width
         self._place = place
 
@@ -244,9 +241,67 @@ class _SlotLayer(StaticLayer):
                 kept[place.rows, :, place.columns] = states[:, :, 0]
         return self.keys[rows, :, :columns], self.values[rows, :, :columns]
 
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` columns of a slot to another."""
+        for kept in (self.keys, self.values):
+            kept[target, :, :length] = kept[source, :, :length]
+
+    def clear(self, slot: int, length: int) -> None:
+        """Empty the first `length` columns of a slot."""
+        for kept in (self.keys, self.values):
+            kept[slot, :, :length].zero_()
+
     def _empty(self, states: Tensor) -> Tensor:
         rows, width = self._shape
         return states.new_zeros(rows, states.shape[1], width, states.shape[3])
+
+
+class _ShiftingSlotLayer(_SlotLayer, LinearAttentionAndStaticFullAttentionLayer):
+    """The same for a Doge with shifts, with the two newest inputs of each slot: of even and of odd positions.
+
+    A step writes something behind what is in a slot also where it has no token to run, and that must not take the place
+    of the newest input.
+    """
+
+    def __init__(self, rows: int, width: int, place: _Place, number_of_states: int) -> None:
+        LinearAttentionAndStaticFullAttentionLayer.__init__(self, width, number_of_states)
+        _SlotLayer.__init__(self, rows, width, place)
+        self._inputs: dict[int, Tensor] = {}
+
+    def update_conv_state(
+        self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: object
+    ) -> Tensor:
+        """Take the inputs of a piece, (1, d, T), or of a step, (B, d, 1); return them behind the one before them."""
+        if state_idx not in self._inputs:
+            self._inputs[state_idx] = conv_states.new_zeros(self._shape[0], 2, conv_states.shape[1])
+        inputs_B2d, place = self._inputs[state_idx], self._place
+        if isinstance(place.columns, slice):
+            begin, end = place.columns.start, place.columns.stop
+            before_Bd = inputs_B2d[place.rows, (begin - 1) % 2].clone()
+            inputs_B2d[place.rows, (end - 1) % 2] = conv_states[..., -1]
+        else:
+            before_Bd = inputs_B2d[place.rows, (place.columns - 1) % 2]
+            inputs_B2d[place.rows, place.columns % 2] = conv_states[..., 0]
+        return torch.cat((before_Bd[..., None], conv_states), dim=-1)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the newest inputs too."""
+        super().move(source, target, length)
+        for inputs_B2d in self._inputs.values():
+            inputs_B2d[target] = inputs_B2d[source]
+
+    def clear(self, slot: int, length: int) -> None:
+        """Forget the newest inputs too."""
+        super().clear(slot, length)
+        for inputs_B2d in self._inputs.values():
+            inputs_B2d[slot].zero_()
+
+
+def _slot_layer(layer: StaticLayer, rows: int, width: int, place: _Place) -> _SlotLayer:
+    """Such a layer in the place of one of transformers'."""
+    if isinstance(layer, LinearAttentionAndStaticFullAttentionLayer):
+        return _ShiftingSlotLayer(rows, width, place, layer.number_of_states)
+    return _SlotLayer(rows, width, place)
 
 
 @torch.no_grad()

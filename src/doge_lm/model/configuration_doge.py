@@ -71,6 +71,8 @@ class DogeConfig(PreTrainedConfig):
         inner_value_init: where E starts: `"identity"`, 1 + N(0, 0.02), so that the value is nearly the input
             itself, or `"normal"`, N(0, 0.02), as published.
         qk_norm: whether each head's queries and keys have an RMSNorm before they are rotated.
+        key_shift: whether keys are mixed with those of the token before, by learned shares of each feature.
+        feed_forward_shift: whether the input of the feed-forward is.
         cross_domain_intermediate_size: hidden width of the part of the CDMoE that all domains share.
         shared_gate: whether that part is gated (SwiGLU), by a third matrix.
         parallel_experts: whether the experts are beside the shared part, both of them reading the layer's input and
@@ -115,6 +117,8 @@ class DogeConfig(PreTrainedConfig):
     inner_values_retrieval_size: int = 128
     inner_value_init: str = "identity"
     qk_norm: bool = False
+    key_shift: bool = False
+    feed_forward_shift: bool = False
     cross_domain_intermediate_size: int = 1024
     shared_gate: bool = False
     parallel_experts: bool = False
@@ -135,6 +139,32 @@ class DogeConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._settle_rope_theta()
         self._validate_rope()
+
+    @property
+    def number_of_conv_states(self) -> int:
+        """How many inputs of its newest token a layer keeps in a cache, one for each shift (transformers' name)."""
+        return self.key_shift + self.feed_forward_shift
+
+    @property
+    def key_shift_state(self) -> int:
+        """Which of them is the key."""
+        return 0
+
+    @property
+    def feed_forward_shift_state(self) -> int:
+        """Which of them is the feed-forward's input."""
+        return int(self.key_shift)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers' caches keep for each layer: with a shift the newest inputs beside keys and values.
+
+        Raises:
+            AttributeError: without shifts; transformers looks whether there is such an attribute.
+        """
+        if not self.number_of_conv_states:
+            raise AttributeError("layer_types: without shifts all layers are full attention")
+        return ["hybrid"] * self.num_hidden_layers
 
     def _validate_sizes(self) -> None:
         for name in _POSITIVE_INTEGERS:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -46,6 +46,7 @@ from .configuration_doge import DogeConfig
 from .document_attention import DocumentBlocks, Layout, document_attention, document_layout
 from .kernels import HAVE_TRITON, PLAIN, kernels_take
 from .linear_cross_entropy import next_token_loss
+from .token_shift import TokensBefore, TokenShift, first_tokens
 
 if HAVE_TRITON:
     from .inner_value_triton import MOST_VALUES
@@ -142,7 +143,8 @@ class DogeInnerFuncAttn(nn.Module):
     q = RoPE(W_q x) and k = RoPE(W_k x); s = K_v (W_s x), j = argmax s and v = x ⊙ E[j], cut into heads;
     the output is W_o (softmax(q kᵀ/√f + mask) v).
 
-    With `qk_norm` each head's queries and keys have an RMSNorm before they are rotated; the heads share its gains.
+    With `qk_norm` each head's queries and keys have an RMSNorm before they are rotated; the heads share its gains. With
+    `key_shift` keys see the token before (`TokenShift`), ahead of that norm.
     """
 
     folded: Tensor | None = None
@@ -166,11 +168,16 @@ class DogeInnerFuncAttn(nn.Module):
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_shift = None
+        if config.key_shift:
+            self.k_shift = TokenShift(d, self.head_dim // 2, 1.0)  # the two features of a rotated pair start alike
 
-    def rotated_projections(self, x_BTd: Tensor, cos_BTf: Tensor, sin_BTf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def rotated_projections(
+        self, x_BTd: Tensor, cos_BTf: Tensor, sin_BTf: Tensor, before: TokensBefore | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, rotated, (B, h, T, f) each, and the scores of the inner values, (B, T, n)."""
         heads, values = self.config.num_attention_heads, self.config.num_inner_values
-        if kernels_take(x_BTd) and self.merges(x_BTd) and self._norms_are_plain():
+        if kernels_take(x_BTd) and self.k_shift is None and self.merges(x_BTd) and self._norms_are_plain():
             angles = cos_BTf.contiguous(), sin_BTf.contiguous()
             product_BTC = self.merged_projection(x_BTd)
             if self.config.qk_norm:
@@ -182,6 +189,9 @@ class DogeInnerFuncAttn(nn.Module):
             query_BThf, key_BThf, scores_BTn = parts
             return query_BThf.transpose(1, 2), key_BThf.transpose(1, 2), scores_BTn
         query_BTd, key_BTd, scores_BTn = self.projections(x_BTd)
+        if self.k_shift is not None:
+            assert before is not None
+            key_BTd = self.k_shift(key_BTd, before.of(key_BTd, self.layer_idx, self.config.key_shift_state))
         query_BThf, key_BThf = (x.unflatten(-1, (heads, -1)) for x in (query_BTd, key_BTd))
         if self.config.qk_norm:
             dtype, wide = query_BThf.dtype, self.q_norm.weight.dtype
@@ -260,31 +270,28 @@ class DogeInnerFuncAttn(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         documents: Layout | None = None,
+        before: TokensBefore | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, T, d) to (B, T, d), and the weights (B, h, T, S) where the backend returns them.
 
-        With `documents`, attention stays within them and there is no mask.
+        With `documents`, attention stays within them and there is no mask. `before` is what `key_shift` needs.
         """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query_BhTf, key_BhSf, scores_BTn = self.rotated_projections(hidden_states, *position_embeddings)
+        query_BhTf, key_BhSf, scores_BTn = self.rotated_projections(hidden_states, *position_embeddings, before)
         value_BhSf = self.inner_values(hidden_states, scores_BTn).to(key_BhSf.dtype).view(shape).transpose(1, 2)
         if past_key_values is not None:
             key_BhSf, value_BhSf = past_key_values.update(key_BhSf, value_BhSf, self.layer_idx)
         if documents is not None:
             output_BThf = document_attention(query_BhTf, key_BhSf, value_BhSf, documents, self.scaling)
-            return self.output(output_BThf.reshape(hidden_states.shape), hidden_states), None
+            return self.o_proj(output_BThf.reshape(hidden_states.shape)), None
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         output_BThf, weights_BhTS = attention(
             self, query_BhTf, key_BhSf, value_BhSf, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )
-        return self.output(output_BThf.reshape(hidden_states.shape), hidden_states), weights_BhTS
-
-    def output(self, mixed_BTd: Tensor, _x_BTd: Tensor) -> Tensor:
-        """The layer's output from the mixed values of all heads and the layer's input, (B, T, d) each."""
-        return self.o_proj(mixed_BTd)
+        return self.o_proj(output_BThf.reshape(hidden_states.shape)), weights_BhTS
 
 
 class DogeCDMoE(nn.Module):
@@ -408,7 +415,10 @@ class DogeCDMoE(nn.Module):
 
 
 class DogeDecoderLayer(GradientCheckpointingLayer):
-    """x += attn(RMSNorm(x)); x += feed_forward(RMSNorm(x)), with dropout on both branches."""
+    """x += attn(RMSNorm(x)); x += feed_forward(RMSNorm(x)), with dropout on both branches.
+
+    With `feed_forward_shift` the feed-forward's input sees the token before (`TokenShift`).
+    """
 
     def __init__(self, config: DogeConfig, layer_idx: int):
         super().__init__()
@@ -417,12 +427,16 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         self.attn = DogeInnerFuncAttn(config, layer_idx)
         self.in_ff_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.feed_forward = DogeCDMoE(config)
+        self.layer_idx = layer_idx
+        self.state_idx = config.feed_forward_shift_state
+        self.ff_shift = TokenShift(config.hidden_size, config.hidden_size, 0.5) if config.feed_forward_shift else None
 
     def forward(
         self,
         hidden_states: Tensor,
         normed: Tensor | None = None,
         next_norm: nn.Module | None = None,
+        before: TokensBefore | None = None,
         **kwargs: object,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """(B, T, d) to (B, T, d).
@@ -430,13 +444,17 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         Args:
             normed: what `in_attn_layernorm` makes of `hidden_states`, where the layer before has it at hand.
             next_norm: the norm that follows this layer. Where its kernel runs, the result comes with it, as two.
+            before: what the shifts need, where there are any.
 
         The other keyword arguments are those of `DogeInnerFuncAttn.forward`.
         """
         if normed is None:
             normed = self.in_attn_layernorm(hidden_states)
-        branch, _ = self.attn(normed, **kwargs)
+        branch, _ = self.attn(normed, before=before, **kwargs)
         hidden_states, normed = add_norm(hidden_states, self._dropout(branch), self.in_ff_layernorm)
+        if self.ff_shift is not None:
+            assert before is not None
+            normed = self.ff_shift(normed, before.of(normed, self.layer_idx, self.state_idx))
         branch = self._dropout(self.feed_forward(normed))
         if next_norm is not None and adds_and_norms(hidden_states, branch, next_norm):
             return add_norm(hidden_states, branch, next_norm)
@@ -496,6 +514,8 @@ class DogePreTrainedModel(PreTrainedModel):
             init.normal_(module.keys, std=self._std(module.keys.shape[2]))
             init.normal_(module.down_embed.weight, std=self._std(module.down_embed.embedding_dim))
             init.normal_(module.up_embed.weight, std=self._std(module.up_embed.embedding_dim))
+        elif isinstance(module, TokenShift):
+            init.copy_(module.shares, module.initial_shares())
         elif isinstance(module, DogeRotaryEmbedding):
             # Not in checkpoints, so they must be made again after loading onto the meta device.
             inv_freq, module.attention_scaling = module.initial_frequencies()
@@ -551,7 +571,7 @@ class DogeModel(DogePreTrainedModel):
                 up to a fixed size: what FlashAttention takes, on CUDA in half precision. Found here if not given.
             document_blocks (in `kwargs`): the fields of `DocumentBlocks` by name, for rows of a multiple of 128 tokens:
                 by them compiled runs on CUDA in half precision attend fastest.
-            past_key_values: keys (rotated) and values of earlier tokens.
+            past_key_values: keys (rotated) and values of earlier tokens; with shifts the newest inputs of layers too.
             use_cache: whether to return them for this call's tokens; `config.use_cache` if None.
 
         Raises:
@@ -571,6 +591,9 @@ class DogeModel(DogePreTrainedModel):
             mask = self._attention_mask(x_BTd, attention_mask, position_ids, past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        before = None
+        if self.config.number_of_conv_states:
+            before = self._tokens_before(x_BTd.shape[1], attention_mask, position_ids, past_key_values)
         if position_ids is None:
             start = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(x_BTd.shape[1], device=x_BTd.device) + start).unsqueeze(0)
@@ -587,10 +610,30 @@ class DogeModel(DogePreTrainedModel):
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 documents=documents,
+                before=before,
                 **kwargs,
             )
             x_BTd, normed_BTd = result if isinstance(result, tuple) else (result, None)
         return BaseModelOutputWithPast(last_hidden_state=self.final_layernorm(x_BTd), past_key_values=past_key_values)
+
+    def _tokens_before(
+        self, length: int, attention_mask: Tensor | None, position_ids: Tensor | None, past_key_values: Cache | None
+    ) -> TokensBefore:
+        """What the shifts need.
+
+        Raises:
+            ValueError: for a cache that keeps keys and values alone.
+        """
+        if past_key_values is not None:
+            if type(past_key_values) is DynamicCache and not past_key_values.layers:  # made without the config
+                past_key_values.layers = DynamicCache(config=self.config).layers
+                past_key_values.layer_class_to_replicate = None
+            if not all(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in past_key_values.layers):
+                raise ValueError(
+                    "with key_shift or feed_forward_shift a cache must keep each layer's newest inputs too: make it by "
+                    "DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)"
+                )
+        return TokensBefore(first_tokens(position_ids, attention_mask, length), past_key_values)
 
     def _next_norms(self) -> list[nn.Module | None]:
         """For each layer the first norm of the next one, if it may compute that; for the last layer None.
@@ -661,6 +704,18 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replace the token embedding."""
         self.model.word_embed = value
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: DogeConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: Tensor | None = None,
+        **kwargs: object,
+    ) -> object:
+        """What `generate` makes for a static cache: the causal mask alone, though layers with shifts are "hybrid"."""
+        return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids)
 
     @can_return_tuple
     def forward(

@@ -53,6 +53,8 @@ class ModelSettings:
     inner_values_retrieval_size: int = 128
     inner_value_init: str = DogeConfig.inner_value_init
     qk_norm: bool = False
+    key_shift: bool = False
+    feed_forward_shift: bool = False
     cross_domain_intermediate_size: int = 1024
     shared_gate: bool = False
     parallel_experts: bool = False
