@@ -41,7 +41,7 @@ class Shift(TokenShift):
 
     def forward(self, x_BTd: Tensor) -> Tensor:  # type: ignore[override]
         """(B, T, d) to (B, T, d)."""
-        return super().forward(x_BTd, TokensBefore(None, None).of(x_BTd, 0, 0))
+        return super().forward(x_BTd, TokensBefore(None, None, None).of(x_BTd, 0, 0))
 
 
 class ScaledEmbedding(nn.Embedding):

@@ -166,7 +166,7 @@ def test_a_row_of_each_architecture_runs(tmp_path: Path) -> None:
     config = tmp_path / "settings.yaml"
     config.write_text(make_settings().to_yaml(), encoding="utf-8")
     small = "sequences_per_step=8,per_epoch_max_steps=2,num_train_epochs=1,logging_steps=1,per_device_eval_batch_size=4"
-    fitted = "shared_gate=true,private_expert_intermediate_size=32,fit=true"
+    fitted = "shared_gate=true,private_expert_intermediate_size=32,key_shift=true,feed_forward_shift=true,fit=true"
     command = [
         *(sys.executable, str(ROOT / "benchmarks" / "quality.py"), "--preset", str(config), "--sequence_length", "32"),
         *("--dataset_path", str(world.data), "--tokenizer_path", str(world.tokenizer_path)),

@@ -13,6 +13,10 @@ from .cdmoe import PATHS, key_table_sizes
 INNER_VALUE_INITS = ("identity", "normal")
 WEIGHT_INITS = ("normal", "fan_in")
 
+_SWITCHES = (
+    *("hidden_bias", "qk_norm", "key_shift", "feed_forward_shift", "shared_gate", "parallel_experts"),
+    "router_queries",
+)
 _POSITIVE_INTEGERS = (
     "vocab_size",
     "hidden_size",
@@ -132,6 +136,8 @@ class DogeConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for derived in ("layer_types", "number_of_conv_states"):
+            kwargs.pop(derived, None)
         self._validate_sizes()
         self._validate_choices()
         self._validate_tokens()
@@ -234,6 +240,9 @@ class DogeConfig(PreTrainedConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         if self.hidden_act not in ACT2FN:
             raise ValueError(
                 f"hidden_act {self.hidden_act!r} is no activation of transformers; silu, gelu or relu would do"

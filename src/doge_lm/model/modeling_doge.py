@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -46,7 +46,7 @@ from .configuration_doge import DogeConfig
 from .document_attention import DocumentBlocks, Layout, document_attention, document_layout
 from .kernels import HAVE_TRITON, PLAIN, kernels_take
 from .linear_cross_entropy import next_token_loss
-from .token_shift import TokensBefore, TokenShift, first_tokens
+from .token_shift import TokensBefore, TokenShift, seen_tokens, with_newest_inputs
 
 if HAVE_TRITON:
     from .inner_value_triton import MOST_VALUES
@@ -622,18 +622,14 @@ class DogeModel(DogePreTrainedModel):
         """What the shifts need.
 
         Raises:
-            ValueError: for a cache that keeps keys and values alone.
+            ValueError: for a cache that has keys and values alone.
         """
+        if past_key_values is not None and any(layer.gradient_checkpointing and self.training for layer in self.layers):
+            past_key_values = None  # as transformers has it: layers that run twice must not write twice
         if past_key_values is not None:
-            if type(past_key_values) is DynamicCache and not past_key_values.layers:  # made without the config
-                past_key_values.layers = DynamicCache(config=self.config).layers
-                past_key_values.layer_class_to_replicate = None
-            if not all(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in past_key_values.layers):
-                raise ValueError(
-                    "with key_shift or feed_forward_shift a cache must keep each layer's newest inputs too: make it by "
-                    "DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)"
-                )
-        return TokensBefore(first_tokens(position_ids, attention_mask, length), past_key_values)
+            with_newest_inputs(past_key_values, self.config)
+        seen_BT = seen_tokens(attention_mask, length, past_key_values)
+        return TokensBefore(position_ids, seen_BT, past_key_values)
 
     def _next_norms(self) -> list[nn.Module | None]:
         """For each layer the first norm of the next one, if it may compute that; for the last layer None.
