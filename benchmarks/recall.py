@@ -9,8 +9,8 @@ task is written TxP. Data is drawn anew for each step, the same for every model.
 
 A MODEL is `doge` or `llama` with changes and settings as a run of `quality.py`, e.g.
 `doge:qk_norm=true,key_shift=true`. Its size is `--layers` layers of `--hidden_size`; the Llama has as many parameters
-as the Doge of the same settings without
-changes. Each task, rate and seed is a row of OUT/recall.jsonl; the table has the best mean accuracy over the rates.
+as the Doge of the same settings without changes. Each task, rate and seed is a row of OUT/recall.jsonl; the table has
+the best mean accuracy over the rates.
 """
 
 import argparse

@@ -48,7 +48,8 @@ def test_shares_start_alike_in_all_heads_and_pairs() -> None:
     ],
 )
 def test_where_positions_break(positions: Any, seen: Any, breaks: Any) -> None:
-    found = where_positions_break(torch.tensor(positions), None if seen is None else torch.tensor(seen).bool())
+    source = None if seen is None else newest_seen(torch.tensor(seen).bool())
+    found = where_positions_break(torch.tensor(positions), source)
     assert found.int().tolist() == breaks
 
 

@@ -152,16 +152,6 @@ class DogeConfig(PreTrainedConfig):
         return self.key_shift + self.feed_forward_shift
 
     @property
-    def key_shift_state(self) -> int:
-        """Which of them is the key."""
-        return 0
-
-    @property
-    def feed_forward_shift_state(self) -> int:
-        """Which of them is the feed-forward's input."""
-        return int(self.key_shift)
-
-    @property
     def layer_types(self) -> list[str]:
         """What transformers' caches keep for each layer: with a shift the newest inputs beside keys and values.
 

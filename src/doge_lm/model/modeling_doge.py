@@ -46,7 +46,7 @@ from .configuration_doge import DogeConfig
 from .document_attention import DocumentBlocks, Layout, document_attention, document_layout
 from .kernels import HAVE_TRITON, PLAIN, kernels_take
 from .linear_cross_entropy import next_token_loss
-from .token_shift import TokensBefore, TokenShift, seen_tokens, with_newest_inputs
+from .token_shift import TokensBefore, TokenShift, keep_newest_inputs, seen_tokens
 
 if HAVE_TRITON:
     from .inner_value_triton import MOST_VALUES
@@ -191,7 +191,7 @@ class DogeInnerFuncAttn(nn.Module):
         query_BTd, key_BTd, scores_BTn = self.projections(x_BTd)
         if self.k_shift is not None:
             assert before is not None
-            key_BTd = self.k_shift(key_BTd, before.of(key_BTd, self.layer_idx, self.config.key_shift_state))
+            key_BTd = self.k_shift(key_BTd, before.of(key_BTd, self.layer_idx, 0))
         query_BThf, key_BThf = (x.unflatten(-1, (heads, -1)) for x in (query_BTd, key_BTd))
         if self.config.qk_norm:
             dtype, wide = query_BThf.dtype, self.q_norm.weight.dtype
@@ -428,7 +428,7 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         self.in_ff_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.feed_forward = DogeCDMoE(config)
         self.layer_idx = layer_idx
-        self.state_idx = config.feed_forward_shift_state
+        self.state_idx = int(config.key_shift)  # behind the key, if the cache keeps that
         self.ff_shift = TokenShift(config.hidden_size, config.hidden_size, 0.5) if config.feed_forward_shift else None
 
     def forward(
@@ -624,10 +624,10 @@ class DogeModel(DogePreTrainedModel):
         Raises:
             ValueError: for a cache that has keys and values alone.
         """
-        if past_key_values is not None and any(layer.gradient_checkpointing and self.training for layer in self.layers):
+        if self._checkpoints():
             past_key_values = None  # as transformers has it: layers that run twice must not write twice
         if past_key_values is not None:
-            with_newest_inputs(past_key_values, self.config)
+            keep_newest_inputs(past_key_values, self.config)
         seen_BT = seen_tokens(attention_mask, length, past_key_values)
         return TokensBefore(position_ids, seen_BT, past_key_values)
 
@@ -638,12 +638,16 @@ class DogeModel(DogePreTrainedModel):
         changed from outside: the norm must be of what the next layer is given.
         """
         norms: list[nn.Module | None] = [None] * len(self.layers)
-        if PLAIN or any(layer.gradient_checkpointing and self.training for layer in self.layers):
+        if PLAIN or self._checkpoints():
             return norms
         for index, (layer, following) in enumerate(zip(self.layers, self.layers[1:], strict=False)):
             if type(layer) is type(following) is DogeDecoderLayer and is_unwatched(layer) and is_unwatched(following):
                 norms[index] = following.in_attn_layernorm
         return norms
+
+    def _checkpoints(self) -> bool:
+        """Whether layers run once more in the backward pass (gradient checkpointing)."""
+        return any(layer.gradient_checkpointing and self.training for layer in self.layers)
 
     def _documents(self, x_BTd: Tensor, position_ids: Tensor, starts: object, blocks: object) -> Layout | None:
         """The documents of a packed batch for attention without a mask; None where the backend has its own way."""

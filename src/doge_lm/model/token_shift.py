@@ -56,20 +56,21 @@ class TokensBefore:
     Args:
         position_ids: (B, T); where they do not go on by 1, and at 0, no token is before. None: they go on.
         seen_BT: which tokens are no padding; None: all.
-        cache: of layers as `with_newest_inputs` has them; None: the call is all there is.
+        cache: that `keep_newest_inputs` has seen; None: the call is all there is.
     """
 
     def __init__(self, position_ids: Tensor | None, seen_BT: Tensor | None, cache: Cache | None) -> None:
         self.cache = cache
         self.source_BT1 = None
         first_BT = None
+        source_BT = None if seen_BT is None else newest_seen(seen_BT)
         if seen_BT is not None and cache is None and torch.is_grad_enabled():
             # Without the gather below, whose gradient would be summed in no fixed order.
             first_BT = ~nn.functional.pad(seen_BT, (1, 0))[:, :-1]
-        elif seen_BT is not None:
-            self.source_BT1 = newest_seen(seen_BT)[..., None]
+        elif source_BT is not None:
+            self.source_BT1 = source_BT[..., None]
         if position_ids is not None:
-            breaks_BT = where_positions_break(position_ids, seen_BT)
+            breaks_BT = where_positions_break(position_ids, source_BT)
             first_BT = breaks_BT if first_BT is None else first_BT | breaks_BT
         self.first_BT1 = None if first_BT is None else first_BT[..., None]
 
@@ -111,16 +112,16 @@ def newest_seen(seen_BT: Tensor) -> Tensor:
     return (seen_BT * columns_T).cummax(dim=1).values
 
 
-def where_positions_break(position_ids: Tensor, seen_BT: Tensor | None) -> Tensor:
+def where_positions_break(position_ids: Tensor, source_BT: Tensor | None) -> Tensor:
     """Where no token is before, (B, T), as positions tell, (B, T), which start over at each document.
 
-    They may not go on from padding. `document_starts` takes the beginning of a row for a document's, but in a call with
-    a cache it need not be one.
+    They go on from the newest token that is no padding, `newest_seen` of each; None: there is no padding.
+    (`document_starts` takes the beginning of a row for a document's, but in a call with a cache it need not be one.)
     """
     given_BS = torch.cat((position_ids[:, :1] - 1, position_ids), dim=1)
     before_BT = given_BS[:, :-1]
-    if seen_BT is not None:
-        source_BT = nn.functional.pad(newest_seen(seen_BT), (1, 0))[:, :-1]
+    if source_BT is not None:
+        source_BT = nn.functional.pad(source_BT, (1, 0))[:, :-1]
         before_BT = given_BS.expand(len(source_BT), -1).gather(1, source_BT)
         before_BT = torch.where(source_BT == 0, position_ids - 1, before_BT)
     return (position_ids == 0) | (position_ids != before_BT + 1)
@@ -197,7 +198,7 @@ class NewestInputsLayer(LinearAttentionAndFullAttentionLayer):
                 self.conv_states[index] = change(state)
 
 
-def with_newest_inputs(cache: Cache, config: PreTrainedConfig) -> Cache:
+def keep_newest_inputs(cache: Cache, config: PreTrainedConfig) -> None:
     """Have a cache keep the newest inputs, if it is empty; or see that it does.
 
     Raises:
@@ -215,7 +216,6 @@ def with_newest_inputs(cache: Cache, config: PreTrainedConfig) -> Cache:
             "with key_shift or feed_forward_shift a cache must keep each layer's newest inputs too, and this one has "
             "keys and values alone: let the model make it, or begin with an empty DynamicCache or StaticCache"
         )
-    return cache
 
 
 def _keeps_inputs(layer: object) -> bool:
@@ -226,4 +226,4 @@ def _keeps_inputs(layer: object) -> bool:
     return not filled or all(layer.has_previous_state.values())
 
 
-__all__ = ["TokenShift", "TokensBefore", "seen_tokens", "with_newest_inputs"]
+__all__ = ["TokenShift", "TokensBefore", "keep_newest_inputs", "seen_tokens"]
