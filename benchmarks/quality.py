@@ -105,7 +105,10 @@ def build_llama(
     """The Llama beside a Doge, initialized by the same rule (`weight_init`), with changes of `variants.py`."""
     like = llama_like(config, equal_work)
     model = Llama._from_config(like, attn_implementation=train.attn_implementation, dtype=torch.float32)
+    tied = model.lm_head if like.tie_word_embeddings else None  # one table, drawn as the embedding it is
     for module in model.modules():
+        if module is tied:
+            continue
         if isinstance(module, torch.nn.Linear):
             std = module.in_features**-0.5 if config.weight_init == "fan_in" else config.initializer_range
             torch.nn.init.normal_(module.weight, std=std)

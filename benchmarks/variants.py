@@ -7,6 +7,7 @@ as in `modeling_doge.py`.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,19 @@ class ScaledEmbedding(nn.Embedding):
     def forward(self, ids_BT: Tensor) -> Tensor:
         """(B, T) to (B, T, d)."""
         return super().forward(ids_BT) * self.embedding_dim**0.5
+
+
+class PairEmbedding(ScaledEmbedding):
+    """A row of a second table on top, found by a hash of the token and the one before."""
+
+    pairs: nn.Embedding
+    pair_proj: nn.Module
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """(B, T) to (B, T, d)."""
+        before_BT = nn.functional.pad(ids_BT, (1, 0))[:, :-1]
+        rows_BT = (ids_BT * 1_000_003 + before_BT * 998_244_353) % 2_147_483_629 % self.pairs.num_embeddings
+        return super().forward(ids_BT) + self.pair_proj(self.pairs(rows_BT))
 
 
 class MatrixTable(nn.Linear):
@@ -150,6 +164,34 @@ def _embedding_scaled(model: DogeForCausalLM | LlamaForCausalLM) -> None:
     model.get_input_embeddings().__class__ = ScaledEmbedding
 
 
+def _pairs_embedded(model: DogeForCausalLM | LlamaForCausalLM, rows: int, width: int) -> None:
+    embedding = model.get_input_embeddings()
+    d = embedding.embedding_dim
+    embedding.pairs = nn.Embedding(rows, width)
+    embedding.pair_proj = nn.Identity()
+    if width == d:
+        nn.init.zeros_(embedding.pairs.weight)
+    else:
+        embedding.pair_proj = nn.Linear(width, d, bias=False)
+        nn.init.normal_(embedding.pairs.weight, std=0.02)
+        nn.init.normal_(embedding.pair_proj.weight, std=width**-0.5)
+    embedding.__class__ = PairEmbedding
+
+
+def _attention_shifted(model: DogeForCausalLM) -> None:
+    """The input of the whole attention shifted, as that of the feed-forward."""
+    for layer in model.model.layers:
+        shift = Shift(model.config.hidden_size, model.config.hidden_size, 0.5)
+        layer.in_attn_layernorm = nn.Sequential(layer.in_attn_layernorm, shift)
+
+
+def _feed_forward_shifted_twice(model: DogeForCausalLM) -> None:
+    """One more shift of the feed-forward's input, so that it sees two tokens back."""
+    for layer in model.model.layers:
+        shift = Shift(model.config.hidden_size, max(2, model.config.hidden_size // 16), 0.5)
+        layer.in_ff_layernorm = nn.Sequential(layer.in_ff_layernorm, shift)
+
+
 def _tables_as_matrices(model: DogeForCausalLM) -> None:
     """Muon updates the tables of experts."""
     for feed_forward in _feed_forwards(model):
@@ -217,6 +259,10 @@ def _matrix(model: DogeForCausalLM, inputs: int, outputs: int) -> nn.Linear:
 CHANGES: dict[str, Change] = {
     "scaled_embed": _embedding_scaled,
     "muon_tables": _tables_as_matrices,
+    "pairs_16k": partial(_pairs_embedded, rows=16384, width=256),
+    "pairs_128k": partial(_pairs_embedded, rows=131072, width=32),
+    "attn_shift": _attention_shifted,
+    "ff_shift_more": _feed_forward_shifted_twice,
     "linear_value": _linear_value,
     "residual": _residual,
     "no_experts": _no_experts,
