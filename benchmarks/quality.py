@@ -37,7 +37,7 @@ from doge_lm.data.dataset import load_prepared
 from doge_lm.errors import UserError
 from doge_lm.model.configuration_doge import DogeConfig
 from doge_lm.model.linear_cross_entropy import next_token_loss
-from doge_lm.model.modeling_doge import DogeCDMoE, DogeInnerFuncAttn
+from doge_lm.model.modeling_doge import DogeCDMoE, DogeInnerFuncAttn, TokenEmbedding
 from doge_lm.training import pretrain
 from doge_lm.training.callbacks import LOG_NAME
 from doge_lm.training.plan import count_model
@@ -105,6 +105,9 @@ def build_llama(
     """The Llama beside a Doge, initialized by the same rule (`weight_init`), with changes of `variants.py`."""
     like = llama_like(config, equal_work)
     model = Llama._from_config(like, attn_implementation=train.attn_implementation, dtype=torch.float32)
+    embedding = model.get_input_embeddings()
+    # In place: a second one would draw its start, and all after it would start elsewhere than in recorded rows.
+    embedding.__class__, embedding.embed_scale = TokenEmbedding, config.embedding_multiplier
     tied = model.lm_head if like.tie_word_embeddings else None  # one table, drawn as the embedding it is
     for module in model.modules():
         if module is tied:

@@ -7,7 +7,6 @@ as in `modeling_doge.py`.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -43,35 +42,6 @@ class Shift(TokenShift):
     def forward(self, x_BTd: Tensor) -> Tensor:  # type: ignore[override]
         """(B, T, d) to (B, T, d)."""
         return super().forward(x_BTd, TokensBefore(None, None, None).of(x_BTd, 0, 0))
-
-
-class ScaledEmbedding(nn.Embedding):
-    """√d times the rows: a table that is the head's too can start as small as a head must."""
-
-    def forward(self, ids_BT: Tensor) -> Tensor:
-        """(B, T) to (B, T, d)."""
-        return super().forward(ids_BT) * self.embedding_dim**0.5
-
-
-class PairEmbedding(ScaledEmbedding):
-    """A row of a second table on top, found by a hash of the token and the one before."""
-
-    pairs: nn.Embedding
-    pair_proj: nn.Module
-
-    def forward(self, ids_BT: Tensor) -> Tensor:
-        """(B, T) to (B, T, d)."""
-        before_BT = nn.functional.pad(ids_BT, (1, 0))[:, :-1]
-        rows_BT = (ids_BT * 1_000_003 + before_BT * 998_244_353) % 2_147_483_629 % self.pairs.num_embeddings
-        return super().forward(ids_BT) + self.pair_proj(self.pairs(rows_BT))
-
-
-class MatrixTable(nn.Linear):
-    """A table of experts as a matrix, for an optimizer that treats the weights of linear maps in its own way."""
-
-    def forward(self, _rows: Tensor) -> Tensor:
-        """All rows, (N, width)."""
-        return self.weight
 
 
 class OpenCDMoE(DogeCDMoE):
@@ -160,46 +130,11 @@ def _feed_forward_shifted(model: LlamaForCausalLM) -> None:
         layer.post_attention_layernorm = nn.Sequential(layer.post_attention_layernorm, shift)
 
 
-def _embedding_scaled(model: DogeForCausalLM | LlamaForCausalLM) -> None:
-    model.get_input_embeddings().__class__ = ScaledEmbedding
-
-
-def _pairs_embedded(model: DogeForCausalLM | LlamaForCausalLM, rows: int, width: int) -> None:
-    embedding = model.get_input_embeddings()
-    d = embedding.embedding_dim
-    embedding.pairs = nn.Embedding(rows, width)
-    embedding.pair_proj = nn.Identity()
-    if width == d:
-        nn.init.zeros_(embedding.pairs.weight)
-    else:
-        embedding.pair_proj = nn.Linear(width, d, bias=False)
-        nn.init.normal_(embedding.pairs.weight, std=0.02)
-        nn.init.normal_(embedding.pair_proj.weight, std=width**-0.5)
-    embedding.__class__ = PairEmbedding
-
-
 def _attention_shifted(model: DogeForCausalLM) -> None:
     """The input of the whole attention shifted, as that of the feed-forward."""
     for layer in model.model.layers:
         shift = Shift(model.config.hidden_size, model.config.hidden_size, 0.5)
         layer.in_attn_layernorm = nn.Sequential(layer.in_attn_layernorm, shift)
-
-
-def _feed_forward_shifted_twice(model: DogeForCausalLM) -> None:
-    """One more shift of the feed-forward's input, so that it sees two tokens back."""
-    for layer in model.model.layers:
-        shift = Shift(model.config.hidden_size, max(2, model.config.hidden_size // 16), 0.5)
-        layer.in_ff_layernorm = nn.Sequential(layer.in_ff_layernorm, shift)
-
-
-def _tables_as_matrices(model: DogeForCausalLM) -> None:
-    """Muon updates the tables of experts."""
-    for feed_forward in _feed_forwards(model):
-        for name in ("down_embed", "up_embed"):
-            table = getattr(feed_forward, name)
-            matrix = MatrixTable(table.embedding_dim, table.num_embeddings, bias=False)
-            matrix.weight = table.weight
-            setattr(feed_forward, name, matrix)
 
 
 def _attentions(model: DogeForCausalLM | LlamaForCausalLM) -> list[nn.Module]:
@@ -257,12 +192,7 @@ def _matrix(model: DogeForCausalLM, inputs: int, outputs: int) -> nn.Linear:
 
 
 CHANGES: dict[str, Change] = {
-    "scaled_embed": _embedding_scaled,
-    "muon_tables": _tables_as_matrices,
-    "pairs_16k": partial(_pairs_embedded, rows=16384, width=256),
-    "pairs_128k": partial(_pairs_embedded, rows=131072, width=32),
     "attn_shift": _attention_shifted,
-    "ff_shift_more": _feed_forward_shifted_twice,
     "linear_value": _linear_value,
     "residual": _residual,
     "no_experts": _no_experts,
@@ -274,5 +204,4 @@ LLAMA_CHANGES: dict[str, LlamaChange] = {
     "key_shift": _keys_shifted,
     "ff_shift": _feed_forward_shifted,
     "qk_norm": _queries_and_keys_normed,
-    "scaled_embed": _embedding_scaled,
 }

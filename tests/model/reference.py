@@ -108,6 +108,7 @@ class Sizes:
     first_key_table: int
     experts_per_head: int
     parallel_experts: bool = False
+    embedding_multiplier: float = 1.0
 
 
 @dataclass
@@ -244,7 +245,7 @@ class Reference:
 
     def row(self, ids: list[int], cos: Tensor, sin: Tensor, visible: list[list[int]]) -> tuple[list[Tensor], Output]:
         """One row of the batch: its logits, token by token, and what was chosen on the way."""
-        tokens = [self.state["model.word_embed.weight"][token] for token in ids]
+        tokens = [self.sizes.embedding_multiplier * self.state["model.word_embed.weight"][token] for token in ids]
         found = Output(torch.empty(0))
         for layer in range(self.num_layers):
             prefix = f"model.layers.{layer}"

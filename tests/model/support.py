@@ -90,6 +90,7 @@ def reference_of(model: Any) -> Reference:
         first_key_table=TINY_FIRST_KEY_TABLE,
         experts_per_head=config.num_cdmmoe_experts_per_head,
         parallel_experts=config.parallel_experts,
+        embedding_multiplier=config.embedding_multiplier,
     )
     return Reference({name: tensor.detach().clone() for name, tensor in model.state_dict().items()}, sizes)
 

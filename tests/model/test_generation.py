@@ -349,7 +349,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool, dropout: float)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("size", [70, 50])
 def test_resizing_embeddings(size: int, tied: bool) -> None:
-    model = tiny_model(tie_word_embeddings=tied)
+    model = tiny_model(tie_word_embeddings=tied, embedding_multiplier=2.0)
     ids = random_ids(2, 6, vocab_size=50)
     with torch.no_grad():
         before = model(ids).logits
@@ -365,13 +365,14 @@ def test_resizing_embeddings(size: int, tied: bool) -> None:
 
 
 def test_tied_embeddings_are_one_parameter(tmp_path: Path) -> None:
-    model = tiny_model(tie_word_embeddings=True)
+    model = tiny_model(tie_word_embeddings=True, embedding_multiplier=2.0)
     untied = sum(parameter.numel() for parameter in tiny_model().parameters())
     assert model.lm_head.weight is model.model.word_embed.weight
     assert sum(p.numel() for p in model.parameters()) == untied - TINY["vocab_size"] * TINY["hidden_size"]
     model.save_pretrained(tmp_path)
     loaded = DogeForCausalLM.from_pretrained(tmp_path)
     assert loaded.lm_head.weight is loaded.model.word_embed.weight
+    assert loaded.model.word_embed.embed_scale == 2
     ids = random_ids(1, 6)
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)

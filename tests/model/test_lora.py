@@ -65,6 +65,16 @@ def test_an_adapter_does_what_its_merged_weights_do(target: str | None) -> None:
     assert relative_error(found, expected) < ROUNDING
 
 
+def test_what_an_adapter_adds_to_the_embedding_is_multiplied_too() -> None:
+    plain, ids = tiny_model(embedding_multiplier=4.0), random_ids(2, 9)
+    with torch.no_grad():
+        before = plain(ids).logits
+        wrapped = adapted(plain, ("word_embed",))
+        found, expected = wrapped(ids).logits, merged(wrapped)(ids).logits
+    assert relative_error(found, before) > 1e-3, "the adapter must show"
+    assert relative_error(found, expected) < ROUNDING
+
+
 @pytest.mark.usefixtures("ways")
 def test_adapters_train() -> None:
     """In training mode: the merged model's loss, and for every matrix the gradient that differences confirm."""

@@ -23,13 +23,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "shared_gate": {"shared_gate": True},
     "parallel": {"parallel_experts": True, "private_expert_intermediate_size": 24},
     "no queries": {"router_queries": False},
+    "multiplier": {"embedding_multiplier": 3.0},
     "all but shifts": {
         **{"qk_norm": True, "shared_gate": True, "parallel_experts": True, "private_expert_intermediate_size": 24},
         "router_queries": False,
     },
     "all": {
         **{"qk_norm": True, "shared_gate": True, "parallel_experts": True, "private_expert_intermediate_size": 24},
-        **{"router_queries": False, "key_shift": True, "feed_forward_shift": True},
+        **{"router_queries": False, "key_shift": True, "feed_forward_shift": True, "embedding_multiplier": 0.5},
     },
 }
 each_option = pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS)

@@ -39,6 +39,7 @@ _LARGEST_SIZE = 2**24
 _NUMBERS = {
     "hidden_dropout": (0.0, True, 1.0),
     "rms_norm_eps": (0.0, False, 1.0),
+    "embedding_multiplier": (0.0, False, float("inf")),
     "initializer_range": (0.0, False, float("inf")),
     "rope_theta": (0.0, False, float("inf")),
 }
@@ -69,6 +70,8 @@ class DogeConfig(PreTrainedConfig):
         use_cache: whether the model returns keys and values by default.
         pad_token_id, bos_token_id, eos_token_id: special tokens.
         tie_word_embeddings: whether `lm_head` shares the weight of `word_embed`.
+        embedding_multiplier: what the rows of `word_embed` are multiplied by on their way into the model, e.g. √d. A
+            table that is the head's too can then start as small as a head must.
         num_attention_heads: h; the size of a head, d / h, must be even.
         num_inner_values: n, the rows of E that the inner function chooses from.
         inner_values_retrieval_size: r, the width in which the inner value is chosen.
@@ -116,6 +119,7 @@ class DogeConfig(PreTrainedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: bool = False
+    embedding_multiplier: float = 1.0
     num_attention_heads: int = 2
     num_inner_values: int = 2
     inner_values_retrieval_size: int = 128

@@ -526,13 +526,32 @@ class DogePreTrainedModel(PreTrainedModel):
         return fan_in**-0.5 if self.config.weight_init == "fan_in" else self.config.initializer_range
 
 
+class TokenEmbedding(nn.Embedding):
+    """The rows of tokens, times a constant (`embedding_multiplier`).
+
+    Args:
+        num_embeddings, embedding_dim: as for `nn.Embedding`.
+        embed_scale: the constant, by the name that PEFT looks for when it adds to the rows.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, embed_scale: float) -> None:
+        super().__init__(num_embeddings, embedding_dim)
+        self.embed_scale = embed_scale
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """(B, T) to (B, T, d)."""
+        x_BTd = super().forward(ids_BT)
+        return x_BTd if self.embed_scale == 1 else x_BTd * self.embed_scale
+
+
 class DogeModel(DogePreTrainedModel):
     """The decoder without a head: token ids to hidden states after the final norm."""
 
     def __init__(self, config: DogeConfig):
         super().__init__(config)
         # No padding_idx: the pad token shares id 0 with <unk>, whose embedding must train.
-        self.word_embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word_embed: nn.Embedding
+        self.word_embed = TokenEmbedding(config.vocab_size, config.hidden_size, config.embedding_multiplier)
         self.rotary_emb = DogeRotaryEmbedding(config)
         self.layers = nn.ModuleList(DogeDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.final_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

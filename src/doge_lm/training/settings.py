@@ -48,6 +48,7 @@ class ModelSettings:
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
     tie_word_embeddings: bool = False
+    embedding_multiplier: float = 1.0
     num_attention_heads: int = 2
     num_inner_values: int = 2
     inner_values_retrieval_size: int = 128
