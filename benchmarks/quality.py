@@ -46,6 +46,7 @@ from doge_lm.training.settings import Settings, TrainSettings, load_settings
 
 SEQUENCE_LENGTH = 1024
 TOKENS_PER_STEP = 65536
+REPEAT_PARTS = 16  # of the copied tokens, for the loss by position
 LONGEST_NAME = 120  # of a folder; file systems refuse names over 255 bytes
 PROTOCOL = {
     "learning_rate": "3e-3",
@@ -219,7 +220,9 @@ def run_row(row: str, args: argparse.Namespace) -> dict[str, Any]:
     if args.micro_batch:
         figures["micro_batch"] = args.micro_batch
     test = load_prepared(Path(args.dataset_path)).test
-    figures["repeat_loss"] = repeat_loss(model, test)
+    repeated = repeat_losses(model, test)
+    figures["repeat_loss"] = round(repeated.mean().item(), 4)
+    figures["repeat_curve"] = [round(part.mean().item(), 4) for part in repeated.tensor_split(REPEAT_PARTS)]
     if architecture == "doge":
         figures.update(usage(model, test))
     return figures
@@ -234,16 +237,20 @@ def place_name(row: str) -> str:
 
 
 @torch.no_grad()
-def repeat_loss(model: PreTrainedModel, test: Dataset, length: int = 256, samples: int = 16) -> float:
-    """Loss on the second copy of `length` tokens that are drawn at random from the test set: whether the model copies.
+def repeat_losses(model: PreTrainedModel, test: Dataset, length: int = 256, samples: int = 16) -> torch.Tensor:
+    """Loss at each token but the first of the second copy of `length` tokens, which are drawn from the test set's.
 
-    Without copying it cannot fall below the entropy of the tokens; a model that copies goes towards 0.
+    Without copying it cannot fall below the entropy of the tokens; a model that copies goes towards 0, from the second
+    token on.
+
+    Returns:
+        (length - 1,), means over the samples.
     """
     pool = torch.cat([torch.as_tensor(test[index]["input_ids"].astype("int64")) for index in range(min(64, len(test)))])
     drawn = torch.randint(len(pool), (samples, length), generator=torch.Generator().manual_seed(0))
     ids = pool[drawn].repeat(1, 2).to(model.device)
     logits = model(input_ids=ids, use_cache=False).logits[:, length:-1].float()
-    return round(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, length + 1 :].flatten()).item(), 4)
+    return torch.nn.functional.cross_entropy(logits.mT, ids[:, length + 1 :], reduction="none").mean(dim=0).cpu()
 
 
 @torch.no_grad()
@@ -333,7 +340,7 @@ def main() -> int:
         rows.append(run_row(row, args))
         with (args.output_dir / "quality.jsonl").open("a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(rows[-1]) + "\n")
-        print(json.dumps({key: value for key, value in rows[-1].items() if key != "curve"}), flush=True)
+        print(json.dumps({key: value for key, value in rows[-1].items() if "curve" not in key}), flush=True)
     print(f"\n{'run':44} {'loss':>7} {'bits/byte':>9} {'Mtok/s':>7} {'GiB':>6}")
     for row in rows:
         print(

@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 
@@ -79,6 +81,29 @@ def test_the_llama_starts_by_the_same_rule(tied: bool) -> None:
     assert abs(llama.model.embed_tokens.weight.std().item() / 0.02 - 1) < 0.05
     assert abs(llama.model.embed_tokens(torch.arange(50)).std().item() / 0.16 - 1) < 0.1
     assert (llama.lm_head.weight is llama.model.embed_tokens.weight) == tied
+
+
+class Copying:
+    """A model that repeats what followed the like of the newest token, `strength` nats above all else."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, strength: float, size: int = 50) -> None:
+        self.strength, self.size = strength, size
+
+    def __call__(self, input_ids: torch.Tensor, **_: object) -> object:
+        half = input_ids.shape[1] // 2
+        following = input_ids[:, :half].roll(-1, dims=1).repeat(1, 2)
+        return SimpleNamespace(logits=self.strength * torch.nn.functional.one_hot(following, self.size))
+
+
+def test_copying_is_measured_by_position() -> None:
+    rows = [{"input_ids": numpy.arange(400) % 50}]
+    found = quality.repeat_losses(Copying(100.0), rows, length=20, samples=3)
+    assert found.shape == (19,)
+    assert float(found.max()) < 1e-6
+    without = quality.repeat_losses(Copying(0.0), rows, length=20, samples=3)
+    torch.testing.assert_close(without, torch.full((19,), 50.0).log())
 
 
 SMALL = {

@@ -1,0 +1,207 @@
+"""Draw one cause a panel: the test losses of the rows that differ in it alone.
+
+    python benchmarks/plot_causes.py OUT.png [--results DIR]
+
+Rows are numbered as in docs/log.md, and read from the files of results (`row` of each line); those of "Where the inner
+values start" in RESULTS.md are a1 to a10. Losses compare within a panel, and there within a group of one colour.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+
+COLUMNS = 3
+COLOURS = ("tab:blue", "tab:orange", "tab:green")
+
+Row = int | str
+
+
+class Panel(NamedTuple):
+    """A cause: groups of settings that compare with each other, each setting with its rows, one a seed."""
+
+    title: str
+    groups: tuple[dict[str, tuple[Row, ...]], ...]
+
+
+PANELS = (
+    Panel(
+        "Where the inner values start",
+        ({"1 + N(0, 0.02)": ("a1", "a6"), "N(0, 0.02), as published": ("a2", "a7")},),
+    ),
+    Panel(
+        "The router collapses",
+        ({"as published": (1,), "queries normed": (2,), "and 4 heads of 4 experts": (3,)},),
+    ),
+    Panel(
+        "Norms of attention's queries and keys",
+        (
+            {"Llama": (6,), "Llama, normed": (9,)},
+            {"Doge, 4 heads of 4": (3,), "the same, normed": (10,)},
+        ),
+    ),
+    Panel(
+        "Experts behind the shared part, or beside it",
+        (
+            {"behind, 4 heads of 4": (18,), "and added to it": (24,), "beside": (21, 22)},
+            {"behind, 1 head of 2": (19,), "beside": (23,), "no experts": (13, 14)},
+        ),
+    ),
+    Panel(
+        "Weights inside the activation, or outside",
+        ({"inside, 4 heads of 4": (10,), "outside": (18,)}, {"inside, 1 head of 2": (20,), "outside": (19,)}),
+    ),
+    Panel(
+        "SiLU or SwiGLU in the shared part",
+        ({"SiLU, no experts": (13, 14), "SwiGLU": (17, 27, 28)}, {"SiLU, experts beside": (40,), "SwiGLU": (35, 36)}),
+    ),
+    Panel(
+        "A linear value or the inner one",
+        (
+            {"linear, SiLU": (15, 16), "inner": (13, 14)},
+            {"Llama, shifted keys": (70, 71), "Doge, no experts": (75, 76), "and the rest on the MLP": (80,)},
+        ),
+    ),
+    Panel(
+        "Inner values to choose from",
+        (
+            {"1, shifted keys": (81,), "2": (80,)},
+            {"2": (48,), "8": (50,), "32": (51,)},
+        ),
+    ),
+    Panel(
+        "What a head sees",
+        (
+            {"2 heads, AdamW": (80,), "4 heads": (83,)},
+            {"no matrix, Muon": (87,), "and one of rank 64": (100,), "gated output": (91,)},
+        ),
+    ),
+    Panel(
+        "More experts, more choices",
+        (
+            {"2 of 256": (35, 36), "2 of 512": (41,), "4 times 4 of 512": (42,)},
+            {"2 of 256, cosine to 0": (54,), "2 of 768": (58,)},
+        ),
+    ),
+    Panel(
+        "Rate of the experts' tables",
+        (
+            {"a third": (57,), "as the rest": (54,), "3 times": (56,)},
+            {"AdamW, tied, 30M tokens": (145,), "Muon": (151,)},
+        ),
+    ),
+    Panel(
+        "AdamW's learning rate",
+        (
+            {"Llama 3e-3": (29,), "6e-3": (39, 25, 26), "1e-2": (30,), "1.5e-2": (31,)},
+            {"Doge, no experts 3e-3": (32,), "6e-3": (17, 27, 28), "1e-2": (33, 37, 38), "1.5e-2": (34,)},
+        ),
+    ),
+    Panel(
+        "Keys that see the token before",
+        (
+            {"Llama, AdamW, σ 0.3": (90,), "shifted, σ 1": (70, 71)},
+            {"Llama, Muon, σ 0.3": (99,), "shifted, σ 1": (101,)},
+            {"Doge, Muon, σ 0.3": (88,), "shifted, σ 1": (87,)},
+        ),
+    ),
+    Panel(
+        "Rate of the vocabulary's tables, with Muon",
+        (
+            {"Llama 1e-2": (99,), "3e-2": (109,), "3e-2, input 9e-2": (114,), "3e-2, input 0.3": (115,)},
+            {"Doge, decay 0.01 3e-3": (102,), "1e-2": (87,)},
+            {"Doge, both shifts 1e-2": (95,), "3e-2": (106,), "1e-2, input 3e-2": (110,), "1e-2, input 0.1": (117,)},
+        ),
+    ),
+    Panel(
+        "Weight decay, with Muon",
+        (
+            {"Llama 0.01": (85,), "0.1": (99,), "0.3": (105,)},
+            {"Doge, both shifts 0.01": (96,), "0.1": (95,), "0.3": (104,)},
+        ),
+    ),
+    Panel(
+        "Tied tables, 30M tokens: rate",
+        (
+            {"Llama 1e-2": (140,), "3e-2": (141,), "6e-2": (147,)},
+            {"Doge 3e-3": (133,), "1e-2": (127,), "3e-2": (129,), "6e-2": (148,)},
+        ),
+    ),
+    Panel(
+        "Tied tables, 30M tokens: layers",
+        (
+            {"Llama 8": (141,), "16": (153,)},
+            {"Doge 8": (127,), "12": (135,), "16": (131,)},
+        ),
+    ),
+    Panel(
+        "What two of 256 experts cost, with Muon",
+        (
+            {"no experts": (95,), "experts": (111,)},
+            {"no experts, tied, 30M": (129,), "experts": (145,)},
+        ),
+    ),
+)
+
+
+def read_losses(folder: Path) -> dict[Row, float]:
+    """The test loss of each numbered row that was finished.
+
+    Raises:
+        ValueError: if two rows have one number.
+    """
+    losses: dict[Row, float] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record: dict[str, Any] = json.loads(line)
+            if "row" not in record or "eval_loss" not in record:
+                continue
+            if record["row"] in losses:
+                raise ValueError(f"{path}: there are two rows {record['row']}")
+            losses[record["row"]] = record["eval_loss"]
+    return losses
+
+
+def draw_panel(axes: Any, panel: Panel, losses: dict[Row, float]) -> None:
+    """A line for each setting from above, with a point for each seed."""
+    labels: list[str] = []
+    for colour, group in zip(COLOURS, panel.groups, strict=False):
+        for label, rows in group.items():
+            found = [losses[row] for row in rows]
+            axes.plot(found, [len(labels)] * len(found), "o", color=colour, markersize=5, alpha=0.8)
+            beside = max(found), len(labels)
+            axes.annotate(f"{statistics.fmean(found):.3f}", beside, (6, -3), textcoords="offset points", fontsize=7)
+            labels.append(f"{label}  [{', '.join(map(str, rows))}]")
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.margins(x=0.2, y=0.15)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.grid(alpha=0.3)
+    axes.set_title(panel.title, fontsize=9)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    mpl.use("Agg")
+    losses = read_losses(args.results)
+    lines = -(-len(PANELS) // COLUMNS)
+    figure, axes = plt.subplots(lines, COLUMNS, figsize=(14, 2.1 * lines), layout="constrained")
+    for each, panel in zip(axes.flat, PANELS, strict=False):
+        draw_panel(each, panel, losses)
+    for unused in axes.flat[len(PANELS) :]:
+        unused.remove()
+    figure.supxlabel("test loss, nats a token; rows of docs/log.md in brackets", fontsize=9)
+    figure.savefig(args.picture, dpi=90)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
