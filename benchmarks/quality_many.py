@@ -1,0 +1,141 @@
+"""Rows of `quality.py`, several at a time on one device, numbered; what a time limit cuts off keeps its curve.
+
+    python benchmarks/quality_many.py ROWS.txt --first 158 --processes 6 --output_dir OUT --seconds 550 --
+        --dataset_path DIR --tokenizer_path DIR --micro_batch 64
+
+ROWS.txt has a RUN a line, in the order in which they begin; `#` opens a comment. What stands behind `--` is handed on.
+Each row runs in a process of its own, and its number, from --first on, names its folder under OUT. OUT/rows.jsonl has a
+line a row in the form of `benchmarks/results`: the figures of `quality.py`, or `unfinished`, with the curve up to there
+and the end of what the process wrote. Speeds mean nothing where rows share a device.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from quality import UserError, parse_row
+
+from doge_lm.training.callbacks import LOG_NAME
+from doge_lm.training.settings import load_settings
+
+QUALITY = Path(__file__).parent / "quality.py"
+NOT_OF_THE_PRESET = ("fit", "tokens", "sequences_per_step")  # what `quality.py` itself makes of a row's settings
+POLL_SECONDS = 0.5
+
+
+class Started(NamedTuple):
+    """A row that runs."""
+
+    number: int
+    row: str
+    process: subprocess.Popen[bytes]
+
+
+def read_rows(path: Path, preset: str) -> list[str]:
+    """The rows of a file, each looked through before any begins.
+
+    Raises:
+        UserError: for a row that could not begin; the message names its line.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        row = line.partition("#")[0].strip()
+        if not row:
+            continue
+        try:
+            _, _, changed = parse_row(row)
+            load_settings(preset, [f"{key}={value}" for key, value in changed.items() if key not in NOT_OF_THE_PRESET])
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from error
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} has no row")
+    return rows
+
+
+def start(number: int, row: str, folder: Path, handed_on: list[str]) -> Started:
+    """Begin a row in a process of its own, which writes into OUT/NUMBER."""
+    place = folder / str(number)
+    place.mkdir(parents=True)
+    command = [sys.executable, str(QUALITY), *handed_on, "--output_dir", str(place), row]
+    with (place / "output.txt").open("wb") as output:
+        return Started(number, row, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
+
+
+def run_all(rows: list[str], first: int, processes: int, folder: Path, seconds: float, handed_on: list[str]) -> None:
+    """Run the rows, so many at a time; what runs when the time is over is killed, what waits does not begin."""
+    end = time.monotonic() + seconds
+    waiting = list(enumerate(rows, first))
+    running: list[Started] = []
+    try:
+        while (waiting or running) and time.monotonic() < end:
+            for ended in [each for each in running if each.process.poll() is not None]:
+                running.remove(ended)
+                print(f"row {ended.number}: ended with {ended.process.returncode}", flush=True)
+            while waiting and len(running) < processes:
+                running.append(start(*waiting.pop(0), folder, handed_on))
+            time.sleep(POLL_SECONDS)
+    finally:
+        for each in running:
+            each.process.kill()
+            each.process.wait()
+
+
+def record(number: int, row: str, folder: Path) -> dict[str, Any]:
+    """What is known of a row after its end."""
+    place = folder / str(number)
+    finished = place / "quality.jsonl"
+    if finished.exists():
+        return {"row": number, **json.loads(finished.read_text(encoding="utf-8"))}
+    found: dict[str, Any] = {"row": number, "run": row, "unfinished": True, "curve": {}}
+    for log in place.glob(f"*/log/{LOG_NAME}"):
+        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        found["curve"] = {line["tokens_seen"]: round(line["loss"], 4) for line in lines if "tokens_per_second" in line}
+    if (place / "output.txt").exists():
+        found["output"] = (place / "output.txt").read_text(encoding="utf-8", errors="replace")[-500:]
+    return found
+
+
+def split_flags(flags: list[str]) -> tuple[list[str], list[str]]:
+    """What stands ahead of `--`, and what behind it."""
+    cut = flags.index("--") if "--" in flags else len(flags)
+    return flags[:cut], flags[cut + 1 :]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path, metavar="ROWS.txt")
+    parser.add_argument("--first", type=int, required=True, help="the number of the first row")
+    parser.add_argument("--processes", type=int, default=1, help="rows at a time (default: 1)")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="end after so long (default: no limit)")
+    given, handed_on = split_flags(sys.argv[1:])
+    args = parser.parse_args(given)
+    known, _ = _preset_parser().parse_known_args(handed_on)
+    rows = read_rows(args.rows, known.preset)
+    if args.output_dir.exists() and any(args.output_dir.iterdir()):
+        raise UserError(f"{args.output_dir} is not empty; rows would mix with others")
+    run_all(rows, args.first, args.processes, args.output_dir, args.seconds, handed_on)
+    records = [record(number, row, args.output_dir) for number, row in enumerate(rows, args.first)]
+    with (args.output_dir / "rows.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(each) + "\n" for each in records)
+    for each in records:
+        print(f"{each['row']:5} {each.get('eval_loss', 'unfinished'):>10} {each['run']}")
+    return 0
+
+
+def _preset_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--preset", default="doge_25M")
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")

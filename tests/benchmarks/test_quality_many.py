@@ -1,0 +1,85 @@
+"""Several rows at a time: each numbered, finished or not."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import quality_many
+
+# In the place of quality.py: a row that names a speed of 0 logs and never ends.
+STAND_IN = """
+import argparse, json, pathlib, time
+parser = argparse.ArgumentParser()
+parser.add_argument("run")
+parser.add_argument("--output_dir", type=pathlib.Path)
+parser.add_argument("--micro_batch", type=int)
+args = parser.parse_args()
+log = args.output_dir / "a-name" / "log"
+log.mkdir(parents=True)
+line = json.dumps({"tokens_seen": 640, "loss": 5.00004, "tokens_per_second": 1})
+(log / LOG_NAME).write_text(line + "\\n" + json.dumps({"eval_loss": 1}) + "\\n" + line[:9])
+print("begun", flush=True)
+if "seed=0" in args.run:
+    time.sleep(3600)
+row = {"run": args.run, "eval_loss": 3.5, "curve": {}, "micro_batch": args.micro_batch}
+(args.output_dir / "quality.jsonl").write_text(json.dumps(row) + "\\n")
+"""
+
+
+def test_rows_run_side_by_side_and_what_is_cut_off_keeps_its_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in, rows, place = tmp_path / "stand_in.py", tmp_path / "rows.txt", tmp_path / "out"
+    stand_in.write_text(STAND_IN.replace("LOG_NAME", repr(quality_many.LOG_NAME)), encoding="utf-8")
+    rows.write_text(
+        "# two that end\ndoge:seed=1\n\nllama:seed=2  # and not\ndoge:seed=0\ndoge:seed=3", encoding="utf-8"
+    )
+    monkeypatch.setattr(quality_many, "QUALITY", stand_in)
+    flags = [str(rows), "--first", "7", "--processes", "2", "--seconds", "20", "--output_dir", str(place)]
+    monkeypatch.setattr(sys, "argv", ["quality_many.py", *flags, "--", "--micro_batch", "4"])
+    assert quality_many.main() == 0
+    found = [json.loads(line) for line in (place / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    end = {"eval_loss": 3.5, "curve": {}, "micro_batch": 4}
+    assert found == [
+        {"row": 7, "run": "doge:seed=1", **end},
+        {"row": 8, "run": "llama:seed=2", **end},
+        {"row": 9, "run": "doge:seed=0", "unfinished": True, "curve": {"640": 5.0}, "output": "begun\n"},
+        {"row": 10, "run": "doge:seed=3", **end},
+    ]
+    assert "9 unfinished doge:seed=0" in capsys.readouterr().out
+    with pytest.raises(quality_many.UserError, match="is not empty"):
+        quality_many.main()
+
+
+def test_what_never_began_has_no_curve(tmp_path: Path) -> None:
+    assert quality_many.record(3, "doge:", tmp_path) == {"row": 3, "run": "doge:", "unfinished": True, "curve": {}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("doge:seed=1\nmamba:seed=1\n", r"line 2: .*must be doge or llama"),
+        ("doge@no_expert:seed=1", r"line 1: .*no_expert is no change of a doge"),
+        ("doge:sede=1", r"line 1: .*seed"),
+        ("# nothing\n", "has no row"),
+    ],
+)
+def test_rows_are_looked_through_before_any_begins(tmp_path: Path, text: str, message: str) -> None:
+    rows = tmp_path / "rows.txt"
+    rows.write_text(text, encoding="utf-8")
+    with pytest.raises(quality_many.UserError, match=message):
+        quality_many.read_rows(rows, "doge_25M")
+
+
+def test_a_row_that_failed_says_what_it_wrote(tmp_path: Path) -> None:
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "output.txt").write_text("error: no such thing\n", encoding="utf-8")
+    found = quality_many.record(3, "doge:", tmp_path)
+    assert found["unfinished"]
+    assert found["output"] == "error: no such thing\n"
