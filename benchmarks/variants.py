@@ -1,4 +1,4 @@
-"""Changes of a model for diagnosis: what a run of `quality.py` names behind `@`, as in `doge@no_experts`.
+"""Changes of a model for diagnosis: what a run of `quality.py` names behind `@`, as in `doge@one_pool`.
 
 They answer the question which part of a form costs what. None is an option of the package; what proves useful becomes a
 field of its configuration, and what does not pay is removed: docs/log.md names the commit of the changes that are gone.
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from doge_lm.errors import UserError
 from doge_lm.model.cdmoe import cdmoe
 from doge_lm.model.modeling_doge import DogeCDMoE, DogeForCausalLM, DogeInnerFuncAttn
 from doge_lm.model.token_shift import TokensBefore, TokenShift
@@ -86,14 +87,6 @@ class ResidualCDMoE(DogeCDMoE):
         return c_BTe + self.experts(c_BTe)
 
 
-class SharedOnlyCDMoE(DogeCDMoE):
-    """No experts: y = c, an ordinary MLP. Needs e = d."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, T, d) to (B, T, d)."""
-        return self.shared(hidden_states)
-
-
 class LinearValueAttn(DogeInnerFuncAttn):
     """v = W_v x. The inner values stay, unused."""
 
@@ -143,6 +136,8 @@ def _attentions(model: DogeForCausalLM | LlamaForCausalLM) -> list[nn.Module]:
 
 
 def _feed_forwards(model: DogeForCausalLM) -> list[DogeCDMoE]:
+    if not model.config.num_cdmmoe_experts:
+        raise UserError("num_cdmmoe_experts is 0: the change is one of experts")
     return [layer.feed_forward for layer in model.model.layers]
 
 
@@ -162,21 +157,10 @@ def _one_pool(model: DogeForCausalLM) -> None:
 
 
 def _residual(model: DogeForCausalLM) -> None:
-    _check_width(model, "residual")
+    if model.config.private_expert_intermediate_size != model.config.hidden_size:
+        raise UserError("residual needs private_expert_intermediate_size = hidden_size")
     for feed_forward in _feed_forwards(model):
         feed_forward.__class__ = ResidualCDMoE
-
-
-def _no_experts(model: DogeForCausalLM) -> None:
-    _check_width(model, "no_experts")
-    for feed_forward in _feed_forwards(model):
-        feed_forward.__class__ = SharedOnlyCDMoE
-        del feed_forward.queries, feed_forward.keys, feed_forward.down_embed, feed_forward.up_embed
-
-
-def _check_width(model: DogeForCausalLM, change: str) -> None:
-    if model.config.private_expert_intermediate_size != model.config.hidden_size:
-        raise ValueError(f"{change} needs private_expert_intermediate_size = hidden_size")
 
 
 def _linear_value(model: DogeForCausalLM) -> None:
@@ -195,7 +179,6 @@ CHANGES: dict[str, Change] = {
     "attn_shift": _attention_shifted,
     "linear_value": _linear_value,
     "residual": _residual,
-    "no_experts": _no_experts,
     "one_pool": _one_pool,
     "weights_outside": _weights_outside,
 }

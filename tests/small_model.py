@@ -12,16 +12,15 @@ from doge_lm.data.tokenizer import build_tokenizer
 def make_model(place: Path, positions: int = 512, seed: int = 0, **changes: Any) -> Path:
     """A Doge with random weights and the published tokenizer; `changes` are of its configuration."""
     torch.manual_seed(seed)
-    config = DogeConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        max_position_embeddings=positions,
-        inner_values_retrieval_size=16,
-        cross_domain_intermediate_size=32,
-        private_expert_intermediate_size=16,
-        num_cdmmoe_experts=16,
-        **changes,
-    )
-    DogeForCausalLM(config).save_pretrained(place)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": positions,
+        "inner_values_retrieval_size": 16,
+        "cross_domain_intermediate_size": 32,
+        "private_expert_intermediate_size": 16,
+        "num_cdmmoe_experts": 16,
+    }
+    DogeForCausalLM(DogeConfig(**{**sizes, **changes})).save_pretrained(place)
     build_tokenizer(place.parent / f"{place.name}-tokenizer").save_pretrained(place)
     return place

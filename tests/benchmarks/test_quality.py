@@ -131,7 +131,7 @@ def test_each_change_trains_and_is_counted(name: str, options: dict[str, bool]) 
         same = torch.allclose(model.eval()(ids).logits, plain.eval()(ids).logits)
     assert same == (name == "nothing")
     used = quality.usage(model.eval(), [{"input_ids": ids[0].numpy()}])
-    assert bool(used["experts_used"]) == (name != "no_experts")
+    assert used["experts_used"]
 
 
 @pytest.mark.parametrize("name", ["key_shift", "ff_shift"])
@@ -150,14 +150,18 @@ def test_the_token_before_is_seen_and_no_later_one(name: str) -> None:
 
 def test_a_change_that_needs_another_width_says_so() -> None:
     settings = make_settings({**SMALL, "private_expert_intermediate_size": 8})
-    with pytest.raises(ValueError, match="no_experts needs private_expert_intermediate_size = hidden_size"):
-        quality.build_doge(settings.model_config(), settings.train, ["no_experts"])
+    with pytest.raises(quality.UserError, match="residual needs private_expert_intermediate_size = hidden_size"):
+        quality.build_doge(settings.model_config(), settings.train, ["residual"])
+    settings = make_settings({**SMALL, "num_cdmmoe_experts": 0})
+    with pytest.raises(quality.UserError, match="num_cdmmoe_experts is 0"):
+        quality.build_doge(settings.model_config(), settings.train, ["one_pool"])
 
 
-@pytest.mark.parametrize("row", ["doge:", "doge@no_experts:", "doge@linear_value:"])
-def test_fit_brings_the_total_to_the_presets(row: str) -> None:
+@pytest.mark.parametrize("experts", [256, 0])
+@pytest.mark.parametrize("row", ["doge:", "doge@linear_value:"])
+def test_fit_brings_the_total_to_the_presets(row: str, experts: int) -> None:
     options = ["qk_norm=true", "shared_gate=true", "parallel_experts=true", "router_queries=false"]
-    settings = load_settings("doge_25M", options)
+    settings = load_settings("doge_25M", [*options, f"num_cdmmoe_experts={experts}"])
     _, build, _ = quality.parse_row(row)
     total = 24_422_656
     settings.model.cross_domain_intermediate_size = quality.fitted_width(build, settings, total)
@@ -195,7 +199,7 @@ def test_a_row_of_each_architecture_runs(tmp_path: Path) -> None:
     config = tmp_path / "settings.yaml"
     config.write_text(make_settings().to_yaml(), encoding="utf-8")
     small = "sequences_per_step=8,per_epoch_max_steps=2,num_train_epochs=1,logging_steps=1,per_device_eval_batch_size=4"
-    fitted = "shared_gate=true,private_expert_intermediate_size=32,key_shift=true,feed_forward_shift=true,fit=true"
+    fitted = "num_cdmmoe_experts=0,private_expert_intermediate_size=32,key_shift=true,feed_forward_shift=true,fit=true"
     command = [
         *(sys.executable, str(ROOT / "benchmarks" / "quality.py"), "--preset", str(config), "--sequence_length", "32"),
         *("--dataset_path", str(world.data), "--tokenizer_path", str(world.tokenizer_path)),
@@ -204,7 +208,7 @@ def test_a_row_of_each_architecture_runs(tmp_path: Path) -> None:
             str(tmp_path / "out"),
             f"doge:{small}",
             f"llama:{small.replace('per_epoch_max_steps=2,', '')},tokens=512",
-            f"doge@no_experts:{small},{fitted}",
+            f"doge:{small},{fitted}",
         ),
     ]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False, timeout=300)

@@ -219,6 +219,8 @@ class Reference:
     def feed_forward(self, prefix: str, x: Tensor) -> Tensor:
         """CDMoE of one token."""
         c = self.shared(prefix, x)
+        if f"{prefix}.keys" not in self.state:
+            return c
         return c + self.experts(prefix, x) if self.sizes.parallel_experts else self.experts(prefix, c)
 
     def experts(self, prefix: str, c: Tensor) -> Tensor:

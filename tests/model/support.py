@@ -47,7 +47,11 @@ TINY_FIRST_KEY_TABLE = 3
 SHIFTS = {"key_shift": True, "feed_forward_shift": True}
 """With them a cache holds more than keys and values."""
 
-with_and_without_shifts = pytest.mark.parametrize("form", [{}, SHIFTS], ids=["published", "shifts"])
+WITHOUT_EXPERTS = {"num_cdmmoe_experts": 0, "private_expert_intermediate_size": 24, "embedding_multiplier": 2.0}
+
+with_and_without_shifts = pytest.mark.parametrize(
+    "form", [{}, SHIFTS, SHIFTS | WITHOUT_EXPERTS], ids=["published", "shifts", "shifts, no experts"]
+)
 
 
 def tiny_config(**changes: Any) -> DogeConfig:

@@ -24,6 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "parallel": {"parallel_experts": True, "private_expert_intermediate_size": 24},
     "no queries": {"router_queries": False},
     "multiplier": {"embedding_multiplier": 3.0},
+    "no experts": {"num_cdmmoe_experts": 0, "private_expert_intermediate_size": 24},
     "all but shifts": {
         **{"qk_norm": True, "shared_gate": True, "parallel_experts": True, "private_expert_intermediate_size": 24},
         "router_queries": False,
@@ -31,6 +32,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "all": {
         **{"qk_norm": True, "shared_gate": True, "parallel_experts": True, "private_expert_intermediate_size": 24},
         **{"router_queries": False, "key_shift": True, "feed_forward_shift": True, "embedding_multiplier": 0.5},
+    },
+    "all but experts": {
+        **{"qk_norm": True, "shared_gate": True, "num_cdmmoe_experts": 0, "private_expert_intermediate_size": 24},
+        **{"key_shift": True, "feed_forward_shift": True},
     },
 }
 each_option = pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS)
@@ -62,8 +67,13 @@ def test_biases() -> None:
 
 
 def test_parallel_experts_need_the_width_of_the_layer() -> None:
-    with pytest.raises(ValueError, match=r"private_expert_intermediate_size is 14.*must equal hidden_size, 24"):
+    message = r"private_expert_intermediate_size is 14.*must equal hidden_size, 24"
+    with pytest.raises(ValueError, match=message):
         tiny_config(parallel_experts=True)
+    with pytest.raises(ValueError, match=message):
+        tiny_config(num_cdmmoe_experts=0)
+    with pytest.raises(ValueError, match="num_cdmmoe_experts is -1; it must be a whole number from 0"):
+        tiny_config(num_cdmmoe_experts=-1)
 
 
 def assert_equals_reference(model: DogeForCausalLM, ids: Tensor) -> None:
@@ -189,6 +199,8 @@ def test_kernels_give_the_plain_loss_and_gradients(changes: dict[str, Any], monk
 
     rotation = "fused_normed_rotation" if changes.get("qk_norm") else "fused_rotation"
     kernels = {rotation, "chosen_hidden"} - ({rotation} if changes.get("key_shift") else set())
+    if changes.get("num_cdmmoe_experts") == 0:
+        kernels.remove("chosen_hidden")
     for module, name in ((modeling_doge, rotation), (cdmoe, "chosen_hidden")):
         note(module, name)
 

@@ -181,3 +181,9 @@ def test_a_factor_is_as_another_learning_rate(world, tmp_path):
     assert main(["train", *world.flags(places[1], learning_rate=1.5e-3)]) == 0
     weights = [(place / "out" / "model.safetensors").read_bytes() for place in places]
     assert weights[0] == weights[1]
+
+
+def test_lazy_rows_need_experts():
+    model = doge(num_cdmmoe_experts=0, private_expert_intermediate_size=doge().config.hidden_size)
+    with pytest.raises(UserError, match=r"the model has no experts \(num_cdmmoe_experts is 0\): set it to false"):
+        make_optimizer(model, make_settings(lazy_expert_rows=True).train, set())

@@ -73,6 +73,14 @@ def test_a_tied_embedding_is_counted_once_and_multiplied():
     assert tied.matmul == untied.matmul
 
 
+def test_without_experts_every_parameter_is_active():
+    config = make_settings({"num_cdmmoe_experts": 0, "private_expert_intermediate_size": 32}).model_config()
+    counts = count_model(config)
+    d, r, n, cross, vocabulary = 32, 16, 2, 64, 400
+    assert counts.matmul == 2 * (3 * d * d + r * d + n * r + 2 * d * cross) + vocabulary * d
+    assert counts.active == counts.total == counts.matmul + 2 * (n * d + 2 * d) + d + vocabulary * d
+
+
 @pytest.mark.parametrize("name", preset_paths())
 def test_every_preset_runs_dry(name, capsys):
     assert main(["train", "--config_path", name, "--dry_run"]) == 0

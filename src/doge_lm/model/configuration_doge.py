@@ -27,7 +27,6 @@ _POSITIVE_INTEGERS = (
     "inner_values_retrieval_size",
     "cross_domain_intermediate_size",
     "private_expert_intermediate_size",
-    "num_cdmmoe_experts",
     "num_cdmmoe_heads",
     "num_cdmmoe_experts_per_head",
 )
@@ -87,7 +86,8 @@ class DogeConfig(PreTrainedConfig):
             `hidden_size`.
         private_expert_intermediate_size: e, the width in which experts are chosen and read; even.
         num_cdmmoe_experts: N, the number of experts of a layer. It is factored into n1·n2, as near square as it
-            goes, and must have a factor other than 1 and itself.
+            goes, and must have a factor other than 1 and itself. 0: no experts, and the shared part is the whole
+            feed-forward, an MLP.
         num_cdmmoe_heads: H, the number of independent retrievals for each token.
         num_cdmmoe_experts_per_head: k, the number of experts that one retrieval takes.
         router_queries: whether keys meet a query, cut in two halves, as published; or else the router's input itself.
@@ -167,12 +167,13 @@ class DogeConfig(PreTrainedConfig):
         return ["hybrid"] * self.num_hidden_layers
 
     def _validate_sizes(self) -> None:
-        for name in _POSITIVE_INTEGERS:
+        for name in (*_POSITIVE_INTEGERS, "num_cdmmoe_experts"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST_SIZE:
+            least = 0 if name == "num_cdmmoe_experts" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _LARGEST_SIZE:
                 default = getattr(type(self), name)
                 raise ValueError(
-                    f"{name} is {value!r}; it must be a whole number from 1 to {_LARGEST_SIZE}, e.g. {default}"
+                    f"{name} is {value!r}; it must be a whole number from {least} to {_LARGEST_SIZE}, e.g. {default}"
                 )
         self._validate_heads()
         self._validate_experts()
@@ -205,16 +206,20 @@ class DogeConfig(PreTrainedConfig):
             self.num_cdmmoe_experts,
             self.num_cdmmoe_experts_per_head,
         )
-        if self.parallel_experts and e != self.hidden_size:
+        if (self.parallel_experts or not count) and e != self.hidden_size:
+            why = "with parallel_experts the experts read the layer's input"
+            if not count:
+                why = "without experts (num_cdmmoe_experts is 0) the shared part gives the layer's output"
             raise ValueError(
-                f"private_expert_intermediate_size is {e}; with parallel_experts the experts read the layer's input, "
-                f"so it must equal hidden_size, {self.hidden_size}"
+                f"private_expert_intermediate_size is {e}; {why}, so it must equal hidden_size, {self.hidden_size}"
             )
         if e % 2:
             raise ValueError(
                 f"private_expert_intermediate_size is {e}; a query is cut into two halves, so it must be even, "
                 f"e.g. {e + 1}"
             )
+        if not count:
+            return
         if key_table_sizes(count)[0] == 1:
             raise ValueError(
                 f"num_cdmmoe_experts {count} has no factorization into two key tables; "

@@ -294,20 +294,11 @@ class DogeInnerFuncAttn(nn.Module):
         return self.o_proj(output_BThf.reshape(hidden_states.shape)), weights_BhTS
 
 
-class DogeCDMoE(nn.Module):
-    """Cross Domain Mixture of Experts: c = W_down σ(W_up x) is shared by all domains. It is the input of the
-    queries, by which product keys retrieve k of N experts for each token and head, and the input of these experts,
-    which have one hidden unit each. Only the experts reach the output.
+class DogeSharedPart(nn.Module):
+    """What all domains share of a feed-forward, c = W_down σ(W_up x); all there is of it without experts.
 
-    y = Σ over heads and chosen experts of σ(w · (c·D_expert)) U_expert.
-
-    Options: `shared_gate` makes the shared part a gated one, c = W_down (σ(W_gate x) ⊙ W_up x). With `parallel_experts`
-    the experts are beside it and not behind it: they, and their router, read x, and y = c + what they give. Without
-    `router_queries` the keys meet the router's input as it is: both tables score all of it.
+    With `shared_gate` it is a gated one, c = W_down (σ(W_gate x) ⊙ W_up x).
     """
-
-    folded: Tensor | None = None
-    """What `fold` made, for as long as a decoder lends it: no queries are needed."""
 
     recomputes_activation = False
     """Whether training keeps σ(W_up x) for the backward pass or computes it again, where its kernel runs."""
@@ -315,18 +306,62 @@ class DogeCDMoE(nn.Module):
     def __init__(self, config: DogeConfig):
         super().__init__()
         d, e, bias = config.hidden_size, config.private_expert_intermediate_size, config.hidden_bias
-        self.num_heads = config.num_cdmmoe_heads
-        self.experts_per_head = config.num_cdmmoe_experts_per_head
-        self.path = config.cdmoe_path
-        self.num_experts = config.num_cdmmoe_experts
-        self.n1, n2 = key_table_sizes(self.num_experts)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.parallel = config.parallel_experts
         self.shared_gate_proj = None
         if config.shared_gate:
             self.shared_gate_proj = nn.Linear(d, config.cross_domain_intermediate_size, bias=bias)
         self.shared_up_proj = nn.Linear(d, config.cross_domain_intermediate_size, bias=bias)
         self.shared_down_proj = nn.Linear(config.cross_domain_intermediate_size, e, bias=bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        return self.shared(hidden_states)
+
+    def shared(self, hidden_states: Tensor) -> Tensor:
+        """c = W_down σ(W_up x), or its gated form: (B, T, d) to (B, T, e)."""
+        wide_BTK = self.shared_up_proj(hidden_states)
+        if self.shared_gate_proj is not None:
+            return self.shared_down_proj(self.act_fn(self.shared_gate_proj(hidden_states)) * wide_BTK)
+        down = self.shared_down_proj
+        if (
+            self.recomputes_activation
+            and torch.is_grad_enabled()
+            and kernels_take(wide_BTK)
+            and self._is_silu()
+            and is_plain(down)
+        ):
+            c_Me = silu_product(wide_BTK.flatten(0, 1), down.weight.to(wide_BTK.dtype))
+            return c_Me.view(*hidden_states.shape[:-1], -1)
+        return down(self.act_fn(wide_BTK))
+
+    def _is_silu(self) -> bool:
+        return type(self.act_fn) in (nn.SiLU, type(ACT2FN["silu"]))
+
+
+class DogeCDMoE(DogeSharedPart):
+    """Cross Domain Mixture of Experts: c = W_down σ(W_up x) is shared by all domains. It is the input of the
+    queries, by which product keys retrieve k of N experts for each token and head, and the input of these experts,
+    which have one hidden unit each. Only the experts reach the output.
+
+    y = Σ over heads and chosen experts of σ(w · (c·D_expert)) U_expert.
+
+    Options: with `parallel_experts` the experts are beside the shared part and not behind it: they, and their router,
+    read x, and y = c + what they give. Without `router_queries` the keys meet the router's input as it is: both tables
+    score all of it.
+    """
+
+    folded: Tensor | None = None
+    """What `fold` made, for as long as a decoder lends it: no queries are needed."""
+
+    def __init__(self, config: DogeConfig):
+        super().__init__(config)
+        d, e, bias = config.hidden_size, config.private_expert_intermediate_size, config.hidden_bias
+        self.num_heads = config.num_cdmmoe_heads
+        self.experts_per_head = config.num_cdmmoe_experts_per_head
+        self.path = config.cdmoe_path
+        self.num_experts = config.num_cdmmoe_experts
+        self.n1, n2 = key_table_sizes(self.num_experts)
+        self.parallel = config.parallel_experts
         self.queries = nn.Linear(e, self.num_heads * e, bias=bias) if config.router_queries else None
         width = e // 2 if config.router_queries else e
         self.keys = nn.Parameter(torch.empty(self.num_heads, self.n1 + n2, width))
@@ -382,26 +417,6 @@ class DogeCDMoE(nn.Module):
             output_Md = cdmoe(c_Me, weights_MHk, experts_MHk, down, up, self.act_fn, self.path)
         return output_Md.view(*c_BTe.shape[:-1], -1)
 
-    def shared(self, hidden_states: Tensor) -> Tensor:
-        """c = W_down σ(W_up x), or its gated form: (B, T, d) to (B, T, e)."""
-        wide_BTK = self.shared_up_proj(hidden_states)
-        if self.shared_gate_proj is not None:
-            return self.shared_down_proj(self.act_fn(self.shared_gate_proj(hidden_states)) * wide_BTK)
-        down = self.shared_down_proj
-        if (
-            self.recomputes_activation
-            and torch.is_grad_enabled()
-            and kernels_take(wide_BTK)
-            and self._is_silu()
-            and is_plain(down)
-        ):
-            c_Me = silu_product(wide_BTK.flatten(0, 1), down.weight.to(wide_BTK.dtype))
-            return c_Me.view(*hidden_states.shape[:-1], -1)
-        return down(self.act_fn(wide_BTK))
-
-    def _is_silu(self) -> bool:
-        return type(self.act_fn) in (nn.SiLU, type(ACT2FN["silu"]))
-
     def _merges(self, c_Me: Tensor) -> bool:
         """Whether `merged_cdmoe` takes the place of `route` and `cdmoe`; not where `route` is watched or replaced."""
         return (
@@ -426,7 +441,7 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         self.in_attn_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attn = DogeInnerFuncAttn(config, layer_idx)
         self.in_ff_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.feed_forward = DogeCDMoE(config)
+        self.feed_forward = DogeCDMoE(config) if config.num_cdmmoe_experts else DogeSharedPart(config)
         self.layer_idx = layer_idx
         self.state_idx = int(config.key_shift)  # behind the key, if the cache keeps that
         self.ff_shift = TokenShift(config.hidden_size, config.hidden_size, 0.5) if config.feed_forward_shift else None

@@ -19,7 +19,7 @@ from doge_lm.data.streaming import StreamState
 from doge_lm.data.tokenizer import TOKENIZER_NAME, known_max_length
 from doge_lm.errors import UserError
 from doge_lm.evaluation.bits_per_byte import Evaluation, evaluate
-from doge_lm.model.modeling_doge import DogeCDMoE
+from doge_lm.model.modeling_doge import DogeSharedPart
 from doge_lm.training import checkpoints
 from doge_lm.training.callbacks import StepSchedule
 from doge_lm.training.checkpoints import RunRecord
@@ -111,7 +111,7 @@ def prepare_model(model: PreTrainedModel, train: TrainSettings, compiled: bool, 
     in memory that the next pass writes over; `DogeTrainer` sees to that.
     """
     for module in model.modules():
-        if isinstance(module, DogeCDMoE):
+        if isinstance(module, DogeSharedPart):
             module.recomputes_activation = train.recompute_activation
     if train.gradient_checkpointing:
         # transformers 5.23 renamed it.
