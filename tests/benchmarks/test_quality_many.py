@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
 
-import quality_many
+import quality_many  # noqa: E402
 
 # In the place of quality.py: a row that names a speed of 0 logs and never ends.
 STAND_IN = """
@@ -83,3 +84,8 @@ def test_a_row_that_failed_says_what_it_wrote(tmp_path: Path) -> None:
     found = quality_many.record(3, "doge:", tmp_path)
     assert found["unfinished"]
     assert found["output"] == "error: no such thing\n"
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "rows").iterdir()), ids=lambda path: path.name)
+def test_the_recorded_files_can_be_read(path: Path) -> None:
+    assert quality_many.read_rows(path, "doge_25M")
