@@ -150,7 +150,11 @@ def parse_row(row: str) -> tuple[str, ModelBuilder, dict[str, str]]:
             f"{', '.join(known)}"
         )
     build = partial(builder, changes=changes)
-    changed = dict(change.split("=", 1) for change in settings.split(",") if change)
+    changes_of_settings = [change for change in settings.split(",") if change]
+    for change in changes_of_settings:
+        if "=" not in change:
+            raise UserError(f"run {row!r}: {change!r} is no KEY=VALUE (an entry of a mapping is KEY.ENTRY=VALUE)")
+    changed = dict(change.split("=", 1) for change in changes_of_settings)
     if changed.pop("equal_work", "false") == "true":
         if architecture == "doge":
             raise UserError(f"run {row!r}: equal_work is a setting of a llama, whose width follows a doge's")

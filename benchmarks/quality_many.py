@@ -11,6 +11,7 @@ and the end of what the process wrote. Speeds mean nothing where rows share a de
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -36,13 +37,17 @@ class Started(NamedTuple):
 
 
 def read_rows(path: Path, preset: str) -> list[str]:
-    """The rows of a file, each looked through before any begins.
+    """The rows of a file, with the settings of each looked through before any begins.
 
     Raises:
-        UserError: for a row that could not begin; the message names its line.
+        UserError: for a file that cannot be read, or a row of an unknown form or setting; the message names its line.
     """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         row = line.partition("#")[0].strip()
         if not row:
             continue
@@ -66,6 +71,19 @@ def start(number: int, row: str, folder: Path, handed_on: list[str]) -> Started:
         return Started(number, row, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
+
+
+def stop(_signal: int, _frame: object) -> None:
+    """End as by Ctrl-C: rows that run are killed, and what is there is collected."""
+    raise KeyboardInterrupt
+
+
 def run_all(rows: list[str], first: int, processes: int, folder: Path, seconds: float, handed_on: list[str]) -> None:
     """Run the rows, so many at a time; what runs when the time is over is killed, what waits does not begin."""
     end = time.monotonic() + seconds
@@ -85,15 +103,20 @@ def run_all(rows: list[str], first: int, processes: int, folder: Path, seconds: 
             each.process.wait()
 
 
+def complete_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of JSON; the last may be cut off, without its end, where a row was killed."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+
+
 def record(number: int, row: str, folder: Path) -> dict[str, Any]:
     """What is known of a row after its end."""
     place = folder / str(number)
     finished = place / "quality.jsonl"
-    if finished.exists():
-        return {"row": number, **json.loads(finished.read_text(encoding="utf-8"))}
+    if finished.exists() and (figures := complete_lines(finished)):
+        return {"row": number, **figures[0]}
     found: dict[str, Any] = {"row": number, "run": row, "unfinished": True, "curve": {}}
     for log in place.glob(f"*/log/{LOG_NAME}"):
-        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        lines = complete_lines(log)
         found["curve"] = {line["tokens_seen"]: round(line["loss"], 4) for line in lines if "tokens_per_second" in line}
     if (place / "output.txt").exists():
         found["output"] = (place / "output.txt").read_text(encoding="utf-8", errors="replace")[-500:]
@@ -110,7 +133,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, metavar="ROWS.txt")
     parser.add_argument("--first", type=int, required=True, help="the number of the first row")
-    parser.add_argument("--processes", type=int, default=1, help="rows at a time (default: 1)")
+    parser.add_argument("--processes", type=positive, default=1, help="rows at a time (default: 1)")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end after so long (default: no limit)")
     given, handed_on = split_flags(sys.argv[1:])
@@ -119,13 +142,21 @@ def main() -> int:
     rows = read_rows(args.rows, known.preset)
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         raise UserError(f"{args.output_dir} is not empty; rows would mix with others")
-    run_all(rows, args.first, args.processes, args.output_dir, args.seconds, handed_on)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, stop)
+    interrupted = False
+    try:
+        run_all(rows, args.first, args.processes, args.output_dir, args.seconds, handed_on)
+    except KeyboardInterrupt:
+        interrupted = True
     records = [record(number, row, args.output_dir) for number, row in enumerate(rows, args.first)]
     with (args.output_dir / "rows.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(each) + "\n" for each in records)
     for each in records:
         print(f"{each['row']:5} {each.get('eval_loss', 'unfinished'):>10} {each['run']}")
-    return 0
+    if interrupted:
+        return 130
+    return 0 if any("eval_loss" in each for each in records) else 1
 
 
 def _preset_parser() -> argparse.ArgumentParser:

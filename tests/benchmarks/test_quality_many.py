@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -58,6 +59,43 @@ def test_rows_run_side_by_side_and_what_is_cut_off_keeps_its_curve(
         quality_many.main()
 
 
+def test_the_end_by_a_signal_collects_what_is_there(tmp_path: Path) -> None:
+    """In a process of its own, since the signal is its own."""
+    stand_in, rows, place = tmp_path / "stand_in.py", tmp_path / "rows.txt", tmp_path / "out"
+    stand_in.write_text(STAND_IN.replace("LOG_NAME", repr(quality_many.LOG_NAME)), encoding="utf-8")
+    rows.write_text("doge:seed=1\ndoge:seed=0\n", encoding="utf-8")
+    code = f"""
+import os, signal, sys, threading, time
+from pathlib import Path
+sys.path.insert(0, {str(BENCHMARKS)!r})
+import quality_many
+quality_many.QUALITY = Path({str(stand_in)!r})
+place = Path({str(place)!r})
+sys.argv = ["quality_many.py", {str(rows)!r}, "--first", "1", "--processes", "2", "--output_dir", str(place)]
+def end():
+    while not ((place / "1" / "quality.jsonl").exists() and list(place.glob("2/*/log/*.jsonl"))):
+        time.sleep(0.1)
+    time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=end, daemon=True).start()
+sys.exit(quality_many.main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 130, done.stderr
+    first, second = map(json.loads, (place / "rows.jsonl").read_text(encoding="utf-8").splitlines())
+    assert first["eval_loss"] == 3.5
+    assert second["unfinished"]
+    assert second["curve"] == {"640": 5.0}
+
+
+def test_files_cut_off_cost_no_other_row(tmp_path: Path) -> None:
+    log = tmp_path / "3" / "a-name" / "log"
+    log.mkdir(parents=True)
+    (tmp_path / "3" / "quality.jsonl").write_text("", encoding="utf-8")
+    (log / quality_many.LOG_NAME).write_text('{"loss": {"a": 1}', encoding="utf-8")
+    assert quality_many.record(3, "doge:", tmp_path) == {"row": 3, "run": "doge:", "unfinished": True, "curve": {}}
+
+
 def test_what_never_began_has_no_curve(tmp_path: Path) -> None:
     assert quality_many.record(3, "doge:", tmp_path) == {"row": 3, "run": "doge:", "unfinished": True, "curve": {}}
 
@@ -68,6 +106,7 @@ def test_what_never_began_has_no_curve(tmp_path: Path) -> None:
         ("doge:seed=1\nmamba:seed=1\n", r"line 2: .*must be doge or llama"),
         ("doge@no_expert:seed=1", r"line 1: .*no_expert is no change of a doge"),
         ("doge:sede=1", r"line 1: .*seed"),
+        ("doge:seed", r"line 1: .*'seed' is no KEY=VALUE"),
         ("# nothing\n", "has no row"),
     ],
 )

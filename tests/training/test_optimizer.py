@@ -10,7 +10,7 @@ from doge_lm.cli import main
 from doge_lm.errors import UserError
 from doge_lm.model.modeling_doge import DogeForCausalLM
 from doge_lm.training.muon import Muon, hidden_matrices
-from doge_lm.training.optimizer import is_plain_adamw, learning_rate_factors, make_optimizer
+from doge_lm.training.optimizer import check_optimizer, is_plain_adamw, learning_rate_factors, make_optimizer
 from doge_lm.training.row_lazy_adamw import RowLazyAdamW
 
 from .support import make_settings
@@ -167,11 +167,26 @@ def test_an_error_lists_the_names_of_one_layer():
     assert not any("layers.1" in name for name in listed)
 
 
-def test_a_part_of_no_name_ends_a_run_before_anything_is_removed(world, tmp_path, capsys):
-    flags = world.flags(tmp_path, "--set", "learning_rate_scales.embed_tokens=2")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["learning_rate_scales.embed_tokens=2"], "nothing takes its factor from 'embed_tokens'"),
+        (
+            ["lazy_expert_rows=true", "num_cdmmoe_experts=0", "private_expert_intermediate_size=32"],
+            "lazy_expert_rows is true, but the model has no experts",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_model_ends_a_run_before_anything_is_removed(changes, message, world, tmp_path, capsys):
+    flags = world.flags(tmp_path, *[part for change in changes for part in ("--set", change)])
     assert main(["train", *flags]) == 1
-    assert "nothing takes its factor from 'embed_tokens'" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    earlier = tmp_path / "out" / "model.safetensors"
+    earlier.write_text("of an earlier run", encoding="utf-8")
+    assert main(["train", *flags, "--overwrite"]) == 1
+    assert earlier.exists()
 
 
 def test_a_factor_is_as_another_learning_rate(world, tmp_path):
@@ -184,6 +199,12 @@ def test_a_factor_is_as_another_learning_rate(world, tmp_path):
 
 
 def test_lazy_rows_need_experts():
+    train = make_settings(lazy_expert_rows=True).train
     model = doge(num_cdmmoe_experts=0, private_expert_intermediate_size=doge().config.hidden_size)
     with pytest.raises(UserError, match=r"the model has no experts \(num_cdmmoe_experts is 0\): set it to false"):
-        make_optimizer(model, make_settings(lazy_expert_rows=True).train, set())
+        check_optimizer(model, train)
+    check_optimizer(doge(), train)
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    )
+    check_optimizer(llama, train)  # has no such setting to be wrong

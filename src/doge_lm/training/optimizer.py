@@ -38,15 +38,24 @@ def make_optimizer(model: PreTrainedModel, train: TrainSettings, decayed: Collec
         decayed: names of parameters that have weight decay.
 
     Raises:
-        UserError: as `learning_rate_factors`; or if rows of experts are to be lazy and there are no experts.
+        UserError: as `learning_rate_factors`.
     """
-    if train.lazy_expert_rows and not any(name.endswith(EXPERT_TABLES) for name, _ in model.named_parameters()):
-        raise UserError(
-            "lazy_expert_rows is true, but the model has no experts (num_cdmmoe_experts is 0): set it to false"
-        )
     betas = (train.adam_beta1, train.adam_beta2)
     kind = Muon if train.optimizer == "muon" else RowLazyAdamW
     return kind(_groups(model, train, decayed), train.learning_rate, betas, train.adam_epsilon)
+
+
+def check_optimizer(model: PreTrainedModel, train: TrainSettings) -> None:
+    """Find what `make_optimizer` would refuse, and lazy rows of a model without experts, while no file has changed.
+
+    Raises:
+        UserError: as `learning_rate_factors`; or if rows of experts are to be lazy and there are no experts.
+    """
+    learning_rate_factors(model, train.learning_rate_scales)
+    if train.lazy_expert_rows and getattr(model.config, "num_cdmmoe_experts", None) == 0:
+        raise UserError(
+            "lazy_expert_rows is true, but the model has no experts (num_cdmmoe_experts is 0): set it to false"
+        )
 
 
 def learning_rate_factors(model: PreTrainedModel, scales: Mapping[str, float] | None) -> dict[str, float]:

@@ -26,7 +26,7 @@ from doge_lm.training.callbacks import LOG_NAME, JsonLog, ProgressBar, TensorBoa
 from doge_lm.training.checkpoints import RunRecord
 from doge_lm.training.data import Opened, TrainingData, open_data
 from doge_lm.training.hardware import Hardware, Peak, bf16_is_faster, detect_hardware, peak_flops
-from doge_lm.training.optimizer import learning_rate_factors
+from doge_lm.training.optimizer import check_optimizer
 from doge_lm.training.order import ORDER
 from doge_lm.training.plan import Plan, make_plan
 from doge_lm.training.report import CURVE_NAME, draw_curve
@@ -149,7 +149,7 @@ def run_job(job: Job, args: argparse.Namespace) -> DogeTrainer | None:
     checkpoints.check_free_disk(args.output_dir, plan.checkpoint_bytes, "one checkpoint")
     # Before the place is cleared: what cannot be built must not cost an earlier run.
     model = _fresh_model(job, machine)
-    learning_rate_factors(model, train.learning_rate_scales)
+    check_optimizer(model, train)
     more = job.more()
     # From here on several processes may be at work; the first of them alone changes files. All of them have looked at
     # the place by now: the barrier keeps the first from clearing it under another's eyes.
