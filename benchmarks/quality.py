@@ -44,6 +44,7 @@ from doge_lm.training.plan import count_model
 from doge_lm.training.pretrain import ModelBuilder
 from doge_lm.training.settings import Settings, TrainSettings, load_settings
 
+DEFAULT_PRESET = "doge_25M"
 SEQUENCE_LENGTH = 1024
 TOKENS_PER_STEP = 65536
 REPEAT_PARTS = 16  # of the copied tokens, for the loss by position
@@ -150,11 +151,12 @@ def parse_row(row: str) -> tuple[str, ModelBuilder, dict[str, str]]:
             f"{', '.join(known)}"
         )
     build = partial(builder, changes=changes)
-    changes_of_settings = [change for change in settings.split(",") if change]
-    for change in changes_of_settings:
-        if "=" not in change:
-            raise UserError(f"run {row!r}: {change!r} is no KEY=VALUE (an entry of a mapping is KEY.ENTRY=VALUE)")
-    changed = dict(change.split("=", 1) for change in changes_of_settings)
+    changed = {}
+    for setting in filter(None, settings.split(",")):
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UserError(f"run {row!r}: {setting!r} is no KEY=VALUE (an entry of a mapping is KEY.ENTRY=VALUE)")
+        changed[key] = value
     if changed.pop("equal_work", "false") == "true":
         if architecture == "doge":
             raise UserError(f"run {row!r}: equal_work is a setting of a llama, whose width follows a doge's")
@@ -310,21 +312,25 @@ def summarize(lines: list[dict[str, Any]]) -> dict[str, Any]:
     evaluation = next(line for line in reversed(lines) if "eval_loss" in line)
     training = [line for line in lines if "tokens_per_second" in line]
     rates = [line["tokens_per_second"] for line in training[len(training) // 2 :]]
-    curve = {line["tokens_seen"]: round(line["loss"], 4) for line in training}
     return {
         "tokens": training[-1]["tokens_seen"],
         **{name: round(value, 4) for name, value in evaluation.items() if name.startswith("eval_")},
         "tokens_per_second": round(statistics.median(rates)),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None,
-        "curve": curve,
+        "curve": training_curve(training),
     }
+
+
+def training_curve(lines: list[dict[str, Any]]) -> dict[int, float]:
+    """The training losses among the lines of a log, by the tokens seen."""
+    return {line["tokens_seen"]: round(line["loss"], 4) for line in lines if "tokens_per_second" in line}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--preset", default="doge_25M")
+    parser.add_argument("--preset", default=DEFAULT_PRESET)
     parser.add_argument("--dataset_path", required=True)
     parser.add_argument("--tokenizer_path", required=True)
     parser.add_argument("--output_dir", type=Path, required=True)

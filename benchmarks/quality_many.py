@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quality import UserError, parse_row
+from quality import DEFAULT_PRESET, UserError, parse_row, training_curve
 
 from doge_lm.training.callbacks import LOG_NAME
 from doge_lm.training.settings import load_settings
@@ -116,8 +116,7 @@ def record(number: int, row: str, folder: Path) -> dict[str, Any]:
         return {"row": number, **figures[0]}
     found: dict[str, Any] = {"row": number, "run": row, "unfinished": True, "curve": {}}
     for log in place.glob(f"*/log/{LOG_NAME}"):
-        lines = complete_lines(log)
-        found["curve"] = {line["tokens_seen"]: round(line["loss"], 4) for line in lines if "tokens_per_second" in line}
+        found["curve"] = training_curve(complete_lines(log))
     if (place / "output.txt").exists():
         found["output"] = (place / "output.txt").read_text(encoding="utf-8", errors="replace")[-500:]
     return found
@@ -138,8 +137,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end after so long (default: no limit)")
     given, handed_on = split_flags(sys.argv[1:])
     args = parser.parse_args(given)
-    known, _ = _preset_parser().parse_known_args(handed_on)
-    rows = read_rows(args.rows, known.preset)
+    preset_parser = argparse.ArgumentParser(add_help=False)
+    preset_parser.add_argument("--preset", default=DEFAULT_PRESET)
+    rows = read_rows(args.rows, preset_parser.parse_known_args(handed_on)[0].preset)
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         raise UserError(f"{args.output_dir} is not empty; rows would mix with others")
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -157,12 +157,6 @@ def main() -> int:
     if interrupted:
         return 130
     return 0 if any("eval_loss" in each for each in records) else 1
-
-
-def _preset_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--preset", default="doge_25M")
-    return parser
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ as in `modeling_doge.py`.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from doge_lm.errors import UserError
 from doge_lm.model.cdmoe import cdmoe
-from doge_lm.model.modeling_doge import DogeCDMoE, DogeForCausalLM, DogeInnerFuncAttn
+from doge_lm.model.modeling_doge import DogeCDMoE, DogeDecoderLayer, DogeForCausalLM, DogeInnerFuncAttn
 from doge_lm.model.token_shift import TokensBefore, TokenShift
 
 Change = Callable[[DogeForCausalLM], None]
@@ -97,6 +98,28 @@ class LinearValueAttn(DogeInnerFuncAttn):
         return self.v_proj(x_BTd)
 
 
+class SkipLayer(DogeDecoderLayer):
+    """Each layer adds what earlier layers were given, too: x + Σ_j s_j ⊙ x_j, with learned gains s (j, d)."""
+
+    inputs: list[Tensor]  # (B, T, d) each, while a forward pass runs; one list for all layers
+    inputs_kept: int
+    is_last: bool
+
+    def forward(
+        self, hidden_states: Tensor, *_: object, before: TokensBefore | None = None, **kwargs: object
+    ) -> Tensor:  # type: ignore[override]
+        """(B, T, d) to (B, T, d)."""
+        given = hidden_states
+        for input_BTd, gains_d in zip(self.inputs, self.skip_gains, strict=True):
+            hidden_states = hidden_states + gains_d.to(given.dtype) * input_BTd
+        if len(self.inputs) < self.inputs_kept:
+            self.inputs.append(given)
+        if self.is_last:
+            self.inputs.clear()
+        kwargs.update(normed=None, next_norm=None)
+        return super().forward(hidden_states, before=before, **kwargs)
+
+
 def _queries_and_keys_normed(model: LlamaForCausalLM) -> None:
     """What `qk_norm` is in a Doge."""
     for attention in _attentions(model):
@@ -128,6 +151,17 @@ def _attention_shifted(model: DogeForCausalLM) -> None:
     for layer in model.model.layers:
         shift = Shift(model.config.hidden_size, model.config.hidden_size, 0.5)
         layer.in_attn_layernorm = nn.Sequential(layer.in_attn_layernorm, shift)
+
+
+def _inputs_added(model: DogeForCausalLM, kept: int) -> None:
+    """The embedding alone with `kept` 1, else the inputs of so many layers from the first."""
+    inputs: list[Tensor] = []
+    layers = model.model.layers
+    for index, layer in enumerate(layers):
+        layer.__class__ = SkipLayer
+        layer.inputs, layer.inputs_kept, layer.is_last = inputs, kept, layer is layers[-1]
+        gains = (nn.Parameter(torch.zeros(model.config.hidden_size)) for _ in range(min(index, kept)))
+        layer.skip_gains = nn.ParameterList(gains)
 
 
 def _attentions(model: DogeForCausalLM | LlamaForCausalLM) -> list[nn.Module]:
@@ -177,6 +211,8 @@ def _matrix(model: DogeForCausalLM, inputs: int, outputs: int) -> nn.Linear:
 
 CHANGES: dict[str, Change] = {
     "attn_shift": _attention_shifted,
+    "embed_skip": partial(_inputs_added, kept=1),
+    "dense_skip": partial(_inputs_added, kept=1000),
     "linear_value": _linear_value,
     "residual": _residual,
     "one_pool": _one_pool,

@@ -128,6 +128,8 @@ def test_each_change_trains_and_is_counted(name: str, options: dict[str, bool]) 
     torch.manual_seed(0)
     plain = quality.build_doge(settings.model_config(), settings.train)
     with torch.no_grad():
+        for gains in (each for path, each in model.named_parameters() if "skip_gains" in path):
+            gains.fill_(1.0)  # where they start, 0, they change nothing
         same = torch.allclose(model.eval()(ids).logits, plain.eval()(ids).logits)
     assert same == (name == "nothing")
     used = quality.usage(model.eval(), [{"input_ids": ids[0].numpy()}])
@@ -199,7 +201,7 @@ def test_a_row_of_each_architecture_runs(tmp_path: Path) -> None:
     config = tmp_path / "settings.yaml"
     config.write_text(make_settings().to_yaml(), encoding="utf-8")
     small = "sequences_per_step=8,per_epoch_max_steps=2,num_train_epochs=1,logging_steps=1,per_device_eval_batch_size=4"
-    fitted = "num_cdmmoe_experts=0,private_expert_intermediate_size=32,key_shift=true,feed_forward_shift=true,fit=true"
+    fitted = "shared_gate=true,private_expert_intermediate_size=32,key_shift=true,feed_forward_shift=true,fit=true"
     command = [
         *(sys.executable, str(ROOT / "benchmarks" / "quality.py"), "--preset", str(config), "--sequence_length", "32"),
         *("--dataset_path", str(world.data), "--tokenizer_path", str(world.tokenizer_path)),
@@ -208,7 +210,7 @@ def test_a_row_of_each_architecture_runs(tmp_path: Path) -> None:
             str(tmp_path / "out"),
             f"doge:{small}",
             f"llama:{small.replace('per_epoch_max_steps=2,', '')},tokens=512",
-            f"doge:{small},{fitted}",
+            f"doge:{small},{fitted},num_cdmmoe_experts=0",
         ),
     ]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False, timeout=300)

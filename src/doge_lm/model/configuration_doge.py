@@ -17,7 +17,7 @@ _SWITCHES = (
     *("hidden_bias", "qk_norm", "key_shift", "feed_forward_shift", "shared_gate", "parallel_experts"),
     "router_queries",
 )
-_POSITIVE_INTEGERS = (
+_SIZES = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -27,6 +27,7 @@ _POSITIVE_INTEGERS = (
     "inner_values_retrieval_size",
     "cross_domain_intermediate_size",
     "private_expert_intermediate_size",
+    "num_cdmmoe_experts",
     "num_cdmmoe_heads",
     "num_cdmmoe_experts_per_head",
 )
@@ -167,7 +168,7 @@ class DogeConfig(PreTrainedConfig):
         return ["hybrid"] * self.num_hidden_layers
 
     def _validate_sizes(self) -> None:
-        for name in (*_POSITIVE_INTEGERS, "num_cdmmoe_experts"):
+        for name in _SIZES:
             value = getattr(self, name)
             least = 0 if name == "num_cdmmoe_experts" else 1
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _LARGEST_SIZE:
