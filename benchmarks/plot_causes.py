@@ -140,10 +140,45 @@ PANELS = (
         ),
     ),
     Panel(
+        "Tied, 30M: sequences of a step",
+        (
+            {"Llama 64": (141,), "32": (158,), "16": (174,)},
+            {"Doge, no experts 64": (129,), "32": (159,)},
+            {"Doge, skips 32": (178,), "16": (175,)},
+        ),
+    ),
+    Panel(
+        "Tied, 30M: where the cosine ends",
+        ({"Llama 0.1": (158,), "0": (184,)}, {"Doge 0.1": (178,), "0": (185,)}),
+    ),
+    Panel(
+        "Tied, 30M: width",
+        (
+            {"Llama 256": (184,), "384": (194,), "512, 4 layers": (191,)},
+            {"Doge, no experts 256": (129,), "384": (162,)},
+            {"Doge, skips 384": (192,), "384, 6 layers": (193,), "512, 6 layers": (190,)},
+        ),
+    ),
+    Panel(
+        "Tied, 30M: attention's input shifted",
+        (
+            {"no experts": (129,), "shifted": (144,), "in the keys' place": (168,)},
+            {"experts": (145,), "shifted": (160,)},
+        ),
+    ),
+    Panel(
+        "Tied, 30M: skips",
+        (
+            {"none, no experts": (144,), "from the embedding": (169,)},
+            {"from the embedding, experts": (178,), "from all layers": (179,)},
+        ),
+    ),
+    Panel(
         "What two of 256 experts cost, with Muon",
         (
             {"no experts": (95,), "experts": (111,)},
             {"no experts, tied, 30M": (129,), "experts": (145,)},
+            {"no experts, skips, 30M": (180,), "256 experts": (178,), "64 experts": (181,)},
         ),
     ),
 )

@@ -401,7 +401,7 @@ def test_the_parameters_are_listed_with_their_shapes(folder: Path, header: str, 
     published = layer_shapes(settings.model_config())
     assert listed_shapes(page.table(header), settings.model_config()) == published
     settings.model.qk_norm = settings.model.shared_gate = True
-    settings.model.key_shift = settings.model.feed_forward_shift = True
+    settings.model.key_shift = settings.model.attention_shift = settings.model.feed_forward_shift = True
     settings.model.router_queries = False
     listed = listed_shapes(page.table(with_options), settings.model_config())
     changed = dict(layer_shapes(settings.model_config()).items() - published.items())

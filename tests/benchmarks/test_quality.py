@@ -109,7 +109,7 @@ def test_copying_is_measured_by_position() -> None:
 SMALL = {
     "vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "inner_values_retrieval_size": 2,
     "cross_domain_intermediate_size": 24, "private_expert_intermediate_size": 16, "num_cdmmoe_experts": 16,
-    "weight_init": "fan_in",
+    "weight_init": "fan_in", "dense_skips": True,
 }  # fmt: skip
 
 
@@ -117,20 +117,27 @@ SMALL = {
 @pytest.mark.parametrize("options", [{}, {"parallel_experts": True, "router_queries": False, "shared_gate": True}])
 def test_each_change_trains_and_is_counted(name: str, options: dict[str, bool]) -> None:
     settings = make_settings({**SMALL, **options})
-    changes = [] if name == "nothing" else [name]
-    torch.manual_seed(0)
-    model = quality.build_doge(settings.model_config(), settings.train, changes)
     ids = torch.randint(0, 64, (2, 12))
-    loss = model(input_ids=ids, labels=ids, skip_logits=True, use_cache=False).loss
-    loss.backward()
-    idle = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+
+    def after_a_step(changes: list[str]) -> tuple[DogeForCausalLM, set[str]]:
+        """Some changes begin as none: gains from 0."""
+        torch.manual_seed(0)
+        model = quality.build_doge(settings.model_config(), settings.train, changes)
+        model(input_ids=ids, labels=ids, skip_logits=True, use_cache=False).loss.backward()
+        idle = set()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.grad is None:
+                    idle.add(name)
+                else:
+                    parameter.sub_(parameter.grad)
+        return model.eval(), idle
+
+    model, idle = after_a_step([] if name == "nothing" else [name])
     assert all("v_" in each for each in idle), "a linear value leaves the inner values unused, nothing else is"
-    torch.manual_seed(0)
-    plain = quality.build_doge(settings.model_config(), settings.train)
+    plain, _ = after_a_step([])
     with torch.no_grad():
-        for gains in (each for path, each in model.named_parameters() if "skip_gains" in path):
-            gains.fill_(1.0)  # where they start, 0, they change nothing
-        same = torch.allclose(model.eval()(ids).logits, plain.eval()(ids).logits)
+        same = torch.equal(model(ids).logits, plain(ids).logits)
     assert same == (name == "nothing")
     used = quality.usage(model.eval(), [{"input_ids": ids[0].numpy()}])
     assert used["experts_used"]

@@ -269,10 +269,12 @@ def test_onnx_computes_the_same_with_a_cache_and_padding(model_dir: Path, onnx_d
     assert_onnx_computes_the_same(model_dir, onnx_dir)
 
 
-@pytest.mark.parametrize("shifts", [["key_shift"], ["key_shift", "feed_forward_shift"]], ids="+".join)
+@pytest.mark.parametrize(
+    "shifts", [["key_shift"], ["key_shift", "feed_forward_shift"], ["attention_shift", "dense_skips"]], ids="+".join
+)
 def test_onnx_keeps_the_newest_inputs_of_shifts(shifts: list[str], tmp_path: Path) -> None:
     others: dict[str, Any] = {"qk_norm": True}
-    if len(shifts) == 2:
+    if "feed_forward_shift" in shifts:
         others |= {"num_cdmmoe_experts": 0, "private_expert_intermediate_size": 32, "embedding_multiplier": 4.0}
     model_dir = make_loud_model(tmp_path / "model", **others, **dict.fromkeys(shifts, True))
     assert_onnx_computes_the_same(model_dir, make_onnx(model_dir, tmp_path / "onnx"))

@@ -200,6 +200,16 @@ class Reference:
             mixed.append((1 - shares) * x + shares * before)
         return mixed
 
+    def with_skips(self, layer: int, outputs: list[list[Tensor]]) -> list[Tensor]:
+        """Σ_{j<=l} g_lj ⊙ x_lj for each token, with g_ll = 1, where the model has gains; `outputs[j]` are the x_j."""
+        if "model.skips.gains" not in self.state:
+            return outputs[layer]
+        summed = outputs[layer]
+        for j in range(layer):
+            gains = self.state["model.skips.gains"][sum(range(layer)) + j]
+            summed = [x + gains * y for x, y in zip(summed, outputs[j], strict=True)]
+        return summed
+
     def normed_heads(self, name: str, x: Tensor, size: int) -> Tensor:
         """The RMSNorm of each head of one token, where the model has it."""
         if f"{name}.weight" not in self.state:
@@ -249,12 +259,14 @@ class Reference:
         """One row of the batch: its logits, token by token, and what was chosen on the way."""
         tokens = [self.sizes.embedding_multiplier * self.state["model.word_embed.weight"][token] for token in ids]
         found = Output(torch.empty(0))
+        outputs_before: list[list[Tensor]] = []
         for layer in range(self.num_layers):
             prefix = f"model.layers.{layer}"
+            outputs_before.append(tokens)
+            tokens = self.with_skips(layer, outputs_before)
             norm = self.state[f"{prefix}.in_attn_layernorm.weight"]
-            attended, choices, shares = self.attention(
-                f"{prefix}.attn", [rms_norm(x, norm) for x in tokens], cos, sin, visible
-            )
+            inputs = self.shifted(f"{prefix}.attn_shift", [rms_norm(x, norm) for x in tokens], visible)
+            attended, choices, shares = self.attention(f"{prefix}.attn", inputs, cos, sin, visible)
             tokens = [x + y for x, y in zip(tokens, attended, strict=True)]
             norm = self.state[f"{prefix}.in_ff_layernorm.weight"]
             inputs = self.shifted(f"{prefix}.ff_shift", [rms_norm(x, norm) for x in tokens], visible)

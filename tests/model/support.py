@@ -44,7 +44,7 @@ TINY: dict[str, Any] = {
 
 TINY_FIRST_KEY_TABLE = 3
 
-SHIFTS = {"key_shift": True, "feed_forward_shift": True}
+SHIFTS = {"key_shift": True, "attention_shift": True, "feed_forward_shift": True}
 """With them a cache holds more than keys and values."""
 
 WITHOUT_EXPERTS = {"num_cdmmoe_experts": 0, "private_expert_intermediate_size": 24, "embedding_multiplier": 2.0}

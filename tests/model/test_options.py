@@ -13,13 +13,15 @@ from doge_lm import DogeForCausalLM
 from doge_lm.inference.decoding import Decoder, Sampling
 from doge_lm.model import cdmoe, linear_cross_entropy, modeling_doge
 
-from .support import TINY, random_ids, reference_of, relative_error, tiny_config, tiny_model
+from .support import SHIFTS, TINY, random_ids, reference_of, relative_error, tiny_config, tiny_model
 
 # Parallel experts read the layer's input, so e is d there.
 OPTIONS: dict[str, dict[str, Any]] = {
     "qk_norm": {"qk_norm": True},
     "key_shift": {"key_shift": True},
+    "attention_shift": {"attention_shift": True},
     "feed_forward_shift": {"feed_forward_shift": True},
+    "dense_skips": {"dense_skips": True, "num_hidden_layers": 4},
     "shared_gate": {"shared_gate": True},
     "parallel": {"parallel_experts": True, "private_expert_intermediate_size": 24},
     "no queries": {"router_queries": False},
@@ -27,15 +29,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no experts": {"num_cdmmoe_experts": 0, "private_expert_intermediate_size": 24},
     "all but shifts": {
         **{"qk_norm": True, "shared_gate": True, "parallel_experts": True, "private_expert_intermediate_size": 24},
-        "router_queries": False,
+        **{"router_queries": False, "dense_skips": True},
     },
     "all": {
         **{"qk_norm": True, "shared_gate": True, "parallel_experts": True, "private_expert_intermediate_size": 24},
-        **{"router_queries": False, "key_shift": True, "feed_forward_shift": True, "embedding_multiplier": 0.5},
+        **{"router_queries": False, "dense_skips": True, "embedding_multiplier": 0.5, **SHIFTS},
     },
     "all but experts": {
         **{"qk_norm": True, "shared_gate": True, "num_cdmmoe_experts": 0, "private_expert_intermediate_size": 24},
-        **{"key_shift": True, "feed_forward_shift": True},
+        **SHIFTS,
     },
 }
 each_option = pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS)
@@ -51,13 +53,14 @@ def test_names_and_shapes() -> None:
             f"{prefix}.attn.q_norm.weight": (8,),
             f"{prefix}.attn.k_norm.weight": (8,),
             f"{prefix}.attn.k_shift.shares": (24,),
+            f"{prefix}.attn_shift.shares": (24,),
             f"{prefix}.ff_shift.shares": (24,),
             f"{prefix}.feed_forward.shared_gate_proj.weight": (28, 24),
             f"{prefix}.feed_forward.shared_down_proj.weight": (24, 28),
             f"{prefix}.feed_forward.keys": (2, 3 + 4, 24),
             f"{prefix}.feed_forward.down_embed.weight": (12, 24),
         }
-    assert found == shapes
+    assert found == shapes | {"model.skips.gains": (1, 24)}
 
 
 def test_biases() -> None:

@@ -29,7 +29,8 @@ def test_shares_start_alike_in_all_heads_and_pairs() -> None:
     layer = DogeForCausalLM(tiny_config(**SHIFTS)).model.layers[1]
     shares = layer.attn.k_shift.shares.detach()
     assert torch.equal(shares.view(3, 2, 4), torch.linspace(0, 1, 4).expand(3, 2, 4))
-    assert torch.equal(layer.ff_shift.shares.detach(), torch.linspace(0, 0.5, 24))
+    for shift in (layer.attn_shift, layer.ff_shift):
+        assert torch.equal(shift.shares.detach(), torch.linspace(0, 0.5, 24))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ Inputs, B rows of T new tokens behind P earlier ones:
     past_key_values.N.value   the same
     past_key_values.N.key_before           with `key_shift` (B, d, 1) float32: the newest key before its shift; any at
                                            the start
+    past_key_values.N.attention_before     the same of the input of attention, with `attention_shift`
     past_key_values.N.feed_forward_before  the same of the input of the feed-forward, with `feed_forward_shift`
 
 Outputs: `logits` (B, T, vocabulary), and `present.N.key` and `present.N.value` (B, heads, P + T, features) and so on,
@@ -180,8 +181,8 @@ def _cache_names(model: DogeForCausalLM) -> list[str]:
 
 def _parts(model: DogeForCausalLM) -> list[str]:
     """What is kept for each layer; the newest inputs in the order of their states."""
-    shifts = {"key_before": model.config.key_shift, "feed_forward_before": model.config.feed_forward_shift}
-    return ["key", "value", *(name for name, there in shifts.items() if there)]
+    shifts = ("key", "attention", "feed_forward")
+    return ["key", "value", *(f"{name}_before" for name in shifts if getattr(model.config, f"{name}_shift"))]
 
 
 def _example(model: DogeForCausalLM) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -14,8 +14,8 @@ INNER_VALUE_INITS = ("identity", "normal")
 WEIGHT_INITS = ("normal", "fan_in")
 
 _SWITCHES = (
-    *("hidden_bias", "qk_norm", "key_shift", "feed_forward_shift", "shared_gate", "parallel_experts"),
-    "router_queries",
+    *("hidden_bias", "qk_norm", "key_shift", "attention_shift", "feed_forward_shift", "dense_skips"),
+    *("shared_gate", "parallel_experts", "router_queries"),
 )
 _SIZES = (
     "vocab_size",
@@ -79,7 +79,10 @@ class DogeConfig(PreTrainedConfig):
             itself, or `"normal"`, N(0, 0.02), as published.
         qk_norm: whether each head's queries and keys have an RMSNorm before they are rotated.
         key_shift: whether keys are mixed with those of the token before, by learned shares of each feature.
+        attention_shift: whether the input of attention is.
         feed_forward_shift: whether the input of the feed-forward is.
+        dense_skips: whether the input of a layer has those of all layers before it added, by learned gains of each
+            feature.
         cross_domain_intermediate_size: hidden width of the part of the CDMoE that all domains share.
         shared_gate: whether that part is gated (SwiGLU), by a third matrix.
         parallel_experts: whether the experts are beside the shared part, both of them reading the layer's input and
@@ -127,7 +130,9 @@ class DogeConfig(PreTrainedConfig):
     inner_value_init: str = "identity"
     qk_norm: bool = False
     key_shift: bool = False
+    attention_shift: bool = False
     feed_forward_shift: bool = False
+    dense_skips: bool = False
     cross_domain_intermediate_size: int = 1024
     shared_gate: bool = False
     parallel_experts: bool = False
@@ -154,7 +159,7 @@ class DogeConfig(PreTrainedConfig):
     @property
     def number_of_conv_states(self) -> int:
         """How many inputs of its newest token a layer keeps in a cache, one for each shift (transformers' name)."""
-        return self.key_shift + self.feed_forward_shift
+        return self.key_shift + self.attention_shift + self.feed_forward_shift
 
     @property
     def layer_types(self) -> list[str]:

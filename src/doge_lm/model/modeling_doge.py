@@ -15,7 +15,7 @@ Weights are meant to be in float32 and the computation in bfloat16 by autocast; 
 computed in float32 (in float64 for a float64 model).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -432,7 +432,7 @@ class DogeCDMoE(DogeSharedPart):
 class DogeDecoderLayer(GradientCheckpointingLayer):
     """x += attn(RMSNorm(x)); x += feed_forward(RMSNorm(x)), with dropout on both branches.
 
-    With `feed_forward_shift` the feed-forward's input sees the token before (`TokenShift`).
+    With `attention_shift` and `feed_forward_shift` the inputs of these see the token before (`TokenShift`).
     """
 
     def __init__(self, config: DogeConfig, layer_idx: int):
@@ -443,8 +443,11 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         self.in_ff_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.feed_forward = DogeCDMoE(config) if config.num_cdmmoe_experts else DogeSharedPart(config)
         self.layer_idx = layer_idx
-        self.state_idx = int(config.key_shift)  # behind the key, if the cache keeps that
-        self.ff_shift = TokenShift(config.hidden_size, config.hidden_size, 0.5) if config.feed_forward_shift else None
+        self.attn_state_idx = int(config.key_shift)  # behind the key, if the cache keeps that
+        self.ff_state_idx = self.attn_state_idx + config.attention_shift
+        d = config.hidden_size
+        self.attn_shift = TokenShift(d, d, 0.5) if config.attention_shift else None
+        self.ff_shift = TokenShift(d, d, 0.5) if config.feed_forward_shift else None
 
     def forward(
         self,
@@ -465,15 +468,20 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         """
         if normed is None:
             normed = self.in_attn_layernorm(hidden_states)
+        normed = self._shifted(normed, self.attn_shift, before, self.attn_state_idx)
         branch, _ = self.attn(normed, before=before, **kwargs)
         hidden_states, normed = add_norm(hidden_states, self._dropout(branch), self.in_ff_layernorm)
-        if self.ff_shift is not None:
-            assert before is not None
-            normed = self.ff_shift(normed, before.of(normed, self.layer_idx, self.state_idx))
+        normed = self._shifted(normed, self.ff_shift, before, self.ff_state_idx)
         branch = self._dropout(self.feed_forward(normed))
         if next_norm is not None and adds_and_norms(hidden_states, branch, next_norm):
             return add_norm(hidden_states, branch, next_norm)
         return hidden_states + branch
+
+    def _shifted(self, normed: Tensor, shift: TokenShift | None, before: TokensBefore | None, state_idx: int) -> Tensor:
+        if shift is None:
+            return normed
+        assert before is not None
+        return shift(normed, before.of(normed, self.layer_idx, state_idx))
 
     def _dropout(self, branch: Tensor) -> Tensor:
         return nn.functional.dropout(branch, p=self.hidden_dropout, training=self.training)
@@ -531,6 +539,8 @@ class DogePreTrainedModel(PreTrainedModel):
             init.normal_(module.up_embed.weight, std=self._std(module.up_embed.embedding_dim))
         elif isinstance(module, TokenShift):
             init.copy_(module.shares, module.initial_shares())
+        elif isinstance(module, DenseSkips):
+            init.zeros_(module.gains)
         elif isinstance(module, DogeRotaryEmbedding):
             # Not in checkpoints, so they must be made again after loading onto the meta device.
             inv_freq, module.attention_scaling = module.initial_frequencies()
@@ -559,6 +569,26 @@ class TokenEmbedding(nn.Embedding):
         return x_BTd if self.embed_scale == 1 else x_BTd * self.embed_scale
 
 
+class DenseSkips(nn.Module):
+    """What a layer is given of the layers before it: x_l + Σ_{j<l} g_lj ⊙ x_j, with learned gains g_lj (d,) from 0.
+
+    x_0 is the token's embedding and x_j the output of layer j - 1. DenseFormer (arXiv 2402.02622, section 3) has one
+    number in the place of each g_lj. The gains are the model's and not its layers', as shards of a model are by layer.
+    """
+
+    def __init__(self, layers: int, size: int) -> None:
+        super().__init__()
+        self.gains = nn.Parameter(torch.empty(layers * (layers - 1) // 2, size))  # of layer 1, of layer 2, and so on
+
+    def forward(self, outputs_BTd: Sequence[Tensor]) -> Tensor:
+        """The input of the next layer, from x_0 to x_l, (B, T, d) each."""
+        *earlier, x_BTd = outputs_BTd
+        begin = len(earlier) * (len(earlier) - 1) // 2
+        for output_BTd, gains_d in zip(earlier, self.gains[begin : begin + len(earlier)], strict=True):
+            x_BTd = x_BTd + gains_d.to(x_BTd.dtype) * output_BTd
+        return x_BTd
+
+
 class DogeModel(DogePreTrainedModel):
     """The decoder without a head: token ids to hidden states after the final norm."""
 
@@ -569,6 +599,9 @@ class DogeModel(DogePreTrainedModel):
         self.word_embed = TokenEmbedding(config.vocab_size, config.hidden_size, config.embedding_multiplier)
         self.rotary_emb = DogeRotaryEmbedding(config)
         self.layers = nn.ModuleList(DogeDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.skips = None
+        if config.dense_skips and config.num_hidden_layers > 1:
+            self.skips = DenseSkips(config.num_hidden_layers, config.hidden_size)
         self.final_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -632,8 +665,11 @@ class DogeModel(DogePreTrainedModel):
             start = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(x_BTd.shape[1], device=x_BTd.device) + start).unsqueeze(0)
         position_embeddings = self.rotary_emb(x_BTd, position_ids)
-        normed_BTd = None
+        normed_BTd, outputs_BTd = None, []
         for layer, next_norm in zip(self.layers, self._next_norms(), strict=True):
+            if self.skips is not None:
+                outputs_BTd.append(x_BTd)
+                x_BTd = self.skips(outputs_BTd)
             result = layer(
                 x_BTd,
                 normed=normed_BTd,
@@ -668,11 +704,11 @@ class DogeModel(DogePreTrainedModel):
     def _next_norms(self) -> list[nn.Module | None]:
         """For each layer the first norm of the next one, if it may compute that; for the last layer None.
 
-        Not with gradient checkpointing, which would keep the norm beside the sum, nor where a layer is watched or
-        changed from outside: the norm must be of what the next layer is given.
+        Not with gradient checkpointing, which would keep the norm beside the sum, nor with skips, nor where a layer is
+        watched or changed from outside: the norm must be of what the next layer is given.
         """
         norms: list[nn.Module | None] = [None] * len(self.layers)
-        if PLAIN or self._checkpoints():
+        if PLAIN or self.skips is not None or self._checkpoints():
             return norms
         for index, (layer, following) in enumerate(zip(self.layers, self.layers[1:], strict=False)):
             if type(layer) is type(following) is DogeDecoderLayer and is_unwatched(layer) and is_unwatched(following):

@@ -177,8 +177,8 @@ class NewestInputsLayer(LinearAttentionAndFullAttentionLayer):
         recorded = [state.shape[-1] for state in self.conv_states.values() if state is not None]
         if self.record_past and 0 < removed < held and recorded and removed >= min(recorded):
             raise RuntimeError(
-                f"crop({-removed}) goes behind what is recorded, the newest {min(recorded)} tokens: with key_shift or "
-                "feed_forward_shift a cache can be cropped once after each call"
+                f"crop({-removed}) goes behind what is recorded, the newest {min(recorded)} tokens: with key_shift, "
+                "attention_shift or feed_forward_shift a cache can be cropped once after each call"
             )
         super().crop(tokens_to_remove)
 
@@ -213,8 +213,9 @@ def keep_newest_inputs(cache: Cache, config: PreTrainedConfig) -> None:
                 cache.layers[index].activate_past_recording()
     if not all(_keeps_inputs(layer) for layer in cache.layers):
         raise ValueError(
-            "with key_shift or feed_forward_shift a cache must keep each layer's newest inputs too, and this one has "
-            "keys and values alone: let the model make it, or begin with an empty DynamicCache or StaticCache"
+            "with key_shift, attention_shift or feed_forward_shift a cache must keep each layer's newest inputs too, "
+            "and this one has keys and values alone: let the model make it, or begin with an empty DynamicCache or "
+            "StaticCache"
         )
 
 

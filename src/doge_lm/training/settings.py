@@ -55,7 +55,9 @@ class ModelSettings:
     inner_value_init: str = DogeConfig.inner_value_init
     qk_norm: bool = False
     key_shift: bool = False
+    attention_shift: bool = False
     feed_forward_shift: bool = False
+    dense_skips: bool = False
     cross_domain_intermediate_size: int = 1024
     shared_gate: bool = False
     parallel_experts: bool = False
