@@ -139,12 +139,12 @@ class SublayerSkipLayer(DogeDecoderLayer):
         kwargs.pop("normed"), kwargs.pop("next_norm")
         x_BTd = self._mixed(hidden_states, self.gains_of_attention)
         inputs_BTd = self._shifted(self.in_attn_layernorm(x_BTd), self.attn_shift, before, self.attn_state_idx)
-        x_BTd = x_BTd + self.attn(inputs_BTd, before=before, **kwargs)[0]
+        x_BTd = x_BTd + self._dropout(self.attn(inputs_BTd, before=before, **kwargs)[0])
         x_BTd = self._mixed(x_BTd, self.gains_of_feed_forward)
         inputs_BTd = self._shifted(self.in_ff_layernorm(x_BTd), self.ff_shift, before, self.ff_state_idx)
         if self.is_last:
             self.outputs.clear()
-        return x_BTd + self.feed_forward(inputs_BTd)
+        return x_BTd + self._dropout(self.feed_forward(inputs_BTd))
 
     def _mixed(self, x_BTd: Tensor, gains: nn.ParameterList) -> Tensor:
         given_BTd = x_BTd

@@ -240,6 +240,20 @@ def test_norms_that_are_more_than_gains_are_called(monkeypatch: pytest.MonkeyPat
     assert relative_error(model(ids, use_cache=False).logits, expected) < 1e-4
 
 
+def test_skips_of_a_model_in_bfloat16_are_rounded_once() -> None:
+    skips = modeling_doge.DenseSkips(layers=25, size=64)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        skips.gains.normal_(generator=generator)
+    skips.bfloat16()
+    outputs = [torch.randn(2, 5, 64, generator=generator).bfloat16() for _ in range(25)]
+    gains = skips.gains[-24:].double()
+    expected = outputs[-1] + sum(g * x for g, x in zip(gains, outputs, strict=False))  # type: ignore[operator]
+    found = skips(outputs)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected.bfloat16())
+
+
 def test_autocast_leaves_the_type_of_the_products() -> None:
     """A norm with gains in float32 must not make queries wider than values, or attention takes another kernel."""
     model = tiny_model(qk_norm=True)

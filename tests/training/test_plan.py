@@ -182,6 +182,19 @@ def test_checkpointing_and_compiling_lower_the_estimate():
     assert plan_of(settings, GPU).memory.activations < plain.activations / 4
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_skips_keep_an_output_of_each_layer_in_float32(compiled, checkpointing):
+    """Also where layers run again in the backward pass: the gradient of the gains is of the whole run."""
+    settings = load_settings("doge_80M", ["per_device_train_batch_size=8", f"gradient_checkpointing={checkpointing}"])
+    before = plan_of(settings, GPU, compiled=compiled).memory.activations
+    settings.model.dense_skips = True
+    added = plan_of(settings, GPU, compiled=compiled).memory.activations - before
+    layers, d, tokens = settings.model.num_hidden_layers, settings.model.hidden_size, 8 * settings.train.sequence_length
+    assert added in (4 * layers * d * tokens, 4 * (layers + 1) * d * tokens)  # one layer's more while it runs again
+    assert (added == 4 * layers * d * tokens) != checkpointing
+
+
 def test_data_smaller_than_the_plan_makes_epochs_shorter_and_says_so():
     plan = plan_of(make_settings(), rows=37)  # an epoch of 6 steps of 8 wants 48
     assert (plan.steps_per_epoch, plan.total_steps) == (4, 8)

@@ -81,8 +81,8 @@ class DogeConfig(PreTrainedConfig):
         key_shift: whether keys are mixed with those of the token before, by learned shares of each feature.
         attention_shift: whether the input of attention is.
         feed_forward_shift: whether the input of the feed-forward is.
-        dense_skips: whether the input of a layer has those of all layers before it added, by learned gains of each
-            feature.
+        dense_skips: whether the embedding and the outputs of all earlier layers are added to the input of a layer, by
+            learned gains of each feature.
         cross_domain_intermediate_size: hidden width of the part of the CDMoE that all domains share.
         shared_gate: whether that part is gated (SwiGLU), by a third matrix.
         parallel_experts: whether the experts are beside the shared part, both of them reading the layer's input and

@@ -584,9 +584,11 @@ class DenseSkips(nn.Module):
         """The input of the next layer, from x_0 to x_l, (B, T, d) each."""
         *earlier, x_BTd = outputs_BTd
         begin = len(earlier) * (len(earlier) - 1) // 2
+        dtype = _at_least_float32(x_BTd)  # or each term would be one more rounding
+        sum_BTd = x_BTd.to(dtype)
         for output_BTd, gains_d in zip(earlier, self.gains[begin : begin + len(earlier)], strict=True):
-            x_BTd = x_BTd + gains_d.to(x_BTd.dtype) * output_BTd
-        return x_BTd
+            sum_BTd = torch.addcmul(sum_BTd, gains_d.to(dtype), output_BTd.to(dtype))
+        return sum_BTd.to(x_BTd.dtype)
 
 
 class DogeModel(DogePreTrainedModel):

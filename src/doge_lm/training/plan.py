@@ -108,22 +108,23 @@ def estimate_memory(
     stream, the norms and the inner values are float32. With `kernels`, compiled for a GPU, norms and queries are kept
     once or not at all, the residual stream in the type of the computation, the inner values are not written out, and
     with `recompute_activation` that hidden layer is kept once. A gated shared part keeps its hidden layer three times,
-    norms of queries and keys keep what they norm, shifts what they mix, and skips what they add. For one layer at a
-    time there is its gradient too. Of the logits one chunk exists at a time (`linear_cross_entropy`), with the
-    gradients of the head's input and of its matrix.
+    norms of queries and keys keep what they norm, shifts what they mix, and skips what they add, in float32. For one
+    layer at a time there is its gradient too. Of the logits one chunk exists at a time (`linear_cross_entropy`), with
+    the gradients of the head's input and of its matrix.
     """
     tokens = micro_batch * train.sequence_length * train.ROWS
     d, e, width = config.hidden_size, config.private_expert_intermediate_size, 2 if bf16 else 4
     experts, heads = config.num_cdmmoe_experts, config.num_cdmmoe_heads
     times = 3 if config.shared_gate else 1 if kernels and train.recompute_activation else 2
     hidden = times * config.cross_domain_intermediate_size + (2 * d if config.qk_norm else 0)
-    hidden += (2 * config.key_shift + config.attention_shift + config.feed_forward_shift + config.dense_skips) * d
+    hidden += 2 * config.key_shift * d
+    shifts, skips = config.attention_shift + config.feed_forward_shift, 4 * config.dense_skips * d
     if kernels:
-        layer = width * (8 * d + hidden + e + experts)
+        layer = width * (8 * d + hidden + shifts * d + e + experts) + skips
     else:
-        layer = width * (10 * d + hidden + (1 + heads) * e + 2 * experts) + 4 * 6 * d
+        layer = width * (10 * d + hidden + (1 + heads) * e + 2 * experts) + 4 * (6 + 2 * shifts) * d + skips
     layers = config.num_hidden_layers
-    kept = layers * 4 * d + layer if train.gradient_checkpointing else layers * layer
+    kept = layers * (4 * d + skips) + layer if train.gradient_checkpointing else layers * layer
     kept += 2 * width * config.cross_domain_intermediate_size
     chunk = min(tokens * config.vocab_size, CHUNK_LOGITS)
     logits = width * (chunk + tokens * d) + 4 * config.vocab_size * d
