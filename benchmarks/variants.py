@@ -14,7 +14,14 @@ from transformers import LlamaForCausalLM
 
 from doge_lm.errors import UserError
 from doge_lm.model.cdmoe import cdmoe
-from doge_lm.model.modeling_doge import DenseSkips, DogeCDMoE, DogeDecoderLayer, DogeForCausalLM, DogeInnerFuncAttn
+from doge_lm.model.modeling_doge import (
+    DenseSkips,
+    DogeCDMoE,
+    DogeDecoderLayer,
+    DogeForCausalLM,
+    DogeInnerFuncAttn,
+    add_with_gains,
+)
 from doge_lm.model.token_shift import TokensBefore, TokenShift
 
 Change = Callable[[DogeForCausalLM], None]
@@ -106,13 +113,11 @@ class DynamicSkips(DenseSkips):
         """The input of the next layer, from x_0 to x_l, (B, T, d) each."""
         *earlier, x_BTd = outputs_BTd
         mixed_BTd = super().forward(outputs_BTd)
-        if not earlier:
+        if not earlier:  # no map either
             return mixed_BTd
         normed_BTd = nn.functional.rms_norm(x_BTd, x_BTd.shape[-1:])
         gains_BTl = nn.functional.linear(normed_BTd, self.maps[len(earlier) - 1].to(x_BTd.dtype))
-        for output_BTd, gain_BT1 in zip(earlier, gains_BTl.split(1, dim=-1), strict=True):
-            mixed_BTd = mixed_BTd + gain_BT1 * output_BTd
-        return mixed_BTd
+        return add_with_gains(mixed_BTd, earlier, gains_BTl.split(1, dim=-1))
 
 
 class GainedSkips(DenseSkips):
@@ -138,20 +143,18 @@ class SublayerSkipLayer(DogeDecoderLayer):
         """(B, T, d) to (B, T, d)."""
         kwargs.pop("normed"), kwargs.pop("next_norm")
         x_BTd = self._mixed(hidden_states, self.gains_of_attention)
-        inputs_BTd = self._shifted(self.in_attn_layernorm(x_BTd), self.attn_shift, before, self.attn_state_idx)
+        inputs_BTd = self._shifted(self.in_attn_layernorm(x_BTd), self.attn_shift, before, "attention")
         x_BTd = x_BTd + self._dropout(self.attn(inputs_BTd, before=before, **kwargs)[0])
         x_BTd = self._mixed(x_BTd, self.gains_of_feed_forward)
-        inputs_BTd = self._shifted(self.in_ff_layernorm(x_BTd), self.ff_shift, before, self.ff_state_idx)
+        inputs_BTd = self._shifted(self.in_ff_layernorm(x_BTd), self.ff_shift, before, "feed_forward")
         if self.is_last:
             self.outputs.clear()
         return x_BTd + self._dropout(self.feed_forward(inputs_BTd))
 
     def _mixed(self, x_BTd: Tensor, gains: nn.ParameterList) -> Tensor:
-        given_BTd = x_BTd
-        for output_BTd, gains_d in zip(self.outputs, gains, strict=True):
-            x_BTd = x_BTd + gains_d.to(x_BTd.dtype) * output_BTd
-        self.outputs.append(given_BTd)
-        return x_BTd
+        mixed_BTd = add_with_gains(x_BTd, self.outputs, gains)
+        self.outputs.append(x_BTd)
+        return mixed_BTd
 
 
 class ValueSkipAttn(DogeInnerFuncAttn):
@@ -162,9 +165,7 @@ class ValueSkipAttn(DogeInnerFuncAttn):
 
     def inner_values(self, x_BTd: Tensor, scores_BTn: Tensor) -> Tensor:
         """(B, T, d) to (B, T, d)."""
-        mixed_BTd = x_BTd
-        for input_BTd, gains_d in zip(self.inputs, self.value_gains, strict=True):
-            mixed_BTd = mixed_BTd + gains_d.to(x_BTd.dtype) * input_BTd
+        mixed_BTd = add_with_gains(x_BTd, self.inputs, self.value_gains)
         self.inputs.append(x_BTd)
         if self.is_last:
             self.inputs.clear()

@@ -181,8 +181,7 @@ def _cache_names(model: DogeForCausalLM) -> list[str]:
 
 def _parts(model: DogeForCausalLM) -> list[str]:
     """What is kept for each layer; the newest inputs in the order of their states."""
-    shifts = ("key", "attention", "feed_forward")
-    return ["key", "value", *(f"{name}_before" for name in shifts if getattr(model.config, f"{name}_shift"))]
+    return ["key", "value", *(f"{name}_before" for name in model.config.shifts)]
 
 
 def _example(model: DogeForCausalLM) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -157,9 +157,14 @@ class DogeConfig(PreTrainedConfig):
         self._validate_rope()
 
     @property
+    def shifts(self) -> list[str]:
+        """What is shifted, in the order in which a cache keeps the newest inputs."""
+        return [name for name in ("key", "attention", "feed_forward") if getattr(self, f"{name}_shift")]
+
+    @property
     def number_of_conv_states(self) -> int:
         """How many inputs of its newest token a layer keeps in a cache, one for each shift (transformers' name)."""
-        return self.key_shift + self.attention_shift + self.feed_forward_shift
+        return len(self.shifts)
 
     @property
     def layer_types(self) -> list[str]:

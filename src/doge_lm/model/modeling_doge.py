@@ -15,7 +15,7 @@ Weights are meant to be in float32 and the computation in bfloat16 by autocast; 
 computed in float32 (in float64 for a float64 model).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -443,11 +443,10 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         self.in_ff_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.feed_forward = DogeCDMoE(config) if config.num_cdmmoe_experts else DogeSharedPart(config)
         self.layer_idx = layer_idx
-        self.attn_state_idx = int(config.key_shift)  # behind the key, if the cache keeps that
-        self.ff_state_idx = self.attn_state_idx + config.attention_shift
-        d = config.hidden_size
-        self.attn_shift = TokenShift(d, d, 0.5) if config.attention_shift else None
-        self.ff_shift = TokenShift(d, d, 0.5) if config.feed_forward_shift else None
+        d, shifts = config.hidden_size, config.shifts
+        self.state_idx = {name: index for index, name in enumerate(shifts)}
+        self.attn_shift = TokenShift(d, d, 0.5) if "attention" in shifts else None
+        self.ff_shift = TokenShift(d, d, 0.5) if "feed_forward" in shifts else None
 
     def forward(
         self,
@@ -468,20 +467,20 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         """
         if normed is None:
             normed = self.in_attn_layernorm(hidden_states)
-        normed = self._shifted(normed, self.attn_shift, before, self.attn_state_idx)
+        normed = self._shifted(normed, self.attn_shift, before, "attention")
         branch, _ = self.attn(normed, before=before, **kwargs)
         hidden_states, normed = add_norm(hidden_states, self._dropout(branch), self.in_ff_layernorm)
-        normed = self._shifted(normed, self.ff_shift, before, self.ff_state_idx)
+        normed = self._shifted(normed, self.ff_shift, before, "feed_forward")
         branch = self._dropout(self.feed_forward(normed))
         if next_norm is not None and adds_and_norms(hidden_states, branch, next_norm):
             return add_norm(hidden_states, branch, next_norm)
         return hidden_states + branch
 
-    def _shifted(self, normed: Tensor, shift: TokenShift | None, before: TokensBefore | None, state_idx: int) -> Tensor:
+    def _shifted(self, normed: Tensor, shift: TokenShift | None, before: TokensBefore | None, name: str) -> Tensor:
         if shift is None:
             return normed
         assert before is not None
-        return shift(normed, before.of(normed, self.layer_idx, state_idx))
+        return shift(normed, before.of(normed, self.layer_idx, self.state_idx[name]))
 
     def _dropout(self, branch: Tensor) -> Tensor:
         return nn.functional.dropout(branch, p=self.hidden_dropout, training=self.training)
@@ -584,11 +583,7 @@ class DenseSkips(nn.Module):
         """The input of the next layer, from x_0 to x_l, (B, T, d) each."""
         *earlier, x_BTd = outputs_BTd
         begin = len(earlier) * (len(earlier) - 1) // 2
-        dtype = _at_least_float32(x_BTd)  # or each term would be one more rounding
-        sum_BTd = x_BTd.to(dtype)
-        for output_BTd, gains_d in zip(earlier, self.gains[begin : begin + len(earlier)], strict=True):
-            sum_BTd = torch.addcmul(sum_BTd, gains_d.to(dtype), output_BTd.to(dtype))
-        return sum_BTd.to(x_BTd.dtype)
+        return add_with_gains(x_BTd, earlier, self.gains[begin : begin + len(earlier)])
 
 
 class DogeModel(DogePreTrainedModel):
@@ -869,6 +864,15 @@ def add_norm(x_BTd: Tensor, branch_BTd: Tensor, norm: nn.Module) -> tuple[Tensor
         return sum_Md.view(x_BTd.shape), normed_Md.view(x_BTd.shape)
     x_BTd = x_BTd + branch_BTd
     return x_BTd, norm(x_BTd)
+
+
+def add_with_gains(x_BTd: Tensor, others_BTd: Sequence[Tensor], gains: Iterable[Tensor]) -> Tensor:
+    """x + Σ_j g_j ⊙ x_j, (B, T, d), with gains of each of the others, (d,) or (B, T, 1)."""
+    dtype = _at_least_float32(x_BTd)  # or each term would be one more rounding
+    sum_BTd = x_BTd.to(dtype)
+    for other_BTd, gains_d in zip(others_BTd, gains, strict=True):
+        sum_BTd = torch.addcmul(sum_BTd, gains_d.to(dtype), other_BTd.to(dtype))
+    return sum_BTd.to(x_BTd.dtype)
 
 
 def is_unwatched(module: nn.Module) -> bool:
