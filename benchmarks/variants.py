@@ -172,6 +172,40 @@ class ValueSkipAttn(DogeInnerFuncAttn):
         return super().inner_values(mixed_BTd, scores_BTn)
 
 
+class FirstValueAttn(DogeInnerFuncAttn):
+    """Values of the first layer's input to attention too: v = (x_l + g ⊙ x_0) ⊙ E[argmax s]."""
+
+    first: list[Tensor]  # (B, T, d), of the forward pass that runs; one list for all layers
+
+    def inner_values(self, x_BTd: Tensor, scores_BTn: Tensor) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        if self.layer_idx == 0:
+            self.first[:] = [x_BTd]
+            return super().inner_values(x_BTd, scores_BTn)
+        return super().inner_values(add_with_gains(x_BTd, self.first, self.value_gains), scores_BTn)
+
+
+class StreamValueAttn(DogeInnerFuncAttn):
+    """Values of what skips take: v = (RMSNorm(x_l) + Σ_{j<l} g_j ⊙ x_j) ⊙ E[argmax s]."""
+
+    outputs: list[Tensor]  # (B, T, d) each, that `StreamKept` leaves there
+
+    def inner_values(self, x_BTd: Tensor, scores_BTn: Tensor) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        return super().inner_values(add_with_gains(x_BTd, self.outputs, self.value_gains), scores_BTn)
+
+
+class StreamKept(DenseSkips):
+    """Skips that leave what they take to values."""
+
+    outputs: list[Tensor]  # (B, T, d) each; one list for all layers
+
+    def forward(self, outputs_BTd: Sequence[Tensor]) -> Tensor:
+        """The input of the next layer, from x_0 to x_l, (B, T, d) each."""
+        self.outputs[:] = outputs_BTd[:-1]
+        return super().forward(outputs_BTd)
+
+
 class GainedBranch(nn.Module):
     """What a map or a feed-forward gives, times learned gains from 1; a class to be put before theirs."""
 
@@ -247,6 +281,23 @@ def _values_of_earlier_layers(model: DogeForCausalLM) -> None:
         attention.value_gains = nn.ParameterList(torch.zeros(model.config.hidden_size) for _ in range(index))
 
 
+def _values_of_first_layer(model: DogeForCausalLM) -> None:
+    first: list[Tensor] = []
+    for index, attention in enumerate(_attentions(model)):
+        attention.__class__, attention.first = FirstValueAttn, first
+        if index:
+            attention.value_gains = nn.ParameterList([torch.zeros(model.config.hidden_size)])
+
+
+def _values_of_stream(model: DogeForCausalLM) -> None:
+    outputs: list[Tensor] = []
+    skips = _skips(model)
+    skips.__class__, skips.outputs = StreamKept, outputs
+    for index, attention in enumerate(_attentions(model)):
+        attention.__class__, attention.outputs = StreamValueAttn, outputs
+        attention.value_gains = nn.ParameterList(torch.zeros(model.config.hidden_size) for _ in range(index))
+
+
 def _branches_gained(model: DogeForCausalLM) -> None:
     """Learned gains on what attention and the feed-forward add."""
     for layer in model.model.layers:
@@ -306,6 +357,8 @@ CHANGES: dict[str, Change] = {
     "gained_skips": _skips_gained,
     "sublayer_skips": _skips_into_feed_forwards,
     "value_skips": _values_of_earlier_layers,
+    "first_value": _values_of_first_layer,
+    "stream_values": _values_of_stream,
     "linear_value": _linear_value,
     "residual": _residual,
     "one_pool": _one_pool,
