@@ -1,11 +1,10 @@
 """Models that Doge is measured beside, built from a Doge's configuration so that they fit the project's trainer.
 
     dense             the same Doge, each CDMoE replaced by d → d_cross → d with the activation between
+    llama             a Llama of the same depth and parameters, with the mask that transformers makes
     llama_fair        a Llama of the same depth and about the same parameters, at its best settings
     published         the published mathematics in plain PyTorch, written for reading and not for speed
     transformers_doge the `doge` of transformers with its experts, of about the same parameters
-
-A plain Llama of equal parameters is `quality.build_llama`.
 
 Shapes, the one legend of this file; a tensor's name ends in its shape where it helps:
 
@@ -16,11 +15,10 @@ Shapes, the one legend of this file; a tensor's name ends in its shape where it 
 """
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from quality import llama_like
+from quality import build_llama, llama_attention, llama_like
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers import initialization as init
@@ -28,7 +26,6 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.doge.configuration_doge import DogeConfig as TransformersDogeConfig
 from transformers.models.doge.modeling_doge import DogeForCausalLM as TransformersDoge
-from transformers.models.llama import modeling_llama
 
 from doge_lm.model.cdmoe import key_table_sizes
 from doge_lm.model.configuration_doge import DogeConfig
@@ -96,29 +93,18 @@ def build_dense(config: DogeConfig, train: TrainSettings) -> PreTrainedModel:
 # Llama
 
 
-def build_llama_fair(config: DogeConfig, train: TrainSettings) -> PreTrainedModel:
-    """The Llama of `quality.llama_like` at its best: an aligned MLP, and SDPA's causal attention without a mask.
+def build_llama_as_given(config: DogeConfig, train: TrainSettings) -> PreTrainedModel:
+    """The Llama of `quality.build_llama` with the mask that transformers makes: T×T under `torch.compile`."""
+    model = build_llama(config, train)
+    model.set_attn_implementation(train.attn_implementation)
+    return model
 
-    Under `torch.compile` transformers writes out a T×T mask (it cannot know there that positions never start over),
-    and with a mask SDPA leaves the flash kernel. Batches of the trainer have no padding to the left and, without
-    `document_mask`, attend over the whole row, so none is needed; from here on this process makes none for a Llama.
-    """
+
+def build_llama_fair(config: DogeConfig, train: TrainSettings) -> PreTrainedModel:
+    """The Llama of `quality.llama_like` at its best: a well aligned MLP, and SDPA's causal attention without a mask."""
     sizes = llama_like(config)
     sizes.intermediate_size = max(1, round(sizes.intermediate_size / _ALIGNMENT)) * _ALIGNMENT
-    if not train.document_mask:
-        modeling_llama.create_causal_mask = without_mask(modeling_llama.create_causal_mask)
-    return LlamaForCausalLM._from_config(sizes, attn_implementation=train.attn_implementation, dtype=torch.float32)
-
-
-def without_mask(create_causal_mask: Callable) -> Callable:
-    """`create_causal_mask` that makes none where there is neither padding nor a cache."""
-
-    def create(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None:
-            return None
-        return create_causal_mask(*args, **kwargs)
-
-    return create
+    return LlamaForCausalLM._from_config(sizes, attn_implementation=llama_attention(train), dtype=torch.float32)
 
 
 # transformers' own Doge

@@ -29,7 +29,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from safetensors.torch import load_model
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from variants import CHANGES, LLAMA_CHANGES
 
@@ -49,6 +50,8 @@ SEQUENCE_LENGTH = 1024
 TOKENS_PER_STEP = 65536
 REPEAT_PARTS = 16  # of the copied tokens, for the loss by position
 LONGEST_NAME = 120  # of a folder; file systems refuse names over 255 bytes
+WIDTH_STEP = 8  # of fitted widths: rows that do not begin at whole 16 bytes leave the fast kernels of products
+CAUSAL = "causal_sdpa"
 PROTOCOL = {
     "learning_rate": "3e-3",
     "weight_init": "fan_in",
@@ -60,6 +63,11 @@ PROTOCOL = {
 }
 
 
+# transformers makes no mask for an implementation that has none of its own, and SDPA is then told that it is causal.
+# Under `torch.compile` its own `sdpa` writes out a T×T mask (before PyTorch 2.14), which a Doge does without.
+AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+
+
 def llama_like(config: DogeConfig, equal_work: bool = False) -> LlamaConfig:
     """A Llama of the same width and depth, its MLP as wide as brings it nearest to the same total parameters.
 
@@ -69,14 +77,14 @@ def llama_like(config: DogeConfig, equal_work: bool = False) -> LlamaConfig:
     counts = count_model(config)
     head = config.vocab_size * d
     if equal_work:
-        width = round(((counts.matmul - head) / layers - 4 * d * d) / (3 * d))
+        width = ((counts.matmul - head) / layers - 4 * d * d) / (3 * d)
     else:
         outside = (1 if config.tie_word_embeddings else 2) * head + d
-        width = round(((counts.total - outside) / layers - 4 * d * d - 2 * d) / (3 * d))
+        width = ((counts.total - outside) / layers - 4 * d * d - 2 * d) / (3 * d)
     return LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=d,
-        intermediate_size=width,
+        intermediate_size=in_steps(width),
         num_hidden_layers=layers,
         num_attention_heads=config.num_attention_heads,
         max_position_embeddings=config.max_position_embeddings,
@@ -87,6 +95,16 @@ def llama_like(config: DogeConfig, equal_work: bool = False) -> LlamaConfig:
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
     )
+
+
+def in_steps(width: float) -> int:
+    """The nearest width that the fast kernels of products take."""
+    return max(1, round(width / WIDTH_STEP)) * WIDTH_STEP
+
+
+def llama_attention(train: TrainSettings) -> str:
+    """The implementation by which a Llama attends as fast as a Doge: rows have no padding to the left."""
+    return CAUSAL if train.attn_implementation == "sdpa" and not train.document_mask else train.attn_implementation
 
 
 class Llama(LlamaForCausalLM):
@@ -106,7 +124,7 @@ def build_llama(
 ) -> PreTrainedModel:
     """The Llama beside a Doge, initialized by the same rule (`weight_init`), with changes of `variants.py`."""
     like = llama_like(config, equal_work)
-    model = Llama._from_config(like, attn_implementation=train.attn_implementation, dtype=torch.float32)
+    model = Llama._from_config(like, attn_implementation=llama_attention(train), dtype=torch.float32)
     embedding = model.get_input_embeddings()
     # In place: a second one would draw its start, and all after it would start elsewhere than in recorded rows.
     embedding.__class__, embedding.embed_scale = TokenEmbedding, config.embedding_multiplier
@@ -165,7 +183,7 @@ def parse_row(row: str) -> tuple[str, ModelBuilder, dict[str, str]]:
 
 
 def fitted_width(build: ModelBuilder, settings: Settings, total: int) -> int:
-    """The width of the shared part at which a Doge comes nearest to `total` parameters.
+    """The width of the shared part, in steps, at which a Doge comes nearest to `total` parameters.
 
     Raises:
         UserError: if the rest alone has more.
@@ -176,10 +194,10 @@ def fitted_width(build: ModelBuilder, settings: Settings, total: int) -> int:
         with torch.device("meta"):
             model = build(settings.model_config(), settings.train)
         counts.append(sum(parameter.numel() for parameter in model.parameters()))
-    width = 1 + round((total - counts[0]) / (counts[1] - counts[0]))
+    width = 1 + (total - counts[0]) / (counts[1] - counts[0])
     if width < 1:
         raise UserError(f"fit: without the shared part the model has {counts[0]} parameters, more than {total}")
-    return width
+    return in_steps(width)
 
 
 def run_row(row: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -53,12 +53,12 @@ from accelerate.utils import send_to_device
 from peers import (
     build_dense,
     build_doge,
+    build_llama_as_given,
     build_llama_fair,
     build_published,
     build_transformers_doge,
     flops_per_token,
 )
-from quality import build_llama
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -75,7 +75,7 @@ from doge_lm.training.trainer import DogeTrainer, prepare_model
 BUILDERS: dict[str, pretrain.ModelBuilder] = {
     "doge": build_doge,
     "dense": build_dense,
-    "llama": build_llama,
+    "llama": build_llama_as_given,
     "llama_fair": build_llama_fair,
     "published": build_published,
     "transformers_doge": build_transformers_doge,

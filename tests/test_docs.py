@@ -400,7 +400,7 @@ def test_the_parameters_are_listed_with_their_shapes(folder: Path, header: str, 
     page = read(folder / "architecture.md")
     published = layer_shapes(settings.model_config())
     assert listed_shapes(page.table(header), settings.model_config()) == published
-    settings.model.qk_norm = settings.model.shared_gate = True
+    settings.model.qk_norm = settings.model.shared_gate = settings.model.value_residual = True
     settings.model.key_shift = settings.model.attention_shift = settings.model.feed_forward_shift = True
     settings.model.router_queries = False
     listed = listed_shapes(page.table(with_options), settings.model_config())
@@ -430,7 +430,7 @@ def listed_shapes(rows: list[list[str]], config: DogeConfig) -> dict[str, tuple[
 def layer_shapes(config: DogeConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the parameters of a layer."""
     with torch.device("meta"):
-        layer = DogeForCausalLM(config).model.layers[0]
+        layer = DogeForCausalLM(config).model.layers[1]
     return {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
 
 

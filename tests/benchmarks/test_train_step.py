@@ -22,14 +22,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import peers  # noqa: E402
+import quality  # noqa: E402
 import train_step  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def _llama_makes_masks_again(monkeypatch):
-    """`build_llama_fair` takes the making of masks out of transformers' Llama, for the rest of its process."""
-    monkeypatch.setattr(modeling_llama, "create_causal_mask", modeling_llama.create_causal_mask)
-
 
 PRESETS = ["doge_25M", "doge_80M", "doge_450M"]
 
@@ -151,15 +145,14 @@ def test_llama_without_a_mask_has_the_same_loss(documents, monkeypatch) -> None:
         masks.append(attention_mask)
         return attend(module, query, key, value, attention_mask, **kwargs)
 
-    plain = modeling_llama.create_causal_mask
     settings = make_settings({"vocab_size": 61}, document_mask=documents)
     llama = peers.build_llama_fair(settings.model_config(), settings.train).double()
     batch = {**packed_batch(documents), "use_cache": False}  # as the trainer has it
-    monkeypatch.setitem(modeling_llama.ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", noting)
+    attention = "sdpa" if documents else quality.CAUSAL
+    monkeypatch.setitem(modeling_llama.ALL_ATTENTION_FUNCTIONS._global_mapping, attention, noting)
     loss = llama(**batch).loss
     assert all((mask is not None) == documents for mask in masks)
     assert len(masks) == 2
-    monkeypatch.setattr(modeling_llama, "create_causal_mask", plain)
     llama.set_attn_implementation("eager")  # which always writes the mask out
     assert abs(llama(**batch).loss - loss) < 1e-6  # the loss is in float32
 

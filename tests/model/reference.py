@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -142,8 +143,8 @@ class Reference:
         bias = self.state.get(f"{name}.bias")
         return y if bias is None else y + bias
 
-    def inner_value(self, prefix: str, x: Tensor) -> tuple[Tensor, int]:
-        """x ⊙ E[argmax s] of one token, and the index chosen.
+    def inner_value(self, prefix: str, x: Tensor, first: Tensor) -> tuple[Tensor, int]:
+        """x ⊙ E[argmax s] of one token, and the index chosen; (x + g ⊙ first) ⊙ E where the model has gains g.
 
         The forward value is the hard choice. The added zero `soft - soft.detach()` carries the straight-through
         gradient: that of Σ softmax(s)_i (x ⊙ E_i) with everything but s held constant.
@@ -153,20 +154,29 @@ class Reference:
         table = self.state[f"{prefix}.v_embed.weight"]
         chosen = max(range(len(scores)), key=lambda i: float(scores[i].detach()))
         shares = softmax(scores)
+        gains = self.state.get(f"{prefix}.value_gains")
+        if gains is not None:
+            x = x + gains * first
         soft = torch.zeros_like(x)
         for share, row in zip(shares, table, strict=True):
             soft = soft + share * (x * row).detach()
         return x * table[chosen] + (soft - soft.detach()), chosen
 
     def attention(
-        self, prefix: str, tokens: list[Tensor], cos: Tensor, sin: Tensor, visible: list[list[int]]
+        self,
+        prefix: str,
+        tokens: list[Tensor],
+        cos: Tensor,
+        sin: Tensor,
+        visible: list[list[int]],
+        first: list[Tensor],
     ) -> tuple[list[Tensor], list[int], Tensor]:
         """Inner Function Attention over one row; `visible[t]` lists the positions that t sees (none for padding)."""
         heads = self.sizes.attention_heads
         size = tokens[0].numel() // heads
         queries = [self.linear(f"{prefix}.q_proj", x) for x in tokens]
         keys = [self.linear(f"{prefix}.k_proj", x) for x in tokens]
-        values, choices = zip(*[self.inner_value(prefix, x) for x in tokens], strict=True)
+        values, choices = zip(*map(partial(self.inner_value, prefix), tokens, first), strict=True)
         keys = self.shifted(f"{prefix}.k_shift", keys, visible)
         queries = [self.normed_heads(f"{prefix}.q_norm", x, size) for x in queries]
         keys = [self.normed_heads(f"{prefix}.k_norm", x, size) for x in keys]
@@ -260,13 +270,15 @@ class Reference:
         tokens = [self.sizes.embedding_multiplier * self.state["model.word_embed.weight"][token] for token in ids]
         found = Output(torch.empty(0))
         outputs_before: list[list[Tensor]] = []
+        first: list[Tensor] = []
         for layer in range(self.num_layers):
             prefix = f"model.layers.{layer}"
             outputs_before.append(tokens)
             tokens = self.with_skips(layer, outputs_before)
             norm = self.state[f"{prefix}.in_attn_layernorm.weight"]
             inputs = self.shifted(f"{prefix}.attn_shift", [rms_norm(x, norm) for x in tokens], visible)
-            attended, choices, shares = self.attention(f"{prefix}.attn", inputs, cos, sin, visible)
+            first = first or inputs
+            attended, choices, shares = self.attention(f"{prefix}.attn", inputs, cos, sin, visible, first)
             tokens = [x + y for x, y in zip(tokens, attended, strict=True)]
             norm = self.state[f"{prefix}.in_ff_layernorm.weight"]
             inputs = self.shifted(f"{prefix}.ff_shift", [rms_norm(x, norm) for x in tokens], visible)

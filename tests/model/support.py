@@ -48,9 +48,12 @@ SHIFTS = {"key_shift": True, "attention_shift": True, "feed_forward_shift": True
 """With them a cache holds more than keys and values."""
 
 WITHOUT_EXPERTS = {"num_cdmmoe_experts": 0, "private_expert_intermediate_size": 24, "embedding_multiplier": 2.0}
+OVER_LAYERS = {"value_residual": True, "dense_skips": True}
 
 with_and_without_shifts = pytest.mark.parametrize(
-    "form", [{}, SHIFTS, SHIFTS | WITHOUT_EXPERTS], ids=["published", "shifts", "shifts, no experts"]
+    "form",
+    [{}, SHIFTS, SHIFTS | WITHOUT_EXPERTS | OVER_LAYERS],
+    ids=["published", "shifts", "shifts, over layers, no experts"],
 )
 
 

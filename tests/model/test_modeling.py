@@ -496,7 +496,7 @@ def test_the_cache_holds_rotated_keys_and_chosen_values() -> None:
     prefix, size = "model.layers.0.attn", TINY["hidden_size"] // TINY["num_attention_heads"]
     for t in range(6):
         x = inputs[0][0, t]
-        key, (value, _) = expected.linear(f"{prefix}.k_proj", x), expected.inner_value(prefix, x)
+        key, (value, _) = expected.linear(f"{prefix}.k_proj", x), expected.inner_value(prefix, x, x)
         for head in range(TINY["num_attention_heads"]):
             part = slice(head * size, (head + 1) * size)
             rotated = reference.rotate(key[part], cos[0, t], sin[0, t])

@@ -21,6 +21,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "key_shift": {"key_shift": True},
     "attention_shift": {"attention_shift": True},
     "feed_forward_shift": {"feed_forward_shift": True},
+    "value_residual": {"value_residual": True},
     "dense_skips": {"dense_skips": True, "num_hidden_layers": 4},
     "shared_gate": {"shared_gate": True},
     "parallel": {"parallel_experts": True, "private_expert_intermediate_size": 24},
@@ -29,11 +30,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no experts": {"num_cdmmoe_experts": 0, "private_expert_intermediate_size": 24},
     "all but shifts": {
         **{"qk_norm": True, "shared_gate": True, "parallel_experts": True, "private_expert_intermediate_size": 24},
-        **{"router_queries": False, "dense_skips": True},
+        **{"router_queries": False, "dense_skips": True, "value_residual": True},
     },
     "all": {
         **{"qk_norm": True, "shared_gate": True, "parallel_experts": True, "private_expert_intermediate_size": 24},
-        **{"router_queries": False, "dense_skips": True, "embedding_multiplier": 0.5, **SHIFTS},
+        **{"router_queries": False, "dense_skips": True, "value_residual": True, "embedding_multiplier": 0.5, **SHIFTS},
     },
     "all but experts": {
         **{"qk_norm": True, "shared_gate": True, "num_cdmmoe_experts": 0, "private_expert_intermediate_size": 24},
@@ -60,7 +61,7 @@ def test_names_and_shapes() -> None:
             f"{prefix}.feed_forward.keys": (2, 3 + 4, 24),
             f"{prefix}.feed_forward.down_embed.weight": (12, 24),
         }
-    assert found == shapes | {"model.skips.gains": (1, 24)}
+    assert found == shapes | {"model.skips.gains": (1, 24), "model.layers.1.attn.value_gains": (24,)}
 
 
 def test_biases() -> None:

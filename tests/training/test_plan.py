@@ -195,6 +195,19 @@ def test_skips_keep_an_output_of_each_layer_in_float32(compiled, checkpointing):
     assert (added == 4 * layers * d * tokens) != checkpointing
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_value_residual_keeps_an_input_and_the_sums_of_others(compiled, checkpointing):
+    """One sum at a time where layers run again in the backward pass."""
+    settings = load_settings("doge_80M", ["per_device_train_batch_size=8", f"gradient_checkpointing={checkpointing}"])
+    before = plan_of(settings, GPU, compiled=compiled).memory.activations
+    settings.model.value_residual = True
+    added = plan_of(settings, GPU, compiled=compiled).memory.activations - before
+    layers, d, tokens = settings.model.num_hidden_layers, settings.model.hidden_size, 8 * settings.train.sequence_length
+    a_sum = 2 if compiled else 4
+    assert added == (2 + a_sum if checkpointing else layers * a_sum) * d * tokens
+
+
 def test_data_smaller_than_the_plan_makes_epochs_shorter_and_says_so():
     plan = plan_of(make_settings(), rows=37)  # an epoch of 6 steps of 8 wants 48
     assert (plan.steps_per_epoch, plan.total_steps) == (4, 8)

@@ -14,8 +14,8 @@ INNER_VALUE_INITS = ("identity", "normal")
 WEIGHT_INITS = ("normal", "fan_in")
 
 _SWITCHES = (
-    *("hidden_bias", "qk_norm", "key_shift", "attention_shift", "feed_forward_shift", "dense_skips"),
-    *("shared_gate", "parallel_experts", "router_queries"),
+    *("hidden_bias", "qk_norm", "key_shift", "attention_shift", "feed_forward_shift", "value_residual"),
+    *("dense_skips", "shared_gate", "parallel_experts", "router_queries"),
 )
 _SIZES = (
     "vocab_size",
@@ -81,6 +81,8 @@ class DogeConfig(PreTrainedConfig):
         key_shift: whether keys are mixed with those of the token before, by learned shares of each feature.
         attention_shift: whether the input of attention is.
         feed_forward_shift: whether the input of the feed-forward is.
+        value_residual: whether values are made of what attention reads in the first layer too, by learned gains of
+            each feature.
         dense_skips: whether the embedding and the outputs of all earlier layers are added to the input of a layer, by
             learned gains of each feature.
         cross_domain_intermediate_size: hidden width of the part of the CDMoE that all domains share.
@@ -132,6 +134,7 @@ class DogeConfig(PreTrainedConfig):
     key_shift: bool = False
     attention_shift: bool = False
     feed_forward_shift: bool = False
+    value_residual: bool = False
     dense_skips: bool = False
     cross_domain_intermediate_size: int = 1024
     shared_gate: bool = False

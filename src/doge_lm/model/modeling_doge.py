@@ -144,7 +144,9 @@ class DogeInnerFuncAttn(nn.Module):
     the output is W_o (softmax(q kᵀ/√f + mask) v).
 
     With `qk_norm` each head's queries and keys have an RMSNorm before they are rotated; the heads share its gains. With
-    `key_shift` keys see the token before (`TokenShift`), ahead of that norm.
+    `key_shift` keys see the token before (`TokenShift`), ahead of that norm. With `value_residual` the value of
+    all layers but the first is (x + g ⊙ x_0) ⊙ E[j], where x_0 is what attention reads in the first layer, and g are
+    learned gains from 0. (In arXiv 2410.17897, section 3, it is the first layer's values that are added.)
     """
 
     folded: Tensor | None = None
@@ -171,6 +173,9 @@ class DogeInnerFuncAttn(nn.Module):
         self.k_shift = None
         if config.key_shift:
             self.k_shift = TokenShift(d, self.head_dim // 2, 1.0)  # the two features of a rotated pair start alike
+        self.value_gains = None
+        if config.value_residual and layer_idx:
+            self.value_gains = nn.Parameter(torch.empty(d))
 
     def rotated_projections(
         self, x_BTd: Tensor, cos_BTf: Tensor, sin_BTf: Tensor, before: TokensBefore | None = None
@@ -271,15 +276,21 @@ class DogeInnerFuncAttn(nn.Module):
         past_key_values: Cache | None = None,
         documents: Layout | None = None,
         before: TokensBefore | None = None,
+        first: Tensor | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, T, d) to (B, T, d), and the weights (B, h, T, S) where the backend returns them.
 
-        With `documents`, attention stays within them and there is no mask. `before` is what `key_shift` needs.
+        With `documents`, attention stays within them and there is no mask. `before` is what `key_shift` needs, and
+        `first` what `value_residual` does: x_0, (B, T, d).
         """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query_BhTf, key_BhSf, scores_BTn = self.rotated_projections(hidden_states, *position_embeddings, before)
-        value_BhSf = self.inner_values(hidden_states, scores_BTn).to(key_BhSf.dtype).view(shape).transpose(1, 2)
+        x_BTd = hidden_states
+        if self.value_gains is not None:
+            assert first is not None
+            x_BTd = add_with_gains(x_BTd, [first], [self.value_gains])
+        value_BhSf = self.inner_values(x_BTd, scores_BTn).to(key_BhSf.dtype).view(shape).transpose(1, 2)
         if past_key_values is not None:
             key_BhSf, value_BhSf = past_key_values.update(key_BhSf, value_BhSf, self.layer_idx)
         if documents is not None:
@@ -447,6 +458,7 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         self.state_idx = {name: index for index, name in enumerate(shifts)}
         self.attn_shift = TokenShift(d, d, 0.5) if "attention" in shifts else None
         self.ff_shift = TokenShift(d, d, 0.5) if "feed_forward" in shifts else None
+        self.gives_first = config.value_residual and layer_idx == 0 and config.num_hidden_layers > 1
 
     def forward(
         self,
@@ -455,12 +467,12 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         next_norm: nn.Module | None = None,
         before: TokensBefore | None = None,
         **kwargs: object,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """(B, T, d) to (B, T, d).
+    ) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None]:
+        """(B, T, d) to (B, T, d); with it `next_norm` of it, or what attention read, if one of them is given at all.
 
         Args:
             normed: what `in_attn_layernorm` makes of `hidden_states`, where the layer before has it at hand.
-            next_norm: the norm that follows this layer. Where its kernel runs, the result comes with it, as two.
+            next_norm: the norm that follows this layer; given where its kernel runs.
             before: what the shifts need, where there are any.
 
         The other keyword arguments are those of `DogeInnerFuncAttn.forward`.
@@ -468,13 +480,15 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         if normed is None:
             normed = self.in_attn_layernorm(hidden_states)
         normed = self._shifted(normed, self.attn_shift, before, "attention")
+        first = normed.to(_type_of_products(normed)) if self.gives_first else None
         branch, _ = self.attn(normed, before=before, **kwargs)
         hidden_states, normed = add_norm(hidden_states, self._dropout(branch), self.in_ff_layernorm)
         normed = self._shifted(normed, self.ff_shift, before, "feed_forward")
         branch = self._dropout(self.feed_forward(normed))
         if next_norm is not None and adds_and_norms(hidden_states, branch, next_norm):
-            return add_norm(hidden_states, branch, next_norm)
-        return hidden_states + branch
+            return *add_norm(hidden_states, branch, next_norm), first
+        hidden_states = hidden_states + branch
+        return hidden_states if first is None else (hidden_states, None, first)
 
     def _shifted(self, normed: Tensor, shift: TokenShift | None, before: TokensBefore | None, name: str) -> Tensor:
         if shift is None:
@@ -532,6 +546,8 @@ class DogePreTrainedModel(PreTrainedModel):
             init.normal_(module.v_keys, std=self._std(module.v_keys.shape[1]))
             mean = 1.0 if self.config.inner_value_init == "identity" else 0.0
             init.normal_(module.v_embed.weight, mean=mean, std=INNER_VALUE_STD)
+            if module.value_gains is not None:
+                init.zeros_(module.value_gains)
         elif isinstance(module, DogeCDMoE):
             init.normal_(module.keys, std=self._std(module.keys.shape[2]))
             init.normal_(module.down_embed.weight, std=self._std(module.down_embed.embedding_dim))
@@ -662,7 +678,7 @@ class DogeModel(DogePreTrainedModel):
             start = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(x_BTd.shape[1], device=x_BTd.device) + start).unsqueeze(0)
         position_embeddings = self.rotary_emb(x_BTd, position_ids)
-        normed_BTd, outputs_BTd = None, []
+        first_BTd, normed_BTd, outputs_BTd = None, None, []
         for layer, next_norm in zip(self.layers, self._next_norms(), strict=True):
             if self.skips is not None:
                 outputs_BTd.append(x_BTd)
@@ -678,9 +694,11 @@ class DogeModel(DogePreTrainedModel):
                 use_cache=use_cache,
                 documents=documents,
                 before=before,
+                first=first_BTd,
                 **kwargs,
             )
-            x_BTd, normed_BTd = result if isinstance(result, tuple) else (result, None)
+            x_BTd, normed_BTd, given_BTd = result if isinstance(result, tuple) else (result, None, None)
+            first_BTd = given_BTd if first_BTd is None else first_BTd
         return BaseModelOutputWithPast(last_hidden_state=self.final_layernorm(x_BTd), past_key_values=past_key_values)
 
     def _tokens_before(
@@ -720,9 +738,7 @@ class DogeModel(DogePreTrainedModel):
         """The documents of a packed batch for attention without a mask; None where the backend has its own way."""
         if self.config._attn_implementation != "sdpa":
             return None
-        device, dtype = x_BTd.device.type, x_BTd.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        dtype = _type_of_products(x_BTd)
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         given_starts = starts if isinstance(starts, Tensor) else None
         given_blocks = DocumentBlocks(**blocks) if isinstance(blocks, dict) else None
@@ -902,6 +918,12 @@ def whole_table(module: nn.Module, rows: int, device: torch.device) -> Tensor:
         assert isinstance(module.weight, Tensor)
         return module.weight
     return module(torch.arange(rows, device=device))
+
+
+def _type_of_products(x: Tensor) -> torch.dtype:
+    """The type in which matrices are multiplied with x: autocast's, where it runs."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _at_least_float32(x: Tensor) -> torch.dtype:

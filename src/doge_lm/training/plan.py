@@ -108,9 +108,10 @@ def estimate_memory(
     stream, the norms and the inner values are float32. With `kernels`, compiled for a GPU, norms and queries are kept
     once or not at all, the residual stream in the type of the computation, the inner values are not written out, and
     with `recompute_activation` that hidden layer is kept once. A gated shared part keeps its hidden layer three times,
-    norms of queries and keys keep what they norm, shifts what they mix, and skips what they add, in float32. For one
-    layer at a time there is its gradient too. Of the logits one chunk exists at a time (`linear_cross_entropy`), with
-    the gradients of the head's input and of its matrix.
+    norms of queries and keys keep what they norm, shifts what they mix, skips what they add, in float32, and a value
+    residual the first layer's input and each later one's sum with it. For one layer at a time there is its gradient
+    too. Of the logits one chunk exists at a time (`linear_cross_entropy`), with the gradients of the head's input and
+    of its matrix.
     """
     tokens = micro_batch * train.sequence_length * train.ROWS
     d, e, width = config.hidden_size, config.private_expert_intermediate_size, 2 if bf16 else 4
@@ -119,12 +120,15 @@ def estimate_memory(
     hidden = times * config.cross_domain_intermediate_size + (2 * d if config.qk_norm else 0)
     hidden += 2 * config.key_shift * d
     shifts, skips = config.attention_shift + config.feed_forward_shift, 4 * config.dense_skips * d
+    sums = config.value_residual
     if kernels:
-        layer = width * (8 * d + hidden + shifts * d + e + experts) + skips
+        layer = width * ((8 + shifts + sums) * d + hidden + e + experts) + skips
     else:
-        layer = width * (10 * d + hidden + (1 + heads) * e + 2 * experts) + 4 * (6 + 2 * shifts) * d + skips
+        layer = width * (10 * d + hidden + (1 + heads) * e + 2 * experts) + 4 * (6 + 2 * shifts + sums) * d + skips
     layers = config.num_hidden_layers
-    kept = layers * (4 * d + skips) + layer if train.gradient_checkpointing else layers * layer
+    kept = layers * layer
+    if train.gradient_checkpointing:
+        kept = layers * (4 * d + skips) + sums * width * d + layer
     kept += 2 * width * config.cross_domain_intermediate_size
     chunk = min(tokens * config.vocab_size, CHUNK_LOGITS)
     logits = width * (chunk + tokens * d) + 4 * config.vocab_size * d

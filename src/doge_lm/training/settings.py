@@ -57,6 +57,7 @@ class ModelSettings:
     key_shift: bool = False
     attention_shift: bool = False
     feed_forward_shift: bool = False
+    value_residual: bool = False
     dense_skips: bool = False
     cross_domain_intermediate_size: int = 1024
     shared_gate: bool = False
