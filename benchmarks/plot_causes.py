@@ -171,6 +171,32 @@ PANELS = (
         (
             {"none, no experts": (144,), "from the embedding": (169,)},
             {"from the embedding, experts": (178,), "from all layers": (179,)},
+            {"from all layers, d = 384": (192, 207), "gains by the token": (208,), "into feed-forwards": (209,)},
+        ),
+    ),
+    Panel(
+        "Tied, d = 384: what values are made of",
+        (
+            {"a linear map, 30M": (213,), "the input": (192, 207), "the first too": (227,), "all before": (211,)},
+            {"the input, 60M": (189, 200), "all before": (223,)},
+            {"the input, no experts, 60M": (202,), "all before": (222,)},
+        ),
+    ),
+    Panel(
+        "Tied, d = 384, 60M: recipe",
+        (
+            {"Llama, decay 0.025": (224,), "0.05": (204, 225), "0.1": (205,), "64 sequences": (206,)},
+            {"Doge, decay 0.05": (189, 200), "0.1": (201,), "64 sequences": (203,)},
+        ),
+    ),
+    Panel(
+        "Tied, d = 384, 30M: AdamW's rate of the rest",
+        (
+            {
+                "as the table": (192, 207),
+                "experts 0.1": (219,),
+                "norms, gains, values 0.1": (218,),
+            },
         ),
     ),
     Panel(
@@ -178,7 +204,13 @@ PANELS = (
         (
             {"no experts": (95,), "experts": (111,)},
             {"no experts, tied, 30M": (129,), "experts": (145,)},
-            {"no experts, skips, 30M": (180,), "256 experts": (178,), "64 experts": (181,)},
+            {
+                "no experts, skips, 30M": (180,),
+                "256 experts": (178,),
+                "64 experts": (181,),
+                "no experts, d = 384, 60M": (202,),
+                "256 experts, 60M": (189, 200),
+            },
         ),
     ),
 )

@@ -69,7 +69,7 @@ AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 
 def llama_like(config: DogeConfig, equal_work: bool = False) -> LlamaConfig:
-    """A Llama of the same width and depth, its MLP as wide as brings it nearest to the same total parameters.
+    """A Llama of the same width and depth, its MLP wide enough for the same total parameters, or a step more.
 
     With `equal_work`: to the same work a token, counted as `ModelCounts.flops_per_token` counts it.
     """
@@ -84,7 +84,7 @@ def llama_like(config: DogeConfig, equal_work: bool = False) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=d,
-        intermediate_size=in_steps(width),
+        intermediate_size=max(1, math.ceil(width / WIDTH_STEP)) * WIDTH_STEP,
         num_hidden_layers=layers,
         num_attention_heads=config.num_attention_heads,
         max_position_embeddings=config.max_position_embeddings,
@@ -95,11 +95,6 @@ def llama_like(config: DogeConfig, equal_work: bool = False) -> LlamaConfig:
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
     )
-
-
-def in_steps(width: float) -> int:
-    """The nearest width that the fast kernels of products take."""
-    return max(1, round(width / WIDTH_STEP)) * WIDTH_STEP
 
 
 def llama_attention(train: TrainSettings) -> str:
@@ -197,7 +192,7 @@ def fitted_width(build: ModelBuilder, settings: Settings, total: int) -> int:
     width = 1 + (total - counts[0]) / (counts[1] - counts[0])
     if width < 1:
         raise UserError(f"fit: without the shared part the model has {counts[0]} parameters, more than {total}")
-    return in_steps(width)
+    return max(1, round(width / WIDTH_STEP)) * WIDTH_STEP
 
 
 def run_row(row: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -28,7 +28,8 @@ def test_the_llama_has_as_many_parameters(preset: str) -> None:
     with torch.device("meta"):
         llama = quality.LlamaForCausalLM(quality.llama_like(config))
     total = count_model(config).total
-    assert abs(sum(parameter.numel() for parameter in llama.parameters()) / total - 1) < 1e-3
+    step = 8 * 3 * config.hidden_size * config.num_hidden_layers
+    assert 0 <= sum(parameter.numel() for parameter in llama.parameters()) - total < step
     assert llama.config.num_hidden_layers == config.num_hidden_layers
     assert llama.config.hidden_size == config.hidden_size
 
@@ -42,7 +43,7 @@ def test_the_llama_can_have_equal_work(preset: str) -> None:
     embedding = llama.model.embed_tokens.weight.numel()
     matrices = sum(parameter.numel() for parameter in llama.parameters() if parameter.ndim == 2) - embedding
     width = 8 * 3 * config.hidden_size * config.num_hidden_layers  # of a step
-    assert abs(matrices - count_model(config).matmul) <= width / 2
+    assert 0 <= matrices - count_model(config).matmul < width
     with pytest.raises(quality.UserError, match="equal_work is a setting of a llama"):
         quality.parse_row("doge:equal_work=true")
 
@@ -54,7 +55,7 @@ def test_tied_embeddings_leave_more_to_the_layers(architecture: str) -> None:
     settings.model.cross_domain_intermediate_size = quality.fitted_width(quality.build_doge, settings, total)
     with torch.device("meta"):
         model = quality.parse_row(architecture)[1](settings.model_config(), settings.train)
-    assert abs(sum(parameter.numel() for parameter in model.parameters()) / total - 1) < 1e-3
+    assert abs(sum(parameter.numel() for parameter in model.parameters()) / total - 1) < 3e-3  # steps of both
 
 
 @pytest.mark.parametrize(
