@@ -41,7 +41,7 @@ def flops_per_token(model: PreTrainedModel, sequence_length: int) -> int:
     """Forward and backward operations for one token, counted for any of the models as `ModelCounts` does for Doge.
 
     6 for every weight that takes part in a matrix product for this token (of the experts only those it chooses; no
-    look-ups, norms or biases), and 6·L·T·d for causal attention.
+    look-ups, norms, gains or biases), and 6·L·T·d for causal attention.
     """
     multiplied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -51,7 +51,7 @@ def flops_per_token(model: PreTrainedModel, sequence_length: int) -> int:
     for name, parameter in model.named_parameters():
         if name.endswith(EXPERT_TABLES):
             weights += _chosen_experts(config) * parameter.shape[1]
-        elif parameter.dim() > 1 and id(parameter) not in looked_up:
+        elif parameter.dim() > 1 and id(parameter) not in looked_up and not name.endswith("gains"):
             weights += parameter.numel()
     return 6 * weights + 6 * config.num_hidden_layers * sequence_length * config.hidden_size
 

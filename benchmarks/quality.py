@@ -64,7 +64,8 @@ PROTOCOL = {
 
 
 # transformers makes no mask for an implementation that has none of its own, and SDPA is then told that it is causal.
-# Under `torch.compile` its own `sdpa` writes out a T×T mask (before PyTorch 2.14), which a Doge does without.
+# Under `torch.compile` its own `sdpa` writes out a T×T mask (before PyTorch 2.14), which a Doge does without. For
+# padding to the left, and for several tokens behind a filled cache, there would have to be one: neither occurs here.
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 
@@ -72,6 +73,9 @@ def llama_like(config: DogeConfig, equal_work: bool = False) -> LlamaConfig:
     """A Llama of the same width and depth, its MLP wide enough for the same total parameters, or a step more.
 
     With `equal_work`: to the same work a token, counted as `ModelCounts.flops_per_token` counts it.
+
+    Raises:
+        UserError: if a Llama without an MLP has more.
     """
     d, layers = config.hidden_size, config.num_hidden_layers
     counts = count_model(config)
@@ -81,10 +85,12 @@ def llama_like(config: DogeConfig, equal_work: bool = False) -> LlamaConfig:
     else:
         outside = (1 if config.tie_word_embeddings else 2) * head + d
         width = ((counts.total - outside) / layers - 4 * d * d - 2 * d) / (3 * d)
+    if width <= 0:
+        raise UserError("a Llama of the same width and depth is larger without an MLP than the Doge")
     return LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=d,
-        intermediate_size=max(1, math.ceil(width / WIDTH_STEP)) * WIDTH_STEP,
+        intermediate_size=math.ceil(width / WIDTH_STEP) * WIDTH_STEP,
         num_hidden_layers=layers,
         num_attention_heads=config.num_attention_heads,
         max_position_embeddings=config.max_position_embeddings,

@@ -48,6 +48,16 @@ def test_the_llama_can_have_equal_work(preset: str) -> None:
         quality.parse_row("doge:equal_work=true")
 
 
+def test_a_llama_that_would_be_larger_is_refused() -> None:
+    sizes = {
+        "hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 128,
+        "inner_values_retrieval_size": 4, "cross_domain_intermediate_size": 4, "private_expert_intermediate_size": 64,
+        "num_cdmmoe_experts": 0,
+    }  # fmt: skip
+    with pytest.raises(quality.UserError, match="larger without an MLP than the Doge"):
+        quality.llama_like(make_settings(sizes).model_config())
+
+
 @pytest.mark.parametrize("architecture", ["doge", "llama"])
 def test_tied_embeddings_leave_more_to_the_layers(architecture: str) -> None:
     settings = load_settings("doge_25M", ["tie_word_embeddings=true"])

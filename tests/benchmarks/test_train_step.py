@@ -84,9 +84,10 @@ def test_published_starts_from_the_weights_of_a_doge() -> None:
         assert torch.equal(weight, doge.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("options", [[], ["dense_skips=true", "value_residual=true", "key_shift=true", "qk_norm=true"]])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_work_is_counted_as_the_plan_counts_it(preset) -> None:
-    config = load_settings(preset).model_config()
+def test_work_is_counted_as_the_plan_counts_it(preset, options) -> None:
+    config = load_settings(preset, options).model_config()
     with torch.device("meta"):
         model = DogeForCausalLM(config)
     assert peers.flops_per_token(model, 2048) == count_model(config).flops_per_token(2048)

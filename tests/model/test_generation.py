@@ -324,11 +324,12 @@ def test_hidden_states_pass_gradients() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradient_checkpointing_changes_nothing(reentrant: bool, dropout: float) -> None:
+@with_and_without_shifts
+def test_gradient_checkpointing_changes_nothing(form: dict[str, bool], reentrant: bool, dropout: float) -> None:
     ids = random_ids(2, 8)
     results = []
     for checkpointing in (False, True):
-        model = tiny_model(hidden_dropout=dropout, dtype=torch.float64).train()
+        model = tiny_model(hidden_dropout=dropout, dtype=torch.float64, num_hidden_layers=3, **form).train()
         runs = [0]
         model.model.layers[0].attn.register_forward_hook(lambda *_, runs=runs: runs.__setitem__(0, runs[0] + 1))
         if checkpointing:

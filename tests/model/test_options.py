@@ -241,6 +241,13 @@ def test_norms_that_are_more_than_gains_are_called(monkeypatch: pytest.MonkeyPat
     assert relative_error(model(ids, use_cache=False).logits, expected) < 1e-4
 
 
+def test_a_first_layer_whose_input_is_lost_is_named() -> None:
+    model = tiny_model(value_residual=True)
+    model.model.layers[0].register_forward_hook(lambda module, args, out: out[0])
+    with pytest.raises(ValueError, match="value_residual needs what attention reads in the first layer"):
+        model(random_ids(1, 5))
+
+
 def test_skips_of_a_model_in_bfloat16_are_rounded_once() -> None:
     skips = modeling_doge.DenseSkips(layers=25, size=64)
     generator = torch.Generator().manual_seed(0)

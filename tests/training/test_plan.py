@@ -66,6 +66,14 @@ def test_parameters_and_work_counted_by_hand():
     assert counts.flops_per_token(32) == 6 * counts.matmul + 6 * 2 * 32 * d
 
 
+def test_gains_and_shares_are_not_multiplied_as_matrices_are():
+    options = ["qk_norm", "key_shift", "attention_shift", "feed_forward_shift", "value_residual", "dense_skips"]
+    plain = count_model(make_settings().model_config())
+    counts = count_model(make_settings(dict.fromkeys(options, True)).model_config())
+    assert counts.total > plain.total
+    assert counts.matmul == plain.matmul
+
+
 def test_a_tied_embedding_is_counted_once_and_multiplied():
     config = make_settings({"tie_word_embeddings": True}).model_config()
     tied, untied = count_model(config), count_model(make_settings().model_config())

@@ -288,7 +288,11 @@ class DogeInnerFuncAttn(nn.Module):
         query_BhTf, key_BhSf, scores_BTn = self.rotated_projections(hidden_states, *position_embeddings, before)
         x_BTd = hidden_states
         if self.value_gains is not None:
-            assert first is not None
+            if first is None:
+                raise ValueError(
+                    "value_residual needs what attention reads in the first layer, which that layer returns beside its "
+                    "hidden states: it was removed, or a hook left the hidden states alone"
+                )
             x_BTd = add_with_gains(x_BTd, [first], [self.value_gains])
         value_BhSf = self.inner_values(x_BTd, scores_BTn).to(key_BhSf.dtype).view(shape).transpose(1, 2)
         if past_key_values is not None:
@@ -463,6 +467,7 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
+        first: Tensor | None = None,
         normed: Tensor | None = None,
         next_norm: nn.Module | None = None,
         before: TokensBefore | None = None,
@@ -471,6 +476,7 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         """(B, T, d) to (B, T, d); with it `next_norm` of it, or what attention read, if one of them is given at all.
 
         Args:
+            first: what attention read in the first layer, (B, T, d), where values are made of it.
             normed: what `in_attn_layernorm` makes of `hidden_states`, where the layer before has it at hand.
             next_norm: the norm that follows this layer; given where its kernel runs.
             before: what the shifts need, where there are any.
@@ -480,15 +486,15 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         if normed is None:
             normed = self.in_attn_layernorm(hidden_states)
         normed = self._shifted(normed, self.attn_shift, before, "attention")
-        first = normed.to(_type_of_products(normed)) if self.gives_first else None
-        branch, _ = self.attn(normed, before=before, **kwargs)
+        given = normed.to(_type_of_products(normed)) if self.gives_first else None
+        branch, _ = self.attn(normed, before=before, first=first, **kwargs)
         hidden_states, normed = add_norm(hidden_states, self._dropout(branch), self.in_ff_layernorm)
         normed = self._shifted(normed, self.ff_shift, before, "feed_forward")
         branch = self._dropout(self.feed_forward(normed))
         if next_norm is not None and adds_and_norms(hidden_states, branch, next_norm):
-            return *add_norm(hidden_states, branch, next_norm), first
+            return *add_norm(hidden_states, branch, next_norm), given
         hidden_states = hidden_states + branch
-        return hidden_states if first is None else (hidden_states, None, first)
+        return hidden_states if given is None else (hidden_states, None, given)
 
     def _shifted(self, normed: Tensor, shift: TokenShift | None, before: TokensBefore | None, name: str) -> Tensor:
         if shift is None:
@@ -685,6 +691,7 @@ class DogeModel(DogePreTrainedModel):
                 x_BTd = self.skips(outputs_BTd)
             result = layer(
                 x_BTd,
+                first_BTd,  # by its place: what needs a gradient must be so where a checkpointed layer is reentrant
                 normed=normed_BTd,
                 next_norm=next_norm,
                 position_embeddings=position_embeddings,
@@ -694,7 +701,6 @@ class DogeModel(DogePreTrainedModel):
                 use_cache=use_cache,
                 documents=documents,
                 before=before,
-                first=first_BTd,
                 **kwargs,
             )
             x_BTd, normed_BTd, given_BTd = result if isinstance(result, tuple) else (result, None, None)

@@ -73,7 +73,7 @@ def count_model(config: DogeConfig) -> ModelCounts:
         total += size
         if name.endswith(EXPERT_TABLES):
             idle += size - chosen * parameter.shape[1]
-        elif name.endswith(("norm.weight", ".bias", ".shares", ".gains")) or any(each in name for each in looked_up):
+        elif name.endswith(("norm.weight", ".bias", ".shares", "gains")) or any(each in name for each in looked_up):
             not_multiplied += size
         elif name in maps:
             hidden += size
@@ -120,7 +120,7 @@ def estimate_memory(
     hidden = times * config.cross_domain_intermediate_size + (2 * d if config.qk_norm else 0)
     hidden += 2 * config.key_shift * d
     shifts, skips = config.attention_shift + config.feed_forward_shift, 4 * config.dense_skips * d
-    sums = config.value_residual
+    sums = config.value_residual and config.num_hidden_layers > 1
     if kernels:
         layer = width * ((8 + shifts + sums) * d + hidden + e + experts) + skips
     else:
