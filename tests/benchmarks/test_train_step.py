@@ -158,6 +158,13 @@ def test_llama_without_a_mask_has_the_same_loss(documents, monkeypatch) -> None:
     assert abs(llama(**batch).loss - loss) < 1e-6  # the loss is in float32
 
 
+def test_one_llama_has_the_mask_that_transformers_makes() -> None:
+    settings = make_settings({"vocab_size": 61}, document_mask=False)
+    builders = (train_step.BUILDERS["llama"], quality.build_llama, peers.build_llama_fair)
+    found = [build(settings.model_config(), settings.train).config._attn_implementation for build in builders]
+    assert found == ["sdpa", quality.CAUSAL, quality.CAUSAL]
+
+
 def test_llama_compiles_without_a_mask() -> None:
     """A mask of T×T in the graph, or a break of it, would cost the peer its flash kernel."""
     calls = []

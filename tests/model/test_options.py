@@ -262,6 +262,14 @@ def test_skips_of_a_model_in_bfloat16_are_rounded_once() -> None:
     assert torch.equal(found, expected.bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_type_of_products_is_that_of_a_product(dtype: torch.dtype) -> None:
+    x = torch.ones(2, 2, dtype=dtype)
+    assert cdmoe.type_of_products(x) == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cdmoe.type_of_products(x) == (x @ x).dtype
+
+
 def test_autocast_leaves_the_type_of_the_products() -> None:
     """A norm with gains in float32 must not make queries wider than values, or attention takes another kernel."""
     model = tiny_model(qk_norm=True)

@@ -194,26 +194,27 @@ def test_checkpointing_and_compiling_lower_the_estimate():
 @pytest.mark.parametrize("compiled", [False, True])
 def test_skips_keep_an_output_of_each_layer_in_float32(compiled, checkpointing):
     """Also where layers run again in the backward pass: the gradient of the gains is of the whole run."""
-    settings = load_settings("doge_80M", ["per_device_train_batch_size=8", f"gradient_checkpointing={checkpointing}"])
-    before = plan_of(settings, GPU, compiled=compiled).memory.activations
-    settings.model.dense_skips = True
-    added = plan_of(settings, GPU, compiled=compiled).memory.activations - before
-    layers, d, tokens = settings.model.num_hidden_layers, settings.model.hidden_size, 8 * settings.train.sequence_length
-    assert added in (4 * layers * d * tokens, 4 * (layers + 1) * d * tokens)  # one layer's more while it runs again
-    assert (added == 4 * layers * d * tokens) != checkpointing
+    layers, added = activations_added_by("dense_skips", compiled, checkpointing)
+    assert added == 4 * (layers + checkpointing)  # one layer's more while it runs again
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_value_residual_keeps_an_input_and_the_sums_of_others(compiled, checkpointing):
     """One sum at a time where layers run again in the backward pass."""
+    layers, added = activations_added_by("value_residual", compiled, checkpointing)
+    a_sum = 2 if compiled else 4
+    assert added == (2 + a_sum if checkpointing else layers * a_sum)
+
+
+def activations_added_by(option, compiled, checkpointing):
+    """The layers of a model, and the bytes of each token and feature that the option adds to what is kept."""
     settings = load_settings("doge_80M", ["per_device_train_batch_size=8", f"gradient_checkpointing={checkpointing}"])
     before = plan_of(settings, GPU, compiled=compiled).memory.activations
-    settings.model.value_residual = True
+    setattr(settings.model, option, True)
     added = plan_of(settings, GPU, compiled=compiled).memory.activations - before
-    layers, d, tokens = settings.model.num_hidden_layers, settings.model.hidden_size, 8 * settings.train.sequence_length
-    a_sum = 2 if compiled else 4
-    assert added == (2 + a_sum if checkpointing else layers * a_sum) * d * tokens
+    numbers = 8 * settings.train.sequence_length * settings.model.hidden_size
+    return settings.model.num_hidden_layers, added / numbers
 
 
 def test_data_smaller_than_the_plan_makes_epochs_shorter_and_says_so():

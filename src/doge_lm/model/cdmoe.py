@@ -235,9 +235,15 @@ def _sparse(
         raise ValueError(
             'the path "sparse" needs Triton, a GPU, float32 or less, and no DOGE_LM_PLAIN; "auto" runs everywhere'
         )
-    device = c_Me.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else c_Me.dtype
+    dtype = type_of_products(c_Me)
     return experts_output(c_Me.to(dtype), weights_MK, experts_MK, down_embed, up_embed, act, dtype)
+
+
+def type_of_products(x: Tensor) -> torch.dtype:
+    """The type in which matrices are multiplied with x: autocast's, where it runs; it leaves float64 alone."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 _PATHS = {"gather": _gather, "dense": _dense, "sparse": _sparse}

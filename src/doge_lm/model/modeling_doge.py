@@ -41,6 +41,7 @@ from .cdmoe import (
     merged_cdmoe,
     merges,
     product_topk,
+    type_of_products,
 )
 from .configuration_doge import DogeConfig
 from .document_attention import DocumentBlocks, Layout, document_attention, document_layout
@@ -486,7 +487,7 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         if normed is None:
             normed = self.in_attn_layernorm(hidden_states)
         normed = self._shifted(normed, self.attn_shift, before, "attention")
-        given = normed.to(_type_of_products(normed)) if self.gives_first else None
+        given = normed.to(type_of_products(normed)) if self.gives_first else None
         branch, _ = self.attn(normed, before=before, first=first, **kwargs)
         hidden_states, normed = add_norm(hidden_states, self._dropout(branch), self.in_ff_layernorm)
         normed = self._shifted(normed, self.ff_shift, before, "feed_forward")
@@ -744,7 +745,7 @@ class DogeModel(DogePreTrainedModel):
         """The documents of a packed batch for attention without a mask; None where the backend has its own way."""
         if self.config._attn_implementation != "sdpa":
             return None
-        dtype = _type_of_products(x_BTd)
+        dtype = type_of_products(x_BTd)
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         given_starts = starts if isinstance(starts, Tensor) else None
         given_blocks = DocumentBlocks(**blocks) if isinstance(blocks, dict) else None
@@ -889,7 +890,7 @@ def add_norm(x_BTd: Tensor, branch_BTd: Tensor, norm: nn.Module) -> tuple[Tensor
 
 
 def add_with_gains(x_BTd: Tensor, others_BTd: Sequence[Tensor], gains: Iterable[Tensor]) -> Tensor:
-    """x + Σ_j g_j ⊙ x_j, (B, T, d), with gains of each of the others, (d,) or (B, T, 1)."""
+    """x + Σ_j g_j ⊙ x_j, (B, T, d), with gains g_j (d,) of each of the others."""
     dtype = _at_least_float32(x_BTd)  # or each term would be one more rounding
     sum_BTd = x_BTd.to(dtype)
     for other_BTd, gains_d in zip(others_BTd, gains, strict=True):
@@ -924,12 +925,6 @@ def whole_table(module: nn.Module, rows: int, device: torch.device) -> Tensor:
         assert isinstance(module.weight, Tensor)
         return module.weight
     return module(torch.arange(rows, device=device))
-
-
-def _type_of_products(x: Tensor) -> torch.dtype:
-    """The type in which matrices are multiplied with x: autocast's, where it runs."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _at_least_float32(x: Tensor) -> torch.dtype:
