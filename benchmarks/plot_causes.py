@@ -200,6 +200,13 @@ PANELS = (
         ),
     ),
     Panel(
+        "Tied, d = 384: the best of both, weight decay",
+        (
+            {"Llama, 60M 0.05": (230, 231, 232), "300M 0.05": (274,), "300M 0.1": (279,)},
+            {"Doge, no experts, 60M 0.05": (233, 234, 235), "300M 0.05": (275,), "300M 0.1": (280,)},
+        ),
+    ),
+    Panel(
         "What two of 256 experts cost, with Muon",
         (
             {"no experts": (95,), "experts": (111,)},
