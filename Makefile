@@ -15,10 +15,11 @@ export PYTEST_ADDOPTS ?= --numprocesses=auto --dist=loadscope --no-loadscope-reo
 
 install: $(INSTALLED)
 
+# Python compiles a module when it is first imported, and most of these modules never are.
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo 'Installing PyTorch and the other packages into $(VENV); this can take some minutes.'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $(INSTALLED)
 
 demo: $(INSTALLED)

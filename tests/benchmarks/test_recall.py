@@ -99,7 +99,7 @@ def test_a_small_run_writes_its_rows_and_learns(tmp_path: Path) -> None:
     models = ["doge:qk_norm=true,key_shift=true", "llama@qk_norm"]
     command = [
         *(sys.executable, str(ROOT / "benchmarks" / "recall.py"), "--output_dir", str(tmp_path)),
-        *("--tasks", "16x2", "16x4", "--rates", "1e-2", "--steps", "60", "--tokens", "1024", "--hidden_size", "32"),
+        *("--tasks", "16x2", "16x4", "--rates", "3e-2", "--steps", "60", "--tokens", "512", "--hidden_size", "32"),
         *models,
     ]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False, timeout=600)

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="there is no Triton for this machine")
 from doge_lm.model import cdmoe_triton
 from doge_lm.model.cdmoe import cdmoe
 from doge_lm.model.cdmoe_triton import bag, dots, pick, scatter, scatter_and_dots, sort_assignments, spread
+from tests.conftest import ALL
 
 from .support import relative_error
 
@@ -31,6 +32,10 @@ SIZES = [
     (70, 4, 12, 20),
     (12, 20, 50, 130),
 ]
+# Which rows are taken, and the type they have: the order of sums depends on the former alone.
+PRODUCTS = [(kind, torch.float32) for kind in ("any", "one", "hot")] + [("hot", torch.bfloat16)]
+if ALL:
+    PRODUCTS += [("any", torch.bfloat16), ("one", torch.bfloat16)]
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +61,7 @@ def indices(m: int, k: int, n: int, kind: str, seed: int) -> Tensor:
     return index.to(DEVICE)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kind", ["any", "one", "hot"])
+@pytest.mark.parametrize(("kind", "dtype"), PRODUCTS, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
 def test_the_products_are_those_of_plain_indexing(sizes: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
     m, k, n, f = sizes
@@ -242,8 +246,7 @@ def test_autocast_gives_its_type() -> None:
     assert relative_error(found, expected) <= 1e-2
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kind", ["any", "one", "hot"])
+@pytest.mark.parametrize(("kind", "dtype"), PRODUCTS, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
 def test_values_are_spread_and_picked(sizes: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
     m, k, n, _ = sizes

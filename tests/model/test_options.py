@@ -12,6 +12,7 @@ from torch import Tensor
 from doge_lm import DogeForCausalLM
 from doge_lm.inference.decoding import Decoder, Sampling
 from doge_lm.model import cdmoe, linear_cross_entropy, modeling_doge
+from tests.conftest import ALL
 
 from .support import SHIFTS, TINY, random_ids, reference_of, relative_error, tiny_config, tiny_model
 
@@ -42,6 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 each_option = pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS)
+TOGETHER = [name for name in OPTIONS if ALL or name.startswith("all")]  # what takes ten seconds; has every option
 
 
 def test_names_and_shapes() -> None:
@@ -168,7 +170,7 @@ def test_saving_and_loading(changes: dict[str, Any], tmp_path: Path) -> None:
         assert torch.equal(model(ids).logits, loaded(ids).logits)
 
 
-@each_option
+@pytest.mark.parametrize("changes", [OPTIONS[name] for name in TOGETHER], ids=TOGETHER)
 def test_compiled_and_put_together_as_plain(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()  # each option compiles the same code again, and PyTorch counts how often
     model = tiny_model(dtype=torch.float64, **changes).train()
