@@ -4,7 +4,8 @@
         --dataset_path DIR --tokenizer_path DIR --micro_batch 64
 
 ROWS.txt has a RUN a line, in the order in which they begin; `#` opens a comment. What stands behind `--` is handed on.
-Each row runs in a process of its own, and its number, from --first on, names its folder under OUT. OUT/rows.jsonl has a
+Each row runs in a process of its own, and its number, from --first on, names its folder under OUT. `--only 279 280`
+runs these alone. OUT/rows.jsonl has a
 line a row in the form of `benchmarks/results`: the figures of `quality.py`, or `unfinished`, with the curve up to there
 and the end of what the process wrote. Speeds mean nothing where rows share a device.
 """
@@ -84,10 +85,25 @@ def stop(_signal: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def run_all(rows: list[str], first: int, processes: int, folder: Path, seconds: float, handed_on: list[str]) -> None:
+def numbered(rows: list[str], first: int, only: list[int] | None) -> dict[int, str]:
+    """The rows by their numbers, or those of them that are asked for.
+
+    Raises:
+        UserError: for a number that no row has.
+    """
+    known = dict(enumerate(rows, first))
+    if only is None:
+        return known
+    for number in only:
+        if number not in known:
+            raise UserError(f"--only {number}: the rows are {first} to {max(known)}")
+    return {number: row for number, row in known.items() if number in only}
+
+
+def run_all(rows: dict[int, str], processes: int, folder: Path, seconds: float, handed_on: list[str]) -> None:
     """Run the rows, so many at a time; what runs when the time is over is killed, what waits does not begin."""
     end = time.monotonic() + seconds
-    waiting = list(enumerate(rows, first))
+    waiting = list(rows.items())
     running: list[Started] = []
     try:
         while (waiting or running) and time.monotonic() < end:
@@ -132,6 +148,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, metavar="ROWS.txt")
     parser.add_argument("--first", type=int, required=True, help="the number of the first row")
+    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="rows to run, by number (default: all)")
     parser.add_argument("--processes", type=positive, default=1, help="rows at a time (default: 1)")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end after so long (default: no limit)")
@@ -139,17 +156,20 @@ def main() -> int:
     args = parser.parse_args(given)
     preset_parser = argparse.ArgumentParser(add_help=False)
     preset_parser.add_argument("--preset", default=DEFAULT_PRESET)
-    rows = read_rows(args.rows, preset_parser.parse_known_args(handed_on)[0].preset)
+    listed = read_rows(args.rows, preset_parser.parse_known_args(handed_on)[0].preset)
+    rows = numbered(listed, args.first, args.only)
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        raise UserError(f"--output_dir {args.output_dir} is a file; name a folder")
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         raise UserError(f"{args.output_dir} is not empty; rows would mix with others")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, stop)
     interrupted = False
     try:
-        run_all(rows, args.first, args.processes, args.output_dir, args.seconds, handed_on)
+        run_all(rows, args.processes, args.output_dir, args.seconds, handed_on)
     except KeyboardInterrupt:
         interrupted = True
-    records = [record(number, row, args.output_dir) for number, row in enumerate(rows, args.first)]
+    records = [record(number, row, args.output_dir) for number, row in rows.items()]
     with (args.output_dir / "rows.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(each) + "\n" for each in records)
     for each in records:

@@ -59,6 +59,31 @@ def test_rows_run_side_by_side_and_what_is_cut_off_keeps_its_curve(
         quality_many.main()
 
 
+def test_rows_that_are_asked_for_keep_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in, rows, place = tmp_path / "stand_in.py", tmp_path / "rows.txt", tmp_path / "out"
+    stand_in.write_text(STAND_IN.replace("LOG_NAME", repr(quality_many.LOG_NAME)), encoding="utf-8")
+    rows.write_text("doge:seed=1\nllama:seed=2\ndoge:seed=3\n", encoding="utf-8")
+    monkeypatch.setattr(quality_many, "QUALITY", stand_in)
+    flags = ["quality_many.py", str(rows), "--first", "7", "--output_dir", str(place), "--only", "9", "8"]
+    monkeypatch.setattr(sys, "argv", [*flags, "6"])
+    with pytest.raises(quality_many.UserError, match="--only 6: the rows are 7 to 9"):
+        quality_many.main()
+    assert not place.exists()
+    monkeypatch.setattr(sys, "argv", flags)
+    assert quality_many.main() == 0
+    found = [json.loads(line) for line in (place / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(row["row"], row["run"]) for row in found] == [(8, "llama:seed=2"), (9, "doge:seed=3")]
+    assert not (place / "7").exists()
+
+
+def test_a_file_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = tmp_path / "rows.txt"
+    rows.write_text("doge:seed=1\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["quality_many.py", str(rows), "--first", "1", "--output_dir", str(rows)])
+    with pytest.raises(quality_many.UserError, match=r"rows\.txt is a file; name a folder"):
+        quality_many.main()
+
+
 def test_the_end_by_a_signal_collects_what_is_there(tmp_path: Path) -> None:
     """In a process of its own, since the signal is its own."""
     stand_in, rows, place = tmp_path / "stand_in.py", tmp_path / "rows.txt", tmp_path / "out"
