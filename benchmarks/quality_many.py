@@ -5,9 +5,9 @@
 
 ROWS.txt has a RUN a line, in the order in which they begin; `#` opens a comment. What stands behind `--` is handed on.
 Each row runs in a process of its own, and its number, from --first on, names its folder under OUT. `--only 279 280`
-runs these alone. OUT/rows.jsonl has a
-line a row in the form of `benchmarks/results`: the figures of `quality.py`, or `unfinished`, with the curve up to there
-and the end of what the process wrote. Speeds mean nothing where rows share a device.
+runs these alone. OUT/rows.jsonl has a line a row in the form of `benchmarks/results`: the figures of `quality.py`, or
+`unfinished`, with the curve up to there and the end of what the process wrote. Speeds mean nothing where rows share a
+device.
 """
 
 import argparse
@@ -158,7 +158,7 @@ def main() -> int:
     preset_parser.add_argument("--preset", default=DEFAULT_PRESET)
     listed = read_rows(args.rows, preset_parser.parse_known_args(handed_on)[0].preset)
     rows = numbered(listed, args.first, args.only)
-    if args.output_dir.exists() and not args.output_dir.is_dir():
+    if args.output_dir.is_file():
         raise UserError(f"--output_dir {args.output_dir} is a file; name a folder")
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         raise UserError(f"{args.output_dir} is not empty; rows would mix with others")

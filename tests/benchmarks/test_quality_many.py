@@ -34,15 +34,23 @@ row = {"run": args.run, "eval_loss": 3.5, "curve": {}, "micro_batch": args.micro
 """
 
 
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that runs in the place of quality.py."""
+    path = tmp_path / "stand_in.py"
+    path.write_text(STAND_IN.replace("LOG_NAME", repr(quality_many.LOG_NAME)), encoding="utf-8")
+    monkeypatch.setattr(quality_many, "QUALITY", path)
+    return path
+
+
+@pytest.mark.usefixtures("stand_in")
 def test_rows_run_side_by_side_and_what_is_cut_off_keeps_its_curve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stand_in, rows, place = tmp_path / "stand_in.py", tmp_path / "rows.txt", tmp_path / "out"
-    stand_in.write_text(STAND_IN.replace("LOG_NAME", repr(quality_many.LOG_NAME)), encoding="utf-8")
+    rows, place = tmp_path / "rows.txt", tmp_path / "out"
     rows.write_text(
         "# two that end\ndoge:seed=1\n\nllama:seed=2  # and not\ndoge:seed=0\ndoge:seed=3", encoding="utf-8"
     )
-    monkeypatch.setattr(quality_many, "QUALITY", stand_in)
     flags = [str(rows), "--first", "7", "--processes", "2", "--seconds", "20", "--output_dir", str(place)]
     monkeypatch.setattr(sys, "argv", ["quality_many.py", *flags, "--", "--micro_batch", "4"])
     assert quality_many.main() == 0
@@ -59,11 +67,10 @@ def test_rows_run_side_by_side_and_what_is_cut_off_keeps_its_curve(
         quality_many.main()
 
 
+@pytest.mark.usefixtures("stand_in")
 def test_rows_that_are_asked_for_keep_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in, rows, place = tmp_path / "stand_in.py", tmp_path / "rows.txt", tmp_path / "out"
-    stand_in.write_text(STAND_IN.replace("LOG_NAME", repr(quality_many.LOG_NAME)), encoding="utf-8")
+    rows, place = tmp_path / "rows.txt", tmp_path / "out"
     rows.write_text("doge:seed=1\nllama:seed=2\ndoge:seed=3\n", encoding="utf-8")
-    monkeypatch.setattr(quality_many, "QUALITY", stand_in)
     flags = ["quality_many.py", str(rows), "--first", "7", "--output_dir", str(place), "--only", "9", "8"]
     monkeypatch.setattr(sys, "argv", [*flags, "6"])
     with pytest.raises(quality_many.UserError, match="--only 6: the rows are 7 to 9"):
@@ -84,10 +91,9 @@ def test_a_file_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         quality_many.main()
 
 
-def test_the_end_by_a_signal_collects_what_is_there(tmp_path: Path) -> None:
+def test_the_end_by_a_signal_collects_what_is_there(tmp_path: Path, stand_in: Path) -> None:
     """In a process of its own, since the signal is its own."""
-    stand_in, rows, place = tmp_path / "stand_in.py", tmp_path / "rows.txt", tmp_path / "out"
-    stand_in.write_text(STAND_IN.replace("LOG_NAME", repr(quality_many.LOG_NAME)), encoding="utf-8")
+    rows, place = tmp_path / "rows.txt", tmp_path / "out"
     rows.write_text("doge:seed=1\ndoge:seed=0\n", encoding="utf-8")
     code = f"""
 import os, signal, sys, threading, time

@@ -34,7 +34,7 @@ SIZES = [
 ]
 # Which rows are taken, and the type they have: the order of sums depends on the former alone.
 PRODUCTS = [(kind, torch.float32) for kind in ("any", "one", "hot")] + [("hot", torch.bfloat16)]
-if ALL:
+if ALL or DEVICE == "cuda":  # some minutes in the interpreter
     PRODUCTS += [("any", torch.bfloat16), ("one", torch.bfloat16)]
 
 
@@ -246,7 +246,8 @@ def test_autocast_gives_its_type() -> None:
     assert relative_error(found, expected) <= 1e-2
 
 
-@pytest.mark.parametrize(("kind", "dtype"), PRODUCTS, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", ["any", "one", "hot"])
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
 def test_values_are_spread_and_picked(sizes: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
     m, k, n, _ = sizes
