@@ -202,8 +202,40 @@ PANELS = (
     Panel(
         "Tied, d = 384: the best of both, weight decay",
         (
-            {"Llama, 60M 0.05": (230, 231, 232), "300M 0.05": (274,), "300M 0.1": (279,)},
-            {"Doge, no experts, 60M 0.05": (233, 234, 235), "300M 0.05": (275,), "300M 0.1": (280,)},
+            {"Llama, 60M 0.05": (230, 231, 232), "300M 0.05": (274,), "300M 0.1": (279,), "300M 0.2": (287,)},
+            {
+                "Doge, no experts, 60M 0.05": (233, 234, 235),
+                "300M 0.05": (275,),
+                "300M 0.1": (280,),
+                "300M 0.2": (288,),
+            },
+        ),
+    ),
+    Panel(
+        "Tied, d = 384, 30M: both rates of Llama, times",
+        ({"1/4": (239,), "1/2": (240,), "0.7": (241,), "1": (286,), "1.4": (242,), "2": (243,), "4": (244,)},),
+    ),
+    Panel(
+        "Tied, d = 384, 30M: both rates of Doge, times",
+        ({"1/4": (245,), "1/2": (246,), "0.7": (247,), "1": (284,), "1.4": (248,), "2": (249,), "4": (250,)},),
+    ),
+    Panel(
+        "Tied, d = 384, 30M: σ of the table at the start",
+        (
+            {"Llama 0.005": (296,), "0.01": (292,), "0.02": (286,), "0.05": (291,), "0.02, 6 heads": (290,)},
+            {"Doge, no experts 0.02": (263,), "0.05": (284,), "matrices N(0, 0.05)": (262,)},
+        ),
+    ),
+    Panel(
+        "Tied, d = 384, 60M: the best of both",
+        (
+            {"Llama σ 0.02": (230, 231, 232), "σ 0.01": (293, 294, 295)},
+            {
+                "Doge, linear value": (289, 297, 298),
+                "Doge, no experts": (233, 234, 235),
+                "two of 256 experts": (236, 237, 238),
+                "no experts, 49.5M": (276, 277, 278),
+            },
         ),
     ),
     Panel(
@@ -253,7 +285,7 @@ def draw_panel(axes: Any, panel: Panel, losses: dict[Row, float]) -> None:
             labels.append(f"{label}  [{', '.join(map(str, rows))}]")
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
     axes.invert_yaxis()
-    axes.margins(x=0.2, y=0.15)
+    axes.margins(x=0.25, y=0.15)
     axes.tick_params(axis="x", labelsize=7)
     axes.grid(alpha=0.3)
     axes.set_title(panel.title, fontsize=9)
