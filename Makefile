@@ -11,11 +11,15 @@ INSTALLED := $(VENV)/.installed
 # In one process, and readable with a debugger: make test PYTEST_ADDOPTS=
 export PYTEST_ADDOPTS ?= --numprocesses=auto --dist=loadscope --no-loadscope-reorder
 
+# What Python compiles is kept, also where the shell says otherwise (as images of containers often do): importing PyTorch and
+# transformers takes two and a half times as long without, and the tests start hundreds of processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint install
 
 install: $(INSTALLED)
 
-# Python compiles a module when it is first imported, and most of these modules never are.
+# A module is compiled when it is first imported, and most of these never are.
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo 'Installing PyTorch and the other packages into $(VENV); this can take some minutes.'
 	$(PYTHON) -m venv $(VENV)

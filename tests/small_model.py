@@ -1,12 +1,22 @@
 """A model that knows nothing, for tests of what is done with a trained one."""
 
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from doge_lm import DogeConfig, DogeForCausalLM
 from doge_lm.data.tokenizer import build_tokenizer
+
+
+@cache
+def published_tokenizer() -> PreTrainedTokenizerBase:
+    """Built once in a process: that takes seconds."""
+    with TemporaryDirectory() as folder:
+        return build_tokenizer(Path(folder) / "tokenizer")
 
 
 def make_model(place: Path, positions: int = 512, seed: int = 0, **changes: Any) -> Path:
@@ -22,5 +32,5 @@ def make_model(place: Path, positions: int = 512, seed: int = 0, **changes: Any)
         "num_cdmmoe_experts": 16,
     }
     DogeForCausalLM(DogeConfig(**{**sizes, **changes})).save_pretrained(place)
-    build_tokenizer(place.parent / f"{place.name}-tokenizer").save_pretrained(place)
+    published_tokenizer().save_pretrained(place)
     return place

@@ -1,9 +1,10 @@
 """The READMEs hold: every command in them runs as typed, both say the same, links lead somewhere, figures are right.
 
 `make test` itself is the one command that is not run. The others run in order in a copy of the checkout, from `make
-demo`, which really creates the virtual environment and installs the packages. What must be small for a test is made
-small without touching the typed command where that can be (`DEMO_FLAGS`, a hub on this machine), and by flags after
-it otherwise: `RUNS` says which. A command that `RUNS` does not know fails the test.
+demo` on. Its virtual environment begins with the packages of the one that these tests run in, which `make test` has
+installed by the same rule; with DOGE_TEST_ALL=1 it begins with nothing. What must be small for a test is made small
+without touching the typed command where that can be (`DEMO_FLAGS`, a hub on this machine), and by flags after it
+otherwise: `RUNS` says which. A command that `RUNS` does not know fails the test.
 """
 
 import json
@@ -13,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from doge_lm.data.manifest import Manifest, RawSource
 from doge_lm.data.sources import CATALOGUE
 from doge_lm.training.plan import count_model
 from doge_lm.training.settings import load_settings, preset_paths
-from tests.conftest import REPOSITORY
+from tests.conftest import ALL, REPOSITORY
 from tests.data.loopback import bucket_handler, hub_files, hub_handler, serve
 from tests.evaluation.benchmarks import make_benchmarks
 
@@ -411,6 +413,16 @@ def bare_environment(folder: Path) -> dict[str, str]:
     }
 
 
+def lend_packages(shell: Shell, root: Path) -> None:
+    """What `make install` makes in a copy of the checkout, with the packages of this environment as its own."""
+    shell("python3 -m venv .venv")
+    [site] = (root / ".venv" / "lib").glob("python*/site-packages")
+    # Behind the entries of packages that are installed there: pip's link to the copy comes first.
+    (site / "zz_lent.pth").write_text(sysconfig.get_paths()["purelib"] + "\n", encoding="utf-8")
+    shell(".venv/bin/python -m pip install --quiet --no-deps --constraint constraints.txt --editable .")
+    (root / ".venv" / ".installed").touch()
+
+
 def hub_contents() -> tuple[dict[str, dict[str, bytes]], dict[str, bytes]]:
     """Small tables for every source of the catalogue, by repository, and python-edu's contents by blob id.
 
@@ -463,8 +475,10 @@ def test_every_command_is_known() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)  # five to fifteen minutes, by what else the machine does
 def test_the_commands_run_as_typed(shell: Shell, tmp_path: Path) -> None:
-    """Some five minutes on two cores, one of them the installation."""
+    """Some ten minutes on two cores."""
     root = tmp_path / "checkout"
+    if not ALL:
+        lend_packages(shell, root)
     for block in blocks(README):
         if block.language == "python":
             output = shell("python -", block.text + AFTER_PYTHON)

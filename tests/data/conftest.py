@@ -36,9 +36,9 @@ def small_tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tokenizer_path(published_tokenizer_path: Path) -> Path:
-    """The published tokenizer; a module in which any will do makes it `small_tokenizer_path`."""
-    return published_tokenizer_path
+def tokenizer_path(small_tokenizer_path: Path) -> Path:
+    """What `prepare` tokenizes with; a module that is about the published one makes it `published_tokenizer_path`."""
+    return small_tokenizer_path
 
 
 @pytest.fixture(scope="module")

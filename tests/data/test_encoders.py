@@ -32,6 +32,12 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data
 
 
 @pytest.fixture(scope="module")
+def tokenizer_path(published_tokenizer_path: Path) -> Path:
+    """The published one: here its very pieces are looked at."""
+    return published_tokenizer_path
+
+
+@pytest.fixture(scope="module")
 def exact(tokenizer_path: Path) -> Encoder:
     return load_encoder(tokenizer_path, "tokenizers")
 

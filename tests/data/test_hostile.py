@@ -121,11 +121,6 @@ class Pipeline:
             assert self.merge().status == 0
 
 
-@pytest.fixture(scope="module")
-def tokenizer_path(small_tokenizer_path: Path) -> Path:
-    return small_tokenizer_path
-
-
 @pytest.fixture
 def pipeline(tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]) -> Pipeline:
     return Pipeline(tmp_path / "work", tokenizer_path, capsys)

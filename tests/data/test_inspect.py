@@ -21,11 +21,6 @@ Prepare = Callable[..., dict[str, Manifest]]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-@pytest.fixture(scope="module")
-def tokenizer_path(small_tokenizer_path: Path) -> Path:
-    return small_tokenizer_path
-
-
 @pytest.fixture
 def prepared(tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two sources of text and one of conversations, tokenized and merged; also the current directory."""

@@ -34,6 +34,12 @@ ALPHABET = [
 ]
 
 
+@pytest.fixture(scope="module")
+def tokenizer_path(published_tokenizer_path: Path) -> Path:
+    """The published one: here its very pieces are looked at."""
+    return published_tokenizer_path
+
+
 def mixed(seed: int, count: int) -> str:
     """Text of all kinds of characters, with runs of spaces and characters that are in no vocabulary."""
     generator = random.Random(seed)

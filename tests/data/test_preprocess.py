@@ -38,11 +38,6 @@ from tests.data.reference import chat_document, pieces_in, pieces_of, text_docum
 Prepare = Callable[..., dict[str, Manifest]]
 
 
-@pytest.fixture(scope="module")
-def tokenizer_path(small_tokenizer_path: Path) -> Path:
-    return small_tokenizer_path
-
-
 def rows_of(folder: Path) -> Any:
     return load_from_disk(str(folder)).with_format("numpy")
 

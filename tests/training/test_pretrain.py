@@ -1,5 +1,6 @@
 import itertools
 import json
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from doge_lm.training.hardware import Hardware
 from doge_lm.training.order import StreamSampler
 from doge_lm.training.run import Machine
 from doge_lm.training.settings import load_settings
+from doge_lm.training.trainer import DogeTrainer
 
 from . import support
 from .support import (
@@ -67,6 +69,34 @@ def test_the_model_is_loaded_from_the_output_without_knowing_the_package(run, wo
     tokenizer = AutoTokenizer.from_pretrained(run / "out")
     expected = model(tokenizer("import", return_tensors="pt").input_ids).logits[0, -1].double().sum().item()
     assert float(result.stdout) == pytest.approx(expected, abs=1e-4)
+
+
+def test_processes_that_read_data_do_without_transformers(world, tmp_path, monkeypatch):
+    """A spawned worker imports what it is sent, and transformers takes it seconds and hundreds of megabytes."""
+    loaders = []
+
+    def kept(trainer):
+        loaders.append(honest(trainer))
+        return loaders[-1]
+
+    honest = DogeTrainer.get_train_dataloader
+    monkeypatch.setattr(DogeTrainer, "get_train_dataloader", kept)
+    assert train(world, tmp_path, per_epoch_max_steps=1, num_train_epochs=1, dataloader_num_workers=1) == 0
+    loader = loaders[0].base_dataloader  # what accelerate reads
+    assert loader.num_workers == 1
+    (tmp_path / "sent").write_bytes(pickle.dumps([loader.dataset, loader.collate_fn, loader.worker_init_fn]))
+    program = (
+        "import pickle, sys\n"
+        "from pathlib import Path\n"
+        "dataset, collate, begin = pickle.loads(Path(sys.argv[1]).read_bytes())\n"
+        "begin and begin(0)\n"
+        "assert 'torch' in sys.modules and 'transformers' not in sys.modules\n"
+        "print(collate([dataset[0]])['input_ids'][0].tolist())\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "sent")]
+    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=one_thread(), check=False)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == loader.collate_fn([loader.dataset[0]])["input_ids"][0].tolist()
 
 
 def test_the_loss_falls_and_the_rate_follows_the_schedule(run):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerControl, TrainingArguments
 
 from doge_lm.data.streaming import StreamState
@@ -193,6 +193,16 @@ class DogeTrainer(Trainer):
     def base_dataset(self) -> Any:
         """The training set as the base class wants to see it; what is read is `data.train`."""
         return self.data.train
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As the base class, whose way of seeding worker processes has each of them import transformers.
+
+        That takes seconds and 300 MB a worker; and what reads and collates prepared rows draws no random numbers.
+        """
+        loader = super().get_train_dataloader()
+        # accelerate's loader has another inside, which is the one that is read.
+        getattr(loader, "base_dataloader", loader).worker_init_fn = None
+        return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         """The rows of the whole run; those that are done already are counted by the Trainer, and never looked at."""
