@@ -7,13 +7,14 @@ as in `modeling_doge.py`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from doge_lm.errors import UserError
-from doge_lm.model.cdmoe import cdmoe
+from doge_lm.model.cdmoe import cdmoe, product_topk
 from doge_lm.model.modeling_doge import (
     DogeCDMoE,
     DogeForCausalLM,
@@ -91,6 +92,53 @@ class ResidualCDMoE(DogeCDMoE):
         return c_BTe + self.experts(c_BTe)
 
 
+BALANCE = 0.01  # the share of the auxiliary loss in what is trained on, Switch Transformers' α
+
+
+class Attached(torch.autograd.Function):
+    """Hands a tensor on, and has a loss trained on beside the one that the tensor leads to."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, loss: Tensor) -> Tensor:
+        """The tensor as it is."""
+        ctx.save_for_backward(loss)
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the loss is 1."""
+        (loss,) = ctx.saved_tensors
+        return gradients[0], torch.ones_like(loss)
+
+
+class BalancedCDMoE(OpenCDMoE):
+    """Trained to use all keys alike; one micro-batch a step, as the loss is not divided by their number.
+
+    The auxiliary loss of Switch Transformers (arXiv 2101.03961, equations 4 to 6), for each table of keys:
+    α · n · Σ_i f_i P_i, where key i is in a share f_i of the choices, and P_i is the mean of its softmax.
+    """
+
+    def route(self, c_Me: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and indices of the chosen experts, each (M, H, k)."""
+        scores_MHC = nn.functional.linear(c_Me, self.fold()).unflatten(-1, (self.num_heads, -1))
+        scores_MHC = scores_MHC.to(torch.promote_types(scores_MHC.dtype, torch.float32))
+        tables = scores_MHC.split([self.n1, self.num_experts // self.n1], -1)
+        weights_MHk, experts_MHk = product_topk(*tables, self.experts_per_head)
+        if not self.training:
+            return weights_MHk, experts_MHk
+        halves = experts_MHk // tables[1].shape[-1], experts_MHk % tables[1].shape[-1]
+        loss = sum(self._imbalance(*each) for each in zip(tables, halves, strict=True))
+        return Attached.apply(weights_MHk, BALANCE * loss), experts_MHk
+
+    @staticmethod
+    def _imbalance(scores_MHn: Tensor, chosen_MHk: Tensor) -> Tensor:
+        """n · Σ_i f_i P_i of a table, the mean of the heads: 1 if all keys are used alike, n if one is alone."""
+        n = scores_MHn.shape[-1]
+        all_n = torch.arange(n, device=scores_MHn.device)
+        share_Hn = (chosen_MHk.unsqueeze(-1) == all_n).to(scores_MHn.dtype).mean((0, 2))
+        return n * (share_Hn * scores_MHn.softmax(-1).mean(0)).sum(-1).mean()
+
+
 class LinearValueAttn(DogeInnerFuncAttn):
     """v = W_v x. The inner values stay, unused."""
 
@@ -144,6 +192,11 @@ def _weights_outside(model: DogeForCausalLM) -> None:
         feed_forward.weights_outside = True
 
 
+def _balanced(model: DogeForCausalLM) -> None:
+    for feed_forward in _feed_forwards(model):
+        feed_forward.__class__ = BalancedCDMoE
+
+
 def _one_pool(model: DogeForCausalLM) -> None:
     """All layers choose from the same experts, the first layer's."""
     first, *others = _feed_forwards(model)
@@ -177,6 +230,7 @@ CHANGES: dict[str, Change] = {
     "residual": _residual,
     "one_pool": _one_pool,
     "weights_outside": _weights_outside,
+    "balanced": _balanced,
 }
 
 LLAMA_CHANGES: dict[str, LlamaChange] = {

@@ -158,6 +158,37 @@ def test_each_change_trains_and_is_counted(name: str, options: dict[str, bool]) 
     assert used["experts_used"]
 
 
+@pytest.mark.parametrize("queries", [False, True])
+def test_balance_is_the_loss_of_switch_transformers(queries: bool) -> None:
+    """The gradient is that of what the layer leads to and of α n Σ f P, written out by key; choices are as without."""
+    sizes = {**SMALL, "parallel_experts": True, "router_queries": queries, "num_cdmmoe_heads": 2}
+    settings = make_settings({**sizes, "num_cdmmoe_experts": 8})  # tables of 2 and 4 keys
+    x_BTd, ahead_BTd = torch.randn(2, 3, 7, 16, dtype=torch.float64)
+
+    def layer_of(changes: list[str]) -> torch.nn.Module:
+        torch.manual_seed(1)
+        model = quality.build_doge(settings.model_config(), settings.train, changes).double()
+        return model.model.layers[0].feed_forward
+
+    balanced, plain = layer_of(["balanced"]), layer_of([])
+    with torch.no_grad():
+        assert torch.equal(balanced.eval().route(x_BTd.flatten(0, 1))[1], plain.route(x_BTd.flatten(0, 1))[1])
+    (balanced.train()(x_BTd) * ahead_BTd).sum().backward()
+    loss = (plain.train()(x_BTd) * ahead_BTd).sum()
+    _, experts_MHk = plain.route(x_BTd.flatten(0, 1))
+    for head in range(2):
+        keys_Ce = plain.fold().unflatten(0, (2, -1))[head]
+        for rows, choices in ((keys_Ce[:2], experts_MHk[:, head] // 4), (keys_Ce[2:], experts_MHk[:, head] % 4)):
+            chances_Mn = (x_BTd.flatten(0, 1) @ rows.t()).softmax(-1)
+            for key in range(len(rows)):
+                share = (choices == key).double().mean()
+                loss = loss + 0.01 * len(rows) * share * chances_Mn[:, key].mean() / 2
+    loss.backward()
+    assert balanced.keys.grad.abs().max() > 1e-3
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(balanced.get_parameter(name).grad, parameter.grad, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["key_shift", "ff_shift"])
 def test_the_token_before_is_seen_and_no_later_one(name: str) -> None:
     settings = make_settings(SMALL)
