@@ -21,7 +21,7 @@ from doge_lm.training.checkpoints import list_checkpoints
 from doge_lm.training.muon import Muon, newton_schulz, scaled_orthogonal
 from doge_lm.training.row_lazy_adamw import RowLazyAdamW
 
-from .support import finish, log_lines, losses, start
+from .support import log_lines, losses
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -266,7 +266,8 @@ def rates(checkpoint: Path) -> list[tuple[bool, bool, float, float]]:
 @pytest.mark.slow
 def test_a_run_learns_and_resumes_to_the_bit(world, tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
     whole, again = tmp_path / "whole", tmp_path / "again"
-    assert "Muon and AdamW 0.00" in finish(start(world.flags(whole, **RUN)))
+    assert main(["train", *world.flags(whole, **RUN)]) == 0
+    assert "Muon and AdamW 0.00" in capsys.readouterr().out
     found = [loss for _, loss in sorted(losses(whole).items())]
     assert sum(found[-4:]) < sum(found[:4]) - 4 * 0.3
     first, last = list_checkpoints(whole / "out")[0], list_checkpoints(whole / "out")[-1]

@@ -48,7 +48,7 @@ def test_killed_at_random_steps_and_resumed_equals_uninterrupted_bit_for_bit(wor
         for checkpoint in list_checkpoints(tmp_path / "out"):
             check_whole(checkpoint)
         resume = ["--resume_from_checkpoint"] if list_checkpoints(tmp_path / "out") else ["--overwrite"]
-    finish(start(world.flags(tmp_path, *resume, **STEPS)))
+    assert main(["train", *world.flags(tmp_path, *resume, **STEPS)]) == 0
     assert losses(tmp_path) == losses(whole), f"killed at steps {steps}"
     for kind, times in (("train", ("time", "tokens_per_second", "mfu")), ("eval", ("time",))):
         expected, found = log_lines(whole, kind), log_lines(tmp_path, kind)

@@ -19,7 +19,7 @@ from doge_lm.cli import main
 from doge_lm.training.checkpoints import list_checkpoints
 from doge_lm.training.row_lazy_adamw import RowLazyAdamW, RowState, StepNumbers, update_rows_plainly
 
-from .support import finish, log_lines, losses, start
+from .support import log_lines, losses
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
@@ -253,7 +253,7 @@ RUN = {
 @pytest.mark.slow
 def test_a_run_learns_and_resumes_to_the_bit(world, tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
     whole, again = tmp_path / "whole", tmp_path / "again"
-    finish(start(world.flags(whole, **RUN)))
+    assert main(["train", *world.flags(whole, **RUN)]) == 0
     found = [loss for _, loss in sorted(losses(whole).items())]
     assert sum(found[-4:]) < sum(found[:4]) - 4 * 0.3
     state = torch.load(list_checkpoints(whole / "out")[-1] / "optimizer.pt", weights_only=True)

@@ -84,12 +84,12 @@ def test_the_batch_size_does_not_change_the_data(world, text, tmp_path):
 def test_killed_and_resumed_equals_uninterrupted(world, text, tmp_path):
     settings = {**STREAM, "stream": str(text), "stream_workers": 2, "per_epoch_max_steps": 24, "save_steps": 4}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start(world.flags(whole, **settings)))
+    assert main(["train", *world.flags(whole, **settings)]) == 0
     process = start(world.flags(killed, **settings))
     wait_for_step(killed, 9, process)
     process.kill()
     process.communicate()
-    finish(start(world.flags(killed, "--resume_from_checkpoint", **settings)))
+    assert main(["train", *world.flags(killed, "--resume_from_checkpoint", **settings)]) == 0
     assert losses(killed) == losses(whole)
     weights = [place / "out" / "model.safetensors" for place in (whole, killed)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
