@@ -1,12 +1,13 @@
 """The benchmark of the layer runs, on a CPU and small, and its ways compute the same."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+
+from tests.benchmarks.conftest import Command
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -14,18 +15,17 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import cdmoe as benchmark  # noqa: E402
 
 
-def test_a_small_run_has_a_record_for_each_way(tmp_path: Path) -> None:
+def test_a_small_run_has_a_record_for_each_way(command: Command, tmp_path: Path) -> None:
     sizes = ["--experts", "16", "36", "--tokens", "40", "--size", "8", "--k", "2", "--repetitions", "2"]
     where = ["--json", str(tmp_path / "a.json"), "--png", str(tmp_path / "a.png"), "--device", "cpu"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "cdmoe.py"), *sizes, *where, "--dtype", "float32"]
     paths = ["gather", "embedding_bag", "dense"]
-    done = subprocess.run([*command, "--paths", *paths], capture_output=True, text=True, check=True)
+    printed = command(benchmark, *sizes, *where, "--dtype", "float32", "--paths", *paths)
     records = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["records"]
     expected = [(n, way) for n in (16, 36) for way in ("route", *paths, *paths)]
     assert [(record["experts"], record["path"]) for record in records] == expected
     assert all(record["both_ms"] > 0 for record in records)
-    assert done.stdout.count("| gather |") == 4
-    assert "| 1.00 |" in done.stdout
+    assert printed.count("| gather |") == 4
+    assert "| 1.00 |" in printed
     assert (tmp_path / "a.png").stat().st_size > 0
 
 

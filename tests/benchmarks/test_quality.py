@@ -1,7 +1,6 @@
 """`benchmarks/quality.py`: the Llama beside Doge is of its size, and a row runs through the project's own trainer."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ import torch
 from doge_lm import DogeConfig, DogeForCausalLM
 from doge_lm.training.plan import count_model
 from doge_lm.training.settings import load_settings
+from tests.benchmarks.conftest import Command
 from tests.training.support import World, make_settings
 
 ROOT = Path(__file__).parents[2]
@@ -250,25 +250,20 @@ def test_usage_counts_what_the_layers_choose() -> None:
     assert experts.sum().item() == 3 * 10 * config.num_cdmmoe_experts_per_head
 
 
-def test_a_row_of_each_architecture_runs(tmp_path: Path) -> None:
+def test_a_row_of_each_architecture_runs(command: Command, tmp_path: Path) -> None:
     world = World(tmp_path / "world")
     config = tmp_path / "settings.yaml"
     config.write_text(make_settings().to_yaml(), encoding="utf-8")
     small = "sequences_per_step=8,per_epoch_max_steps=2,num_train_epochs=1,logging_steps=1,per_device_eval_batch_size=4"
     fitted = "shared_gate=true,private_expert_intermediate_size=32,key_shift=true,feed_forward_shift=true,fit=true"
-    command = [
-        *(sys.executable, str(ROOT / "benchmarks" / "quality.py"), "--preset", str(config), "--sequence_length", "32"),
-        *("--dataset_path", str(world.data), "--tokenizer_path", str(world.tokenizer_path)),
-        *(
-            "--output_dir",
-            str(tmp_path / "out"),
-            f"doge:{small}",
-            f"llama:{small.replace('per_epoch_max_steps=2,', '')},tokens=512",
-            f"doge:{small},{fitted},num_cdmmoe_experts=0",
-        ),
+    rows = [
+        f"doge:{small}",
+        f"llama:{small.replace('per_epoch_max_steps=2,', '')},tokens=512",
+        f"doge:{small},{fitted},num_cdmmoe_experts=0",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
+    places = ["--dataset_path", str(world.data), "--tokenizer_path", str(world.tokenizer_path)]
+    flags = ["--preset", str(config), "--sequence_length", "32", *places, "--output_dir", str(tmp_path / "out")]
+    command(quality, *flags, *rows)
     lines = (tmp_path / "out" / "quality.jsonl").read_text(encoding="utf-8").splitlines()
     doge, llama, without = map(json.loads, lines)
     assert doge["tokens"] == llama["tokens"] == 2 * 8 * 32

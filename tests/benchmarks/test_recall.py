@@ -1,7 +1,6 @@
 """`benchmarks/recall.py`: the rows are the task they claim to be, and a model can learn it."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from doge_lm.errors import UserError
+from tests.benchmarks.conftest import Command
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -95,15 +95,10 @@ def test_a_model_that_knows_is_found_to_know(monkeypatch: pytest.MonkeyPatch) ->
     assert loss > 10
 
 
-def test_a_small_run_writes_its_rows_and_learns(tmp_path: Path) -> None:
+def test_a_small_run_writes_its_rows_and_learns(command: Command, tmp_path: Path) -> None:
     models = ["doge:qk_norm=true,key_shift=true", "llama@qk_norm"]
-    command = [
-        *(sys.executable, str(ROOT / "benchmarks" / "recall.py"), "--output_dir", str(tmp_path)),
-        *("--tasks", "16x2", "16x4", "--rates", "3e-2", "--steps", "60", "--tokens", "512", "--hidden_size", "32"),
-        *models,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False, timeout=600)
-    assert done.returncode == 0, done.stderr
+    sizes = ["--rates", "3e-2", "--steps", "60", "--tokens", "512", "--hidden_size", "32"]
+    command(recall, "--output_dir", str(tmp_path), "--tasks", "16x2", "16x4", *sizes, *models)
     rows = [json.loads(line) for line in (tmp_path / "recall.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(row["model"], row["task"]) for row in rows] == [(m, t) for m in models for t in ("16x2", "16x4")]
     assert all(0 <= row["accuracy"] <= 1 for row in rows)

@@ -3,13 +3,14 @@
 import argparse
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+
+from tests.benchmarks.conftest import Command
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -25,11 +26,8 @@ def parse(monkeypatch: pytest.MonkeyPatch, *flags: str) -> argparse.Namespace:
     return retrieval.parse_arguments()
 
 
-def test_a_small_run_has_a_record_for_each_way(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "retrieval.py"), *SMALL, *QUICK]
-    done = subprocess.run(
-        [*command, "--json", str(tmp_path / "a.json")], capture_output=True, text=True, encoding="utf-8", check=True
-    )
+def test_a_small_run_has_a_record_for_each_way(command: Command, tmp_path: Path) -> None:
+    printed = command(retrieval, *SMALL, *QUICK, "--json", str(tmp_path / "a.json"))
     found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     assert found["device"] == "CPU"
     assert found["torch"] == torch.__version__
@@ -59,8 +57,8 @@ def test_a_small_run_has_a_record_for_each_way(tmp_path: Path) -> None:
         assert record["forward_ratio"] == pytest.approx(record["forward_ms"] / base["forward_ms"])
     for record in (r for r in records if r["group"] == "mixture" and r["way"] != "E=3"):
         assert record["moe_experts"] * record["width"] == record["experts"]
-    assert done.stdout.count("| product keys |") == 4
-    assert "16 is no multiple of 3" in done.stdout
+    assert printed.count("| product keys |") == 4
+    assert "16 is no multiple of 3" in printed
 
 
 @pytest.mark.parametrize(("experts", "heads", "k"), [(7, 1, 3), (24, 2, 4), (256, 1, 8), (512, 2, 5)])

@@ -1,0 +1,23 @@
+"""What the tests of benchmarks share: a benchmark's command, run in this process."""
+
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+
+Command = Callable[..., str]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a benchmark with some flags and returns what it printed: a process would import PyTorch first."""
+
+    def run(benchmark: ModuleType, *flags: str) -> str:
+        assert benchmark.__file__ is not None
+        monkeypatch.setattr(sys, "argv", [benchmark.__file__, *flags])
+        capsys.readouterr()
+        assert benchmark.main() in (0, None)
+        return capsys.readouterr().out
+
+    return run
