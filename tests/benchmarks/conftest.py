@@ -1,16 +1,18 @@
 """What the tests of benchmarks share: a benchmark's command, run in this process."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
+import torch
+from transformers.utils import logging
 
 Command = Callable[..., str]
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
     """Runs a benchmark with some flags and returns what it printed: a process would import PyTorch first."""
 
     def run(benchmark: ModuleType, *flags: str) -> str:
@@ -20,4 +22,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         assert benchmark.main() in (0, None)
         return capsys.readouterr().out
 
-    return run
+    threads, verbosity = torch.get_num_threads(), logging.get_verbosity()
+    yield run
+    torch.set_num_threads(threads)
+    logging.set_verbosity(verbosity)

@@ -1,7 +1,6 @@
 """`benchmarks/decode.py`: a row for each way, batch and model, also where one fails; the peer is of Doge's size."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from doge_lm.errors import UserError
 from doge_lm.training.plan import count_model
 from doge_lm.training.settings import load_settings
+from tests.benchmarks.conftest import Command
 from tests.training.support import make_settings
 
 ROOT = Path(__file__).parents[2]
@@ -20,16 +20,12 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import decode  # noqa: E402
 
 
-def test_a_small_run_has_all_rows(tmp_path: Path) -> None:
+def test_a_small_run_has_all_rows(command: Command, tmp_path: Path) -> None:
     preset, target = tmp_path / "small.yaml", tmp_path / "out.json"
     preset.write_text(make_settings().to_yaml(), encoding="utf-8")
     sizes = ["--batch", "1", "3", "--prompt_tokens", "5", "--new_tokens", "4", "--repetitions", "1", "--device", "cpu"]
     ways = ["dynamic", "static", "graph"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "decode.py"), "--preset", str(preset), *sizes]
-    done = subprocess.run(
-        [*command, "--ways", *ways, "--json", str(target)], capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    printed = command(decode, "--preset", str(preset), *sizes, "--ways", *ways, "--json", str(target))
     found = json.loads(target.read_text(encoding="utf-8"))
     records = found["records"]
     expected = [(way, batch, model) for way in ways for batch in (1, 3) for model in ("llama", "doge")]
@@ -39,7 +35,7 @@ def test_a_small_run_has_all_rows(tmp_path: Path) -> None:
         assert record["tokens_per_second"] > 0
         assert ("ratio" in record) == (record["model"] == "doge")
     assert [(best["preset"], best["batch"]) for best in found["best"]] == [("small", 1), ("small", 3)]
-    assert done.stdout.count("| small |") == len(expected) + 2
+    assert printed.count("| small |") == len(expected) + 2
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".tmp")] == []
 
 
