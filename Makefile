@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 export PYTEST_ADDOPTS ?= --numprocesses=auto --dist=loadscope --no-loadscope-reorder
 
 # What Python compiles is kept, also where the shell says otherwise (as images of containers often do): importing PyTorch and
-# transformers takes two and a half times as long without, and the tests start hundreds of processes.
+# transformers takes two and a half times as long without, and the tests start many processes.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint install
