@@ -6,14 +6,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from doge_lm import DogeConfig, DogeForCausalLM
 from doge_lm.data.tokenizer import build_tokenizer
 
 
 @cache
-def published_tokenizer() -> PreTrainedTokenizerBase:
+def published_tokenizer() -> PreTrainedTokenizerFast:
     """Built once in a process: that takes seconds."""
     with TemporaryDirectory() as folder:
         return build_tokenizer(Path(folder) / "tokenizer")

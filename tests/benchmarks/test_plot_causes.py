@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks.conftest import Command
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import plot_causes
 
 
-def test_every_panel_is_drawn_from_recorded_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_panel_is_drawn_from_recorded_rows(command: Command, tmp_path: Path) -> None:
     picture = tmp_path / "causes.png"
-    monkeypatch.setattr(sys, "argv", ["plot_causes.py", str(picture)])
-    assert plot_causes.main() == 0
+    command(plot_causes, str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

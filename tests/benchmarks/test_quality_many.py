@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks.conftest import Command
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
@@ -44,16 +46,14 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_rows_run_side_by_side_and_what_is_cut_off_keeps_its_curve(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_run_side_by_side_and_what_is_cut_off_keeps_its_curve(command: Command, tmp_path: Path) -> None:
     rows, place = tmp_path / "rows.txt", tmp_path / "out"
     rows.write_text(
         "# two that end\ndoge:seed=1\n\nllama:seed=2  # and not\ndoge:seed=0\ndoge:seed=3", encoding="utf-8"
     )
     flags = [str(rows), "--first", "7", "--processes", "2", "--seconds", "20", "--output_dir", str(place)]
-    monkeypatch.setattr(sys, "argv", ["quality_many.py", *flags, "--", "--micro_batch", "4"])
-    assert quality_many.main() == 0
+    flags += ["--", "--micro_batch", "4"]
+    printed = command(quality_many, *flags)
     found = [json.loads(line) for line in (place / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     end = {"eval_loss": 3.5, "curve": {}, "micro_batch": 4}
     assert found == [
@@ -62,33 +62,30 @@ def test_rows_run_side_by_side_and_what_is_cut_off_keeps_its_curve(
         {"row": 9, "run": "doge:seed=0", "unfinished": True, "curve": {"640": 5.0}, "output": "begun\n"},
         {"row": 10, "run": "doge:seed=3", **end},
     ]
-    assert "9 unfinished doge:seed=0" in capsys.readouterr().out
+    assert "9 unfinished doge:seed=0" in printed
     with pytest.raises(quality_many.UserError, match="is not empty"):
-        quality_many.main()
+        command(quality_many, *flags)
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_rows_that_are_asked_for_keep_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_are_asked_for_keep_their_numbers(command: Command, tmp_path: Path) -> None:
     rows, place = tmp_path / "rows.txt", tmp_path / "out"
     rows.write_text("doge:seed=1\nllama:seed=2\ndoge:seed=3\n", encoding="utf-8")
-    flags = ["quality_many.py", str(rows), "--first", "7", "--output_dir", str(place), "--only", "9", "8"]
-    monkeypatch.setattr(sys, "argv", [*flags, "6"])
+    flags = [str(rows), "--first", "7", "--output_dir", str(place), "--only", "9", "8"]
     with pytest.raises(quality_many.UserError, match="--only 6: the rows are 7 to 9"):
-        quality_many.main()
+        command(quality_many, *flags, "6")
     assert not place.exists()
-    monkeypatch.setattr(sys, "argv", flags)
-    assert quality_many.main() == 0
+    command(quality_many, *flags)
     found = [json.loads(line) for line in (place / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(row["row"], row["run"]) for row in found] == [(8, "llama:seed=2"), (9, "doge:seed=3")]
     assert not (place / "7").exists()
 
 
-def test_a_file_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_no_folder(command: Command, tmp_path: Path) -> None:
     rows = tmp_path / "rows.txt"
     rows.write_text("doge:seed=1\n", encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["quality_many.py", str(rows), "--first", "1", "--output_dir", str(rows)])
     with pytest.raises(quality_many.UserError, match=r"rows\.txt is a file; name a folder"):
-        quality_many.main()
+        command(quality_many, str(rows), "--first", "1", "--output_dir", str(rows))
 
 
 def test_the_end_by_a_signal_collects_what_is_there(tmp_path: Path, stand_in: Path) -> None:

@@ -7,8 +7,9 @@ import random
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from doge_lm.data.tokenizer import StreamDecoder, build_tokenizer, encode_text
+from doge_lm.data.tokenizer import StreamDecoder, encode_text
 from doge_lm.inference.spelling import AnswerText, Logprob, Spelling
+from tests.small_model import published_tokenizer
 
 TEXTS = [
     "Hello, world!  Two spaces.\n\tA tab.",
@@ -19,8 +20,8 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
-    return build_tokenizer(tmp_path_factory.mktemp("tokenizer") / "t")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return published_tokenizer()
 
 
 @pytest.fixture(scope="module")
