@@ -202,11 +202,16 @@ PANELS = (
     Panel(
         "Tied, d = 384: the best of both, weight decay",
         (
-            {"Llama, 60M 0.05": (230, 231, 232), "300M 0.05": (274,), "300M 0.1": (279,), "300M 0.2": (287,)},
+            {
+                "Llama, 60M 0.05": (230, 231, 232),
+                "300M 0.05": (274,),
+                "300M 0.1": (279, 299, 301),
+                "300M 0.2": (287,),
+            },
             {
                 "Doge, no experts, 60M 0.05": (233, 234, 235),
                 "300M 0.05": (275,),
-                "300M 0.1": (280,),
+                "300M 0.1": (280, 300, 302),
                 "300M 0.2": (288,),
             },
         ),
@@ -223,7 +228,12 @@ PANELS = (
         "Tied, d = 384, 30M: σ of the table at the start",
         (
             {"Llama 0.005": (296,), "0.01": (292,), "0.02": (286,), "0.05": (291,), "0.02, 6 heads": (290,)},
-            {"Doge, no experts 0.02": (263,), "0.05": (284,), "matrices N(0, 0.05)": (262,)},
+            {
+                "Doge, no experts 0.02": (263,),
+                "0.05": (284, 251),
+                "matrices N(0, 0.05)": (262,),
+                "all N(0, 0.02)": (306,),
+            },
         ),
     ),
     Panel(
@@ -236,6 +246,37 @@ PANELS = (
                 "two of 256 experts": (236, 237, 238),
                 "no experts, 49.5M": (276, 277, 278),
             },
+        ),
+    ),
+    Panel(
+        "Tied, d = 384, 30M: one option less",
+        (
+            {
+                "all": (284, 251),
+                "no qk_norm": (255,),
+                "a linear value": (252,),
+                "no value_residual": (259,),
+                "no shared_gate": (261,),
+                "no key_shift": (256,),
+                "no attention_shift": (257,),
+                "r = 128": (254,),
+                "one inner value": (253,),
+                "no feed_forward_shift": (258,),
+                "no dense_skips": (260,),
+            },
+        ),
+    ),
+    Panel(
+        "Tied, d = 384: experts at equal work",
+        (
+            {
+                "no experts": (284, 251),
+                "8 of 256, 30M": (264,),
+                "8 of 1,024": (265,),
+                "8 of 4,096": (266,),
+                "8 of 16,384": (267,),
+            },
+            {"Llama, 60M": (303,), "two of 256": (236, 237, 238)},
         ),
     ),
     Panel(
