@@ -149,6 +149,41 @@ class LinearValueAttn(DogeInnerFuncAttn):
         return self.v_proj(x_BTd)
 
 
+class SoftValueAttn(DogeInnerFuncAttn):
+    """v = x ⊙ Σ_j softmax(s)_j E_j: a mixture of the inner values in the place of the choice, in evaluation too."""
+
+    def inner_values(self, x_BTd: Tensor, scores_BTn: Tensor) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        return self.mixed_values(x_BTd, scores_BTn)
+
+    def mixed_values(self, x_BTd: Tensor, scores_BTn: Tensor) -> Tensor:
+        """x times the mixture of inner values, (B, T, d)."""
+        with torch.autocast(x_BTd.device.type, enabled=False):
+            soft_BTn = scores_BTn.to(torch.promote_types(scores_BTn.dtype, torch.float32)).softmax(-1)
+            return x_BTd * (soft_BTn @ self.v_embed.weight.to(soft_BTn.dtype))
+
+
+ANNEALED_PASSES = 800  # in training, until the mixture is as hard as it gets: seven eighths of 30M tokens
+LEAST_TEMPERATURE = 0.05
+
+
+class AnnealedValueAttn(SoftValueAttn):
+    """A mixture of the inner values that becomes the choice; one micro-batch a step, as forward passes are counted.
+
+    Σ_j softmax(s / τ)_j E_j, where τ falls from 1 in a line. Evaluation chooses, as without the change.
+    """
+
+    passes: Tensor
+
+    def inner_values(self, x_BTd: Tensor, scores_BTn: Tensor) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        if not self.training:
+            return DogeInnerFuncAttn.inner_values(self, x_BTd, scores_BTn)
+        temperature = (1 - self.passes / ANNEALED_PASSES).clamp(min=LEAST_TEMPERATURE)
+        self.passes += 1
+        return self.mixed_values(x_BTd, scores_BTn / temperature)
+
+
 def _queries_and_keys_normed(model: LlamaForCausalLM) -> None:
     """What `qk_norm` is in a Doge."""
     for attention in _attentions(model):
@@ -219,6 +254,17 @@ def _linear_value(model: DogeForCausalLM) -> None:
         attention.v_proj = _matrix(model, model.config.hidden_size, model.config.hidden_size)
 
 
+def _soft_value(model: DogeForCausalLM) -> None:
+    for attention in _attentions(model):
+        attention.__class__ = SoftValueAttn
+
+
+def _annealed_value(model: DogeForCausalLM) -> None:
+    for attention in _attentions(model):
+        attention.__class__ = AnnealedValueAttn
+        attention.register_buffer("passes", torch.zeros((), device=attention.v_embed.weight.device), persistent=False)
+
+
 def _matrix(model: DogeForCausalLM, inputs: int, outputs: int) -> nn.Linear:
     matrix = nn.Linear(inputs, outputs, bias=False)
     nn.init.normal_(matrix.weight, std=model._std(inputs))
@@ -227,6 +273,8 @@ def _matrix(model: DogeForCausalLM, inputs: int, outputs: int) -> nn.Linear:
 
 CHANGES: dict[str, Change] = {
     "linear_value": _linear_value,
+    "soft_value": _soft_value,
+    "annealed_value": _annealed_value,
     "residual": _residual,
     "one_pool": _one_pool,
     "weights_outside": _weights_outside,

@@ -189,6 +189,36 @@ def test_balance_is_the_loss_of_switch_transformers(queries: bool) -> None:
         torch.testing.assert_close(balanced.get_parameter(name).grad, parameter.grad, rtol=1e-10, atol=1e-12)
 
 
+def test_a_mixture_of_inner_values_is_soft_and_hardens_where_it_is_annealed() -> None:
+    """By sums over each value. Annealing begins as soft, and ends almost as the choice, which evaluation makes."""
+    settings = make_settings({**SMALL, "num_inner_values": 3})
+    config, x_BTd, scores_BTn = (
+        settings.model_config(),
+        torch.randn(2, 5, 16).double(),
+        30 * torch.randn(2, 5, 3).double(),
+    )
+
+    def attention_of(change: str) -> torch.nn.Module:
+        torch.manual_seed(2)
+        return quality.build_doge(config, settings.train, [change] if change else []).double().model.layers[0].attn
+
+    def mixed(temperature: float) -> torch.Tensor:
+        power_BTn = (scores_BTn / temperature - scores_BTn.amax(-1, keepdim=True) / temperature).exp()
+        rows = attention_of("").v_embed.weight
+        return sum(power_BTn[..., j, None] / power_BTn.sum(-1, keepdim=True) * x_BTd * rows[j] for j in range(3))
+
+    soft, annealed, plain = attention_of("soft_value"), attention_of("annealed_value").train(), attention_of("")
+    hard = plain.inner_values(x_BTd, scores_BTn)
+    torch.testing.assert_close(soft.eval().inner_values(x_BTd, scores_BTn), mixed(1.0))
+    for temperature in (1.0, 1 - 1 / 800, 1 - 2 / 800):
+        torch.testing.assert_close(annealed.inner_values(x_BTd, scores_BTn), mixed(temperature))
+    assert not torch.allclose(mixed(1.0), mixed(0.5))
+    annealed.passes.fill_(10_000)
+    torch.testing.assert_close(annealed.inner_values(x_BTd, scores_BTn), mixed(0.05))
+    torch.testing.assert_close(annealed.eval().inner_values(x_BTd, scores_BTn), hard, rtol=0, atol=0)
+    assert annealed.passes == 10_001
+
+
 @pytest.mark.parametrize("name", ["key_shift", "ff_shift"])
 def test_the_token_before_is_seen_and_no_later_one(name: str) -> None:
     settings = make_settings(SMALL)
