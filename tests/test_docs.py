@@ -287,7 +287,7 @@ def test_presets_that_are_named_are_there(page: Path) -> None:
     code = " ".join([*text.blocks, *text.spans])
     for path in re.findall(r"\./(model/config/\S+\.yaml)", code):
         assert (REPOSITORY / path).is_file(), path
-    assert set(re.findall(r"(?<![\w/.])(doge_(?:tiny|\d+M))\b", code)) <= set(preset_paths())
+    assert set(re.findall(r"(?<![\w/.])(doge2?_(?:tiny|\d+M))\b", code)) <= set(preset_paths())
     given = {path for _, words in text.commands() for path in re.findall(r"--config_path (\S+)", words)}
     assert {path for path in given if "/" not in path} <= set(preset_paths())
 
@@ -370,10 +370,11 @@ def test_the_sizes_of_the_presets_are_true(folder: Path, header: str) -> None:
         settings = load_settings(name.strip("`"))
         config, model = settings.model_config(), settings.model
         counts = count_model(config)
+        tables = key_table_sizes(model.num_cdmmoe_experts) if model.num_cdmmoe_experts else ()
         assert [number for cell in cells for number in _numbers(cell)] == [
             *(model.num_hidden_layers, model.hidden_size, model.num_attention_heads, model.num_inner_values),
             *(model.cross_domain_intermediate_size, model.private_expert_intermediate_size),
-            *(model.num_cdmmoe_experts, *key_table_sizes(model.num_cdmmoe_experts)),
+            *(model.num_cdmmoe_experts, *tables),
             *(model.num_cdmmoe_heads, model.num_cdmmoe_experts_per_head, counts.total, counts.active),
         ], name
         assert work == f"{counts.flops_per_token(settings.train.sequence_length) / 1e6:,.1f}", name

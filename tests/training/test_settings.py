@@ -1,3 +1,4 @@
+import json
 import re
 
 import pytest
@@ -83,8 +84,24 @@ def test_presets_hold_the_design_s_values(name):
     assert train.dataset_path == "./datasets/pretrain"
 
 
-def test_there_are_the_six_presets():
-    assert set(preset_paths()) == {*SIZES, "doge_tiny"}
+def test_there_are_the_seven_presets():
+    assert set(preset_paths()) == {*SIZES, "doge_tiny", "doge2_25M"}
+
+
+def test_what_a_preset_takes_from_evidence_cites_rows_that_are_recorded():
+    """Each key in which doge2_25M departs from doge_25M, but for those that follow from another."""
+    follows = {
+        *("embedding_multiplier", "cross_domain_intermediate_size", "private_expert_intermediate_size"),
+        *("per_epoch_max_steps", "eval_steps", "save_steps"),
+    }
+    published, better = (load_settings(name).to_dict() for name in ("doge_25M", "doge2_25M"))
+    departs = {key for part in better for key, value in better[part].items() if value != published[part][key]}
+    text = preset_paths()["doge2_25M"].read_text(encoding="utf-8")
+    cited = dict(re.findall(r"^  (\w+): .*\(([^()]*\d[^()]*)\)$", text, re.M))
+    assert set(cited) | follows == departs
+    results = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks" / "results").glob("*.jsonl"))
+    recorded = {str(json.loads(line).get("row")) for line in results.splitlines()}
+    assert {row for rows in cited.values() for row in re.findall(r"\d+", rows)} <= recorded
 
 
 @pytest.mark.parametrize("name", preset_paths())
