@@ -296,22 +296,22 @@ PANELS = (
 )
 
 
-def read_losses(folder: Path) -> dict[Row, float]:
-    """The test loss of each numbered row that was finished.
+def read_records(folder: Path) -> dict[Row, dict[str, Any]]:
+    """The figures of each numbered row that was finished.
 
     Raises:
         ValueError: if two rows have one number.
     """
-    losses: dict[Row, float] = {}
+    records: dict[Row, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             record: dict[str, Any] = json.loads(line)
             if "row" not in record or "eval_loss" not in record:
                 continue
-            if record["row"] in losses:
+            if record["row"] in records:
                 raise ValueError(f"{path}: there are two rows {record['row']}")
-            losses[record["row"]] = record["eval_loss"]
-    return losses
+            records[record["row"]] = record
+    return records
 
 
 def draw_panel(axes: Any, panel: Panel, losses: dict[Row, float]) -> None:
@@ -338,7 +338,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     mpl.use("Agg")
-    losses = read_losses(args.results)
+    losses = {row: record["eval_loss"] for row, record in read_records(args.results).items()}
     lines = -(-len(PANELS) // COLUMNS)
     figure, axes = plt.subplots(lines, COLUMNS, figsize=(14, 2.1 * lines), layout="constrained")
     for each, panel in zip(axes.flat, PANELS, strict=False):

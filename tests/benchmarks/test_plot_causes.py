@@ -1,4 +1,4 @@
-"""The picture of causes: every row that it names is on record."""
+"""The pictures of causes and of copying: every row that they name is on record."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tests.benchmarks.conftest import Command
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import plot_causes
+import plot_positions
 
 
 def test_every_panel_is_drawn_from_recorded_rows(command: Command, tmp_path: Path) -> None:
@@ -24,7 +25,20 @@ def test_every_panel_is_drawn_from_recorded_rows(command: Command, tmp_path: Pat
 def test_a_number_belongs_to_one_row(tmp_path: Path) -> None:
     lines = [{"row": 1, "eval_loss": 3.0}, {"row": 2, "unfinished": True}, {"eval_loss": 2.0}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    assert plot_causes.read_losses(tmp_path) == {1: 3.0}
+    assert plot_causes.read_records(tmp_path) == {1: lines[0]}
     (tmp_path / "b.jsonl").write_text(json.dumps(lines[0]), encoding="utf-8")
     with pytest.raises(ValueError, match="two rows 1"):
-        plot_causes.read_losses(tmp_path)
+        plot_causes.read_records(tmp_path)
+
+
+def test_copying_is_drawn_by_position_as_the_mean_of_a_label(command: Command, tmp_path: Path) -> None:
+    records = {1: {"repeat_curve": [2.0, 1.0]}, 2: {"repeat_curve": [4.0, 1.0]}, 3: {}}
+    assert plot_positions.labelled_curves(["a=b=1", "c=2", "a=b=2"], records) == {
+        "a=b": [[2.0, 1.0], [4.0, 1.0]],
+        "c": [[4.0, 1.0]],
+    }
+    for choice, message in (("1", "LABEL=ROW"), ("a=x", "LABEL=ROW"), ("a=3", "row 3 has no"), ("a=4", "row 4 has no")):
+        with pytest.raises(plot_positions.UserError, match=message):
+            plot_positions.labelled_curves([choice], records)
+    command(plot_positions, str(tmp_path / "copy.png"), "Llama=230", "Llama=231", "Doge=233")
+    assert (tmp_path / "copy.png").read_bytes().startswith(b"\x89PNG")
