@@ -136,16 +136,19 @@ def _in_shape(wide_SRC: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> S
     return turned.mul_(math.sqrt(rows / columns)).unbind()
 
 
-def newton_schulz(matrices_SRC: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def newton_schulz(matrices_SRC: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Each matrix with its singular values brought near 1, by five steps of a polynomial of degree 5; zero stays zero.
 
     Args:
         matrices_SRC: as many columns as rows or more; else it is right too, but slower.
-        dtype: what the steps are computed in; bfloat16 is precise enough, as they do not converge anyway.
+        dtype: what the steps are computed in; by default bfloat16, which is precise enough, as they do not converge
+            anyway, and float32 on a CPU, where few have fast products in bfloat16.
 
     Returns:
-        The matrices (S, R, C) in `dtype`.
+        The matrices (S, R, C) in that type.
     """
+    if dtype is None:
+        dtype = torch.float32 if matrices_SRC.device.type == "cpu" else torch.bfloat16
     a, b, c = _COEFFICIENTS
     norm_S11 = torch.linalg.vector_norm(matrices_SRC, dim=(1, 2), keepdim=True)
     x_SRC = (matrices_SRC / (norm_S11 + _EPSILON)).to(dtype)
