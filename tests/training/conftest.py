@@ -1,5 +1,9 @@
+from functools import cache
+
 import pytest
 import torch
+
+from doge_lm.training import hardware
 
 from .support import World
 
@@ -16,3 +20,11 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _measured_once():
+    """How fast this machine multiplies, which every run asks for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardware, "matmul_rate", cache(hardware.matmul_rate))
+        yield

@@ -31,9 +31,11 @@ def draw_curve(log: Path, picture: Path) -> Path:
     tests = [record for record in records if record["kind"] == "eval"]
     if not train:
         raise UserError(f"{log} holds no training step yet, so there is no curve to draw")
-    figure = Figure(figsize=(8, 9), layout="constrained")
+    figure = Figure(figsize=(8, 9))
     FigureCanvasAgg(figure)
-    loss, rate, bits = figure.subplots(3, 1, sharex=True)
+    # Margins by hand: to find them, matplotlib would draw everything several times.
+    margins = {"left": 0.12, "right": 0.98, "bottom": 0.06, "top": 0.98, "hspace": 0.08}
+    loss, rate, bits = figure.subplots(3, 1, sharex=True, gridspec_kw=margins)
     _line(loss, train, "loss", "training")
     _line(loss, tests, "eval_loss", "test", marker="o")
     loss.set_ylabel("loss, nats a token")
