@@ -13,7 +13,7 @@ def world(tmp_path_factory):
     return World(tmp_path_factory.mktemp("world"))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread():
     """So small a model is fastest so, and the losses are those of a process with one thread."""
     threads = torch.get_num_threads()
