@@ -51,9 +51,14 @@ def shared_data() -> Path:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the modules that take long, and skip what is marked `gpu` where there is none."""
-    # In several processes, a long module that began last would be waited for by all but one.
-    long = {item.path for item in items if item.get_closest_marker("slow") is not None}
-    items.sort(key=lambda item: item.path not in long)
+    # In several processes, a long module that began last would be waited for by all but one. The longest have tests
+    # with limits of their own.
+    long: dict[Path, float] = {}
+    for item in items:
+        if item.get_closest_marker("slow") is not None:
+            limit = item.get_closest_marker("timeout")
+            long[item.path] = max(long.get(item.path, 0.0), limit.args[0] if limit is not None else 0.0)
+    items.sort(key=lambda item: -long.get(item.path, -1.0))
     if torch.cuda.is_available():
         return
     without_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU")
