@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from doge_lm.errors import UserError
+from doge_lm.training.hardware import bf16_is_faster
 from doge_lm.training.settings import Settings, load_settings
 
 TASKS = ("256x16", "256x64", "512x64", "512x128", "1024x128", "1024x256", "2048x256")
@@ -116,6 +117,7 @@ class Bench:
         _, self._build, changed = parse_row(run)
         self._settings = model_settings(args, changed)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._bf16 = bf16_is_faster(self._device)
         self._length, self._args = length, args
         self._recall = self._fresh(0)
         if self._device.type == "cuda":
@@ -145,7 +147,7 @@ class Bench:
         begun = time.perf_counter()
         for _ in range(self._args.steps):
             optimizer.zero_grad()
-            with torch.autocast(self._device.type, torch.bfloat16):
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
                 loss, _ = self._recall(*draw_batch(task, rows, generator))
             loss.backward()
             nn.utils.clip_grad_norm_(self._recall.parameters(), 1.0)
@@ -159,7 +161,7 @@ class Bench:
     def _evaluate(self, task: Task, rows: int) -> tuple[float, float]:
         generator = torch.Generator(self._device).manual_seed(2**31)  # no seed of training
         found = []
-        with torch.autocast(self._device.type, torch.bfloat16):
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
             for _ in range(EVALUATION_BATCHES):
                 loss, right = self._recall(*draw_batch(task, rows, generator))
                 found.append((right.item(), loss.item()))

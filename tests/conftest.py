@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -24,7 +25,7 @@ SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 # With DOGE_TEST_ALL=1 everything is tested, in some minutes more.
 ALL = bool(os.environ.get("DOGE_TEST_ALL"))
 # Of the shared documents, tests that compare tokenizers take each so-manieth.
-EVERY = 1 if ALL else 12
+EVERY = 1 if ALL else 36
 needs_all = pytest.mark.skipif(not ALL, reason="takes a minute; DOGE_TEST_ALL=1 runs it")
 
 
@@ -50,12 +51,28 @@ def shared_data() -> Path:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the modules that take long, and skip what is marked `gpu` where there is none."""
-    # In several processes, a long module that began last would be waited for by all but one.
-    long = {item.path for item in items if item.get_closest_marker("slow") is not None}
-    items.sort(key=lambda item: item.path not in long)
+    # In several processes, a long module that began last would be waited for by all but one. The longest have tests
+    # with limits of their own.
+    long: dict[Path, float] = {}
+    for item in items:
+        if item.get_closest_marker("slow") is not None:
+            limit = item.get_closest_marker("timeout")
+            long[item.path] = max(long.get(item.path, 0.0), limit.args[0] if limit is not None else 0.0)
+    items.sort(key=lambda item: -long.get(item.path, -1.0))
     if torch.cuda.is_available():
         return
     without_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU")
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(without_gpu)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what was imported."""
+    spare_what_is_there()
+
+
+def spare_what_is_there() -> None:
+    """Takes all objects from the garbage collector, which a trainer calls in each run: imports alone cost a second."""
+    gc.collect()
+    gc.freeze()

@@ -159,6 +159,13 @@ class Run:
     itself: bool = False
 
 
+def take_back(root: Path) -> None:
+    """Removes what `lend_packages` wrote in place of pip."""
+    for link in (root / ".venv/lib").glob(f"python*/site-packages/{LENT_LINK}"):
+        link.unlink()
+        (root / ".venv/bin/doge-lm").unlink()
+
+
 def check_demo(root: Path) -> None:
     log = [json.loads(line) for line in (root / "demo/log/train.jsonl").read_text(encoding="utf-8").splitlines()]
     assert any("loss" in entry for entry in log)
@@ -227,14 +234,17 @@ def write_benchmarks(root: Path) -> None:
 
 
 def write_pairs(root: Path) -> None:
-    rows = [{"prompt": f"{n} + 1?", "chosen": f"{n + 1}", "rejected": "I do not know."} for n in range(12)]
+    rows = [{"prompt": f"{n} + 1?", "chosen": f"{n + 1}", "rejected": "I do not know."} for n in range(6)]
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-TRAIN = (
-    "--set sequences_per_step=1 --set per_device_train_batch_size=1 --set per_epoch_max_steps=2 "
+ONE_STEP = (
+    "--set sequences_per_step=1 --set per_device_train_batch_size=1 --set per_epoch_max_steps=1 "
     "--set num_train_epochs=1 --set save_steps=1 --set per_device_eval_batch_size=1 --set bf16=false"
 )
+TWO_STEPS = ONE_STEP.replace("per_epoch_max_steps=1", "per_epoch_max_steps=2")
+# Each process that reads data imports PyTorch; as many as the preset says are started where nothing is added.
+ONE_READER = "--set dataloader_num_workers=1"
 
 # In the background, asked once, and told to stop.
 SERVED = (
@@ -247,14 +257,14 @@ SERVED = (
 
 RUNS = {
     "make demo": Run(
-        "DEMO_FLAGS='--steps 8'",
+        "DEMO_FLAGS='--steps 2'",
         makes=("demo/model/config.json", "demo/chat/config.json"),
         says="next:",
         after=check_demo,
     ),
     ".venv/bin/doge-lm serve ./demo/chat": Run(SERVED, says='"status":"ok"'),
     "make test": Run(itself=True),
-    "python3 -m venv .venv": Run(),
+    "python3 -m venv .venv": Run(before=take_back),
     '.venv/bin/python -m pip install --constraint constraints.txt --editable ".[dev]"': Run(),
     ".venv/bin/doge-lm demo": Run("--steps 1 --max_documents 8", says="next:", after=check_demo),
     ". .venv/bin/activate": Run(),
@@ -267,11 +277,11 @@ RUNS = {
         makes=("datasets/tokenized",), after=check_tokenized
     ),
     "python scripts/merge_datasets.py --datasets_dir ./datasets --save_dir ./datasets --num_proc 16": Run(
-        "--test_size 4", makes=("datasets/pretrain", "datasets/finetune"), after=check_merged
+        "--test_size 2", makes=("datasets/pretrain", "datasets/finetune"), after=check_merged
     ),
     "python train.py --config_path ./model/config/doge_25M.yaml --logging_dir ./log --output_dir ./results "
     "--tokenizer_path ./tokenizer": Run(
-        TRAIN,
+        TWO_STEPS,
         makes=("results/model.safetensors", "results/checkpoint-1", "results/checkpoint-2", "log/curve.png"),
         says="24,422,656 total",
     ),
@@ -280,7 +290,7 @@ RUNS = {
     ),
     "python train.py --config_path ./model/config/doge_25M.yaml --logging_dir ./log --output_dir ./results "
     "--tokenizer_path ./tokenizer --resume_from_checkpoint": Run(
-        TRAIN,
+        f"{TWO_STEPS} {ONE_READER}",
         makes=("results/model.safetensors", "results/checkpoint-2"),
         says="1 of 2 steps are done",
         before=interrupt,
@@ -294,7 +304,7 @@ RUNS = {
     ),
     "python finetune.py --config_path ./model/config/finetune/doge_25M.yaml --model_path ./results "
     "--dataset_path ./datasets/finetune --logging_dir ./log_finetune --output_dir ./results_finetune": Run(
-        TRAIN,
+        f"{ONE_STEP} {ONE_READER}",
         makes=("results_finetune/model.safetensors", "log_finetune/report.md"),
         says="report: log_finetune/report.md",
     ),
@@ -305,7 +315,7 @@ RUNS = {
     ),
     "doge-lm dpo --config_path doge_25M --model_path ./results_finetune --dataset_path ./pairs.jsonl "
     "--logging_dir ./log_dpo --output_dir ./results_dpo": Run(
-        f"{TRAIN} --set dpo.test_share=0.5",
+        f"{ONE_STEP} --set dpo.test_share=0.5",
         makes=("results_dpo/model.safetensors", "log_dpo/report.md"),
         says="pairs to train on",
         before=write_pairs,
@@ -328,7 +338,7 @@ RUNS = {
     ),
     "doge-lm train --config_path doge_25M --output_dir ./results-stream --logging_dir ./log-stream "
     "--tokenizer_path ./tokenizer --set stream=./texts": Run(
-        f"--config_path doge_tiny {TRAIN} --set stream_test_rows=2",
+        f"--config_path doge_tiny {ONE_STEP} --set stream_test_rows=2",
         makes=("results-stream/model.safetensors",),
         says="tokenized meanwhile",
         before=write_more_texts,
@@ -413,13 +423,28 @@ def bare_environment(folder: Path) -> dict[str, str]:
     }
 
 
+LENT_LINK = "aa_lent.pth"
+SCRIPT = """import sys
+from doge_lm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
 def lend_packages(shell: Shell, root: Path) -> None:
-    """What `make install` makes in a copy of the checkout, with the packages of this environment as its own."""
-    shell("python3 -m venv .venv")
+    """What `make install` makes in a copy of the checkout, with the packages of this environment as its own.
+
+    pip is left to the set-up by hand (`take_back`); what it would write is written here.
+    """
+    shell("python3 -m venv --without-pip .venv")
     [site] = (root / ".venv" / "lib").glob("python*/site-packages")
+    (site / LENT_LINK).write_text(f"{root / 'src'}\n", encoding="utf-8")
     # Behind the entries of packages that are installed there: pip's link to the copy comes first.
     (site / "zz_lent.pth").write_text(sysconfig.get_paths()["purelib"] + "\n", encoding="utf-8")
-    shell(".venv/bin/python -m pip install --quiet --no-deps --constraint constraints.txt --editable .")
+    script = root / ".venv" / "bin" / "doge-lm"
+    script.write_text(f"#!{root}/.venv/bin/python\n{SCRIPT}", encoding="utf-8")
+    script.chmod(0o755)
     (root / ".venv" / ".installed").touch()
 
 

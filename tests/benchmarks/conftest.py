@@ -22,7 +22,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         assert benchmark.main() in (0, None)
         return capsys.readouterr().out
 
-    threads, verbosity = torch.get_num_threads(), logging.get_verbosity()
+    threads, verbosity, bars = torch.get_num_threads(), logging.get_verbosity(), logging.is_progress_bar_enabled()
     yield run
     torch.set_num_threads(threads)
     logging.set_verbosity(verbosity)
+    (logging.enable_progress_bar if bars else logging.disable_progress_bar)()

@@ -3,8 +3,6 @@
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from doge_lm.errors import UserError
 from doge_lm.evaluation.scorer import make_scorer
 from doge_lm.evaluation.texts import score_texts
 from doge_lm.inference.loading import load_model
+from tests.benchmarks.conftest import Command
 from tests.small_model import make_model
 
 ROOT = Path(__file__).parents[2]
@@ -104,26 +103,18 @@ def test_texts_are_scored_as_by_the_command(model: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_small_run_has_all_figures(model: Path, prepared: Path, tmp_path: Path) -> None:
+def test_a_small_run_has_all_figures(command: Command, model: Path, prepared: Path, tmp_path: Path) -> None:
     for package in ("torchao", "onnxruntime", "onnxscript"):
         pytest.importorskip(package)
     target = tmp_path / "out.json"
     read = ["--dataset_path", str(prepared), "--limit", "3"]
     rows = ["float32", "int8", "onnx"]
     sizes = ["--window", "16", "--prompt_tokens", "4", "--new_tokens", "3", "--repetitions", "1"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "export.py"), str(model), *read, *sizes]
-    done = subprocess.run(
-        [*command, "--rows", *rows, "--json", str(target)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # threads wait for each other in so small a model
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    torch.set_num_threads(1)  # threads wait for each other in so small a model
+    output = command(benchmark, str(model), *read, *sizes, "--rows", *rows, "--json", str(target))
     records = json.loads(target.read_text(encoding="utf-8"))["records"]
     assert list(records) == rows
-    assert all(f"| {name} |" in done.stdout for name in rows)
+    assert all(f"| {name} |" in output for name in rows)
     assert all(record["tokens_per_second"] > 0 for record in records.values())
     assert records["int8"]["bytes"] < 0.7 * records["float32"]["bytes"]
     original = records["float32"]["bits_per_byte"]["bottles"]

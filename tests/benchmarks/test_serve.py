@@ -1,25 +1,25 @@
 """`benchmarks/serve.py`: a small run compares every answer, counts tokens, and ends the server."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.benchmarks.conftest import Command
 from tests.conftest import REPOSITORY
 from tests.small_model import make_model
 
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+import serve
+
 
 @pytest.mark.slow
-def test_a_small_run_has_all_figures(tmp_path: Path) -> None:
+def test_a_small_run_has_all_figures(command: Command, tmp_path: Path) -> None:
     place, target = make_model(tmp_path / "small"), tmp_path / "out.json"
     sizes = ["--clients", "4", "--seconds", "1", "--requests", "8", "--max_tokens", "12", "--fuzz", "20"]
-    command = [sys.executable, str(REPOSITORY / "benchmarks" / "serve.py"), str(place), *sizes, "--json", str(target)]
-    done = subprocess.run(
-        [*command, "--flags", "--max_slots", "4"], capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    command(serve, str(place), *sizes, "--json", str(target), "--flags", "--max_slots", "4")
     found = json.loads(target.read_text(encoding="utf-8"))
     assert found["answers"] >= 4
     assert found["tokens"] >= 2 * found["answers"]

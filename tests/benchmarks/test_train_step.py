@@ -1,7 +1,6 @@
 """`benchmarks/train_step.py` and `peers.py`: the peers are what they are said to be, and every row becomes figures."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +14,9 @@ from doge_lm import DogeConfig, DogeForCausalLM
 from doge_lm.errors import UserError
 from doge_lm.training.plan import count_model
 from doge_lm.training.settings import load_settings
+from tests.benchmarks.conftest import Command
 from tests.conftest import ALL
-from tests.training.support import LENGTH, World, make_settings, one_thread
+from tests.training.support import LENGTH, World, make_settings
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -225,24 +225,19 @@ def test_a_short_set_is_passed_more_than_once() -> None:
     assert train_step.make_row(args, "doge_25M", "published", 0, 10**6).micro_batch == 8
 
 
-def command(world, config, out, *flags):
+def flags_of(world, config, out):
     return [
-        *(sys.executable, str(ROOT / "benchmarks" / "train_step.py"), "--preset", str(config), "--steps", "5"),
-        *("--dataset_path", str(world.data), "--tokenizer_path", str(world.tokenizer_path), "--output_dir", str(out)),
-        *flags,
+        *("--preset", str(config), "--steps", "5", "--output_dir", str(out)),
+        *("--dataset_path", str(world.data), "--tokenizer_path", str(world.tokenizer_path)),
     ]
 
 
-def finished(command):
-    # The conftest's interpreter of Triton would take the place of the paths that a CPU has.
-    environment = {name: value for name, value in one_thread().items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        command, capture_output=True, text=True, encoding="utf-8", check=False, timeout=600, env=environment
-    )
-
-
 @pytest.mark.slow
-def test_every_row_runs_through_the_trainer(tmp_path) -> None:
+def test_every_row_runs_through_the_trainer(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    # Of the rows' processes: threads wait for each other in so small a model, and the conftest's interpreter of Triton
+    # would take the place of the paths that a CPU has.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     world = World(tmp_path / "world")
     config = tmp_path / "settings.yaml"
     config.write_text(make_settings({"hidden_dropout": 0.0}).to_yaml(), encoding="utf-8")
@@ -250,8 +245,7 @@ def test_every_row_runs_through_the_trainer(tmp_path) -> None:
     if not ALL:  # each is a process of its own
         rows = ("doge", "dense", "published")
     flags = ("--sequence_length", str(LENGTH), "--peer_micro_batch", "4", "--rows", *rows)
-    done = finished(command(world, config, tmp_path / "out", *flags))
-    assert done.returncode == 0, done.stderr
+    output = command(train_step, *flags_of(world, config, tmp_path / "out"), *flags)
     report = json.loads((tmp_path / "out" / "train_step.json").read_text(encoding="utf-8"))
     found = {row["row"]: row for row in report["rows"]}
     assert tuple(found) == rows
@@ -268,7 +262,7 @@ def test_every_row_runs_through_the_trainer(tmp_path) -> None:
     config = load_settings(str(config)).model_config()
     assert found["doge"]["flops_per_token"] == count_model(config).flops_per_token(LENGTH)
     assert report["comparisons"][0]["doge / dense"] > 0
-    assert "| settings | published |" in done.stdout
+    assert "| settings | published |" in output
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
@@ -288,7 +282,7 @@ def test_bad_flags_are_named(tmp_path, monkeypatch) -> None:
     world = World(tmp_path / "world")
     config = tmp_path / "settings.yaml"
     config.write_text(make_settings().to_yaml(), encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", command(world, config, tmp_path / "out")[1:])
+    monkeypatch.setattr(sys, "argv", ["train_step.py", *flags_of(world, config, tmp_path / "out")])
     with pytest.raises(UserError, match=f"--sequence_length {LENGTH}"):
         train_step.main()
     sys.argv += ["--memory_cap_gib", "0"]

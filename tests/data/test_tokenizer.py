@@ -232,7 +232,7 @@ def test_all_documents_as_sentencepiece(
 ) -> None:
     """The acceptance of the tokenizer: 11,211 documents and every turn of 32,602 conversations, 38M tokens.
 
-    A twelfth of them, unless all are asked for (`EVERY`).
+    A part of them, unless all are asked for (`EVERY`).
     """
     documents = shared_texts("english.jsonl.zst", "chinese.jsonl.zst", "python.jsonl.zst")
     assert len(documents) == 11_211

@@ -33,6 +33,7 @@ from doge_lm.inference.loading import load_model
 from doge_lm.inference.server import Settings
 from doge_lm.inference.service import Limits
 from doge_lm.inference.slots import Slots
+from tests.conftest import spare_what_is_there
 from tests.inference.serving import Reply, Serving, rest_of, serving, serving_process
 from tests.small_model import make_model
 
@@ -765,7 +766,8 @@ def test_a_failure_of_the_engine_ends_the_server(place: Path, monkeypatch: pytes
         with pytest.raises(ZeroDivisionError, match="a bug"):
             command.result(timeout=60)
     server.wait_until_gone()
-    gc.unfreeze()
+    gc.unfreeze()  # what the command froze: the server and its model
+    spare_what_is_there()
 
 
 def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:

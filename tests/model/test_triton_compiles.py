@@ -5,6 +5,7 @@ Needs no GPU: in a process of its own, where kernels are not interpreted, each l
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -108,15 +109,46 @@ def compile_all(dtype: torch.dtype) -> None:
     cdmoe_triton.pick(leaf(m, n), experts[:, :k]).sum().backward()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_every_kernel_compiles(dtype: str) -> None:
-    code = (
-        "import torch; from tests.model.test_triton_compiles import Compiler, compile_all; "
-        f"compile_all(torch.{dtype}); print(*Compiler.compiled)"
-    )
+def compile_rows_kernel() -> None:
+    """That of `RowLazyAdamW`: rows narrow and wide, with and without bounds that 16 divides."""
+    from doge_lm.training import row_lazy_adamw_triton  # noqa: PLC0415
+    from doge_lm.training.row_lazy_adamw import RowState, StepNumbers  # noqa: PLC0415
+
+    row_lazy_adamw_triton._rows_kernel = Compiler(row_lazy_adamw_triton._rows_kernel)
+    for n, f in ((3, 5), (64, 256), (64, 4096)):
+        weight = torch.zeros(n, f)
+        state = RowState(weight, weight, weight[:, 0], weight[:, 0])
+        numbers = StepNumbers(1, 1e-3, -1e-5, 0.9, 0.99, 1e-6)
+        row_lazy_adamw_triton.update_rows(weight, weight, state, numbers)
+
+
+def print_compiled() -> None:
+    """The kernels that are compiled for each type of the model's tensors, and for the optimizer, as JSON."""
+    found = {}
+    for name, compile_ in {
+        "bfloat16": lambda: compile_all(torch.bfloat16),
+        "float32": lambda: compile_all(torch.float32),
+        "optimizer": compile_rows_kernel,
+    }.items():
+        Compiler.compiled.clear()
+        compile_()
+        found[name] = list(Compiler.compiled)
+    print(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[str]]:
+    """One process for all: to import PyTorch and transformers takes as long as to compile."""
+    code = "from tests.model.test_triton_compiles import print_compiled; print_compiled()"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr[-3000:]
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, list[str]] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_kernel_compiles(compiled: dict[str, list[str]], dtype: str) -> None:
     kernels = {
         "_add_norm_kernel", "_add_norm_backward_kernel", "_inner_value_kernel", "_inner_value_backward_kernel",
         "_rotation_kernel", "_rotation_backward_kernel", "_normed_backward_kernel", "_topk_kernel",
@@ -124,4 +156,8 @@ def test_every_kernel_compiles(dtype: str) -> None:
         "_scatter_kernel", "_chunk_kernel", "_long_run_kernel", "_join_kernel", "_spread_kernel", "_silu_kernel",
         "_silu_backward_kernel",
     }  # fmt: skip
-    assert set(found.stdout.split()) == kernels | ({"_silu_product_kernel"} if dtype == "bfloat16" else set())
+    assert set(compiled[dtype]) == kernels | ({"_silu_product_kernel"} if dtype == "bfloat16" else set())
+
+
+def test_the_kernel_of_resting_rows_compiles(compiled: dict[str, list[str]]) -> None:
+    assert compiled["optimizer"] == ["_rows_kernel"] * 3

@@ -245,20 +245,22 @@ def test_data_larger_than_the_plan_says_how_much_stays_out():
     ("small", "large", "faster", "asked"),
     [
         (1 / 40, 1 / 90, False, {256}),
-        (0.8, 0.9, False, {256, None}),
-        (0.6, 1.4, False, {256, None}),
-        (0.9, 3.0, True, {256, None}),
+        (0.8, 0.9, False, {256, 1024}),
+        (0.6, 1.4, False, {256, 1024}),
+        (0.9, 3.0, True, {256, 1024}),
     ],
 )
 def test_a_cpu_is_asked_whether_bfloat16_pays(monkeypatch, small, large, faster, asked):
     """By small products where these tell already; `small` and `large`: its rate as a share of that of float32."""
     sizes = []
 
-    def measured(device, dtype, seconds=0.2, size=None):
+    def rate(device, dtype, size, seconds=0.2):
+        if dtype != torch.bfloat16:
+            return 1e11
         sizes.append(size)
-        return 1e11 * ((small if size else large) if dtype == torch.bfloat16 else 1)
+        return 1e11 * (small if size == 256 else large)
 
-    monkeypatch.setattr(hardware_module, "measure_matmul", measured)
+    monkeypatch.setattr(hardware_module, "matmul_rate", rate)
     assert bf16_is_faster(CPU.device) is faster
     assert set(sizes) == asked
 

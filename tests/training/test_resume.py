@@ -13,7 +13,7 @@ from doge_lm.cli import main
 from doge_lm.training.checkpoints import RunRecord, check_whole, list_checkpoints
 from tests.conftest import ALL
 
-from .support import ROOT, finish, log_lines, losses, make_set, one_thread, start
+from .support import ROOT, log_lines, losses, make_set, one_thread, start
 
 STEPS = {"per_epoch_max_steps": 6, "num_train_epochs": 4, "save_steps": 2}
 
@@ -22,7 +22,7 @@ STEPS = {"per_epoch_max_steps": 6, "num_train_epochs": 4, "save_steps": 2}
 def whole(world, tmp_path_factory):
     """A run of 24 steps without interruption; a process of its own reads the data, which must make no difference."""
     place = tmp_path_factory.mktemp("whole")
-    finish(start(world.flags(place, dataloader_num_workers=1, **STEPS)))
+    assert main(["train", *world.flags(place, dataloader_num_workers=1, **STEPS)]) == 0
     return place
 
 

@@ -6,10 +6,7 @@ import copy
 import importlib.util
 import io
 import math
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -219,28 +216,6 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match=r"lr · weight_decay is 1\.0; it must be below 1"):
         optimizer.step()
     assert torch.equal(weight, torch.ones(3, 3))
-
-
-def compile_all() -> None:
-    """Compile the kernel for an H100: rows narrow and wide, with and without bounds that 16 divides."""
-    from doge_lm.training import row_lazy_adamw_triton  # noqa: PLC0415
-    from tests.model.test_triton_compiles import Compiler  # noqa: PLC0415
-
-    row_lazy_adamw_triton._rows_kernel = Compiler(row_lazy_adamw_triton._rows_kernel)
-    for n, f in ((3, 5), (64, 256), (64, 4096)):
-        weight = torch.zeros(n, f)
-        state = RowState(weight, weight, weight[:, 0], weight[:, 0])
-        row_lazy_adamw_triton.update_rows(weight, weight, state, StepNumbers(1, 1e-3, -1e-5, *BETAS, EPS))
-    print(*Compiler.compiled)
-
-
-@pytest.mark.skipif(not HAVE_TRITON, reason="there is no Triton")
-def test_the_kernel_compiles() -> None:
-    code = "from tests.training.test_row_lazy_adamw import compile_all; compile_all()"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr[-3000:]
-    assert found.stdout.split() == ["_rows_kernel"] * 3
 
 
 # A few of many experts are chosen by so few tokens, so that rows rest.

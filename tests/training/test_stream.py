@@ -166,7 +166,8 @@ def test_bad_rows_stop_a_run_or_are_counted_in_its_log(world, tmp_path, capsys):
     for line in ("a.jsonl", "stream_on_error=skip"):
         assert train(world, tmp_path / line, folder) == 1
         assert line in capsys.readouterr().err
-    assert train(world, tmp_path / "skipped", folder, stream_on_error="skip", per_epoch_max_steps=150) == 0
+    settings = {"stream_on_error": "skip", "per_epoch_max_steps": 60, "save_steps": 60, "eval_steps": 60}
+    assert train(world, tmp_path / "skipped", folder, **settings) == 0
     assert "left out (the first of its kind; the log counts them)" in capsys.readouterr().out
     last = log_lines(tmp_path / "skipped")[-1]
     assert last["stream_epoch"] >= 1

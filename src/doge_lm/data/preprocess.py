@@ -290,11 +290,13 @@ def preprocess(
         print(note)
     chosen, special = encoder.name, encoder.special
     tokenizer = TokenizerIdentity(tokenizer_hash, encoder.vocab_size, special.pad, special.bos, special.eos)
-    del encoder  # the processes have their own
+    # What was opened for the comparison serves this process; others open their own.
+    opened = encoder if num_proc == 1 else (tokenizer_path, chosen)
+    del encoder
     with (
         # Not among the sources, which may have any name.
         scratch_directory(save_dir / "ngrams") if settings.cleaning.decontaminate else nullcontext() as index_dir,
-        Workers(num_proc, _start_worker, (tokenizer_path, chosen, settings, index_dir)) as workers,
+        Workers(num_proc, _start_worker, (opened, settings, index_dir)) as workers,
         ExitStack() as stack,
     ):
         jobs = [
@@ -882,9 +884,9 @@ _worker: dict[str, _WorkerState] = {}
 
 
 def _start_worker(
-    tokenizer_path: Path, backend: encoders.Backend, settings: PreprocessSettings, index_dir: Path | None
+    opened: encoders.Encoder | tuple[Path, encoders.Backend], settings: PreprocessSettings, index_dir: Path | None
 ) -> None:
-    encoder = encoders.load_encoder(tokenizer_path, backend)
+    encoder = encoders.load_encoder(*opened) if isinstance(opened, tuple) else opened
     length = cutting_length(settings.row_maker, settings.sequence_length)
     tokenizing = Tokenizing(
         encoder, length, train_on_prompts=settings.train_on_prompts, system_prompt=settings.system_prompt

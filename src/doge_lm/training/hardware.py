@@ -33,6 +33,8 @@ _PEAKS: dict[str, float] = {
     "L4": 121e12,
 }
 
+_LONGEST_PRODUCT = 0.2  # seconds; float32 on one core of any CPU takes less
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -82,13 +84,19 @@ def known_peak(name: str) -> float | None:
     return None
 
 
-def measure_matmul(device: torch.device, dtype: torch.dtype, seconds: float = 0.2, size: int | None = None) -> float:
-    """FLOP/s of products of square matrices: the best of as many as fit into `seconds`, at least three.
+def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of products of large square matrices: of 4,096 rows, on a CPU 1,024.
 
-    `size` is the number of their rows: 4,096, and on a CPU 1,024, if it is not given.
+    A CPU that has no units for a type is asked by small products, for large ones would take seconds.
     """
-    if size is None:
-        size = 4096 if device.type != "cpu" else 1024
+    if device.type != "cpu":
+        return matmul_rate(device, dtype, 4096)
+    rate = matmul_rate(device, dtype, 256, seconds=0)
+    return matmul_rate(device, dtype, 1024) if 2 * 1024**3 / rate < _LONGEST_PRODUCT else rate
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 0.2) -> float:
+    """FLOP/s of products of square matrices of `size` rows: the best of all within `seconds`, at least three."""
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
     best, count, begun = float("inf"), 0, time.perf_counter()
@@ -114,12 +122,9 @@ def bf16_is_faster(device: torch.device) -> bool:
     """Whether bfloat16 pays on this device: on GPUs that have it, and on CPUs whose matrix units compute in it.
 
     A CPU is asked by measuring: without such units, bfloat16 is several times slower than float32; with them, faster.
-    Where it is far slower, small products tell, and large ones would take seconds.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "mps":
-        return False
-    if measure_matmul(device, torch.bfloat16, size=256) < measure_matmul(device, torch.float32, size=256) / 3:
         return False
     return measure_matmul(device, torch.bfloat16) > 1.5 * measure_matmul(device, torch.float32)
