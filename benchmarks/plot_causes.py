@@ -10,11 +10,14 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+
+from doge_lm.errors import UserError
 
 COLUMNS = 3
 COLOURS = ("tab:blue", "tab:orange", "tab:green")
@@ -300,6 +303,7 @@ def read_records(folder: Path) -> dict[Row, dict[str, Any]]:
     """The figures of each numbered row that was finished.
 
     Raises:
+        UserError: if there is none.
         ValueError: if two rows have one number.
     """
     records: dict[Row, dict[str, Any]] = {}
@@ -311,7 +315,26 @@ def read_records(folder: Path) -> dict[Row, dict[str, Any]]:
             if record["row"] in records:
                 raise ValueError(f"{path}: there are two rows {record['row']}")
             records[record["row"]] = record
+    if not records:
+        raise UserError(f"{folder} has no record of a row, in files *.jsonl")
     return records
+
+
+def labelled_rows(choices: Sequence[str], known: Container[Row]) -> list[tuple[str, int]]:
+    """Choices of the form LABEL=ROW, as labels and numbers.
+
+    Raises:
+        UserError: for a choice of another form, or a row that is not known.
+    """
+    found = []
+    for choice in choices:
+        label, _, number = choice.rpartition("=")
+        if not (label and number.isdecimal()):
+            raise UserError(f"{choice!r}: expected LABEL=ROW, with the number of a row in docs/log.md")
+        if int(number) not in known:
+            raise UserError(f"{choice!r}: there is no record of row {number}")
+        found.append((label, int(number)))
+    return found
 
 
 def draw_panel(axes: Any, panel: Panel, losses: dict[Row, float]) -> None:
@@ -338,7 +361,14 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     mpl.use("Agg")
-    losses = {row: record["eval_loss"] for row, record in read_records(args.results).items()}
+    try:
+        losses = {row: record["eval_loss"] for row, record in read_records(args.results).items()}
+        missing = [row for panel in PANELS for group in panel.groups for rows in group.values() for row in rows]
+        missing = [row for row in missing if row not in losses]
+        if missing:
+            raise UserError(f"{args.results} has no finished row {missing[0]}, which a panel names")
+    except UserError as error:
+        parser.error(str(error))
     lines = -(-len(PANELS) // COLUMNS)
     figure, axes = plt.subplots(lines, COLUMNS, figsize=(14, 2.1 * lines), layout="constrained")
     for each, panel in zip(axes.flat, PANELS, strict=False):

@@ -14,7 +14,7 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-from plot_causes import read_records
+from plot_causes import labelled_rows, read_records
 
 from doge_lm.errors import UserError
 
@@ -27,15 +27,10 @@ def labelled_curves(choices: list[str], records: dict[Any, dict[str, Any]]) -> d
     Raises:
         UserError: for a choice of another form, or a row without a curve.
     """
+    with_curves = {row: record["repeat_curve"] for row, record in records.items() if "repeat_curve" in record}
     curves: dict[str, list[list[float]]] = {}
-    for choice in choices:
-        label, _, number = choice.rpartition("=")
-        if not (label and number.isdecimal()):
-            raise UserError(f"{choice!r}: expected LABEL=ROW, with the number of a row")
-        curve = records.get(int(number), {}).get("repeat_curve")
-        if curve is None:
-            raise UserError(f"{choice!r}: row {number} has no record of copying by position")
-        curves.setdefault(label, []).append(curve)
+    for label, row in labelled_rows(choices, with_curves):
+        curves.setdefault(label, []).append(with_curves[row])
     return curves
 
 

@@ -8,8 +8,10 @@ changes of `variants.py`, made for diagnosis, `llama@qk_norm` a Llama with one. 
 total of parameters of the Doge with the same settings, or with `equal_work=true` from its work a token. `fit=true`
 among the settings makes the shared part of a Doge as wide as brings the total to the preset's (with tied embeddings,
 say, that of a Llama too), and `tokens=30e6` takes the place of --tokens. The protocol is the default under them: T =
-1,024, 64K tokens a step, cosine over 60M tokens, peak learning rate 3e-3, 1/√fan_in init.
-Prints a table and appends each row to OUT/quality.jsonl.
+1,024, 64K tokens a step, cosine over 60M tokens, peak learning rate 3e-3, 1/√fan_in init. With `as_is=true` it gives
+way to the preset's own step, rates and starting values, for a --preset that is itself to be measured.
+Prints a table and appends each row to OUT/quality.jsonl. `--also_test DIR` scores the test rows of a second prepared
+set too, under `other_…`: text by which nothing was chosen.
 """
 
 import argparse
@@ -34,8 +36,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from variants import CHANGES, LLAMA_CHANGES
 
-from doge_lm.data.dataset import load_prepared
+from doge_lm.data.dataset import PackedCollator, load_prepared
 from doge_lm.errors import UserError
+from doge_lm.evaluation.bits_per_byte import evaluate
 from doge_lm.model.configuration_doge import DogeConfig
 from doge_lm.model.linear_cross_entropy import next_token_loss
 from doge_lm.model.modeling_doge import DogeCDMoE, DogeInnerFuncAttn, TokenEmbedding
@@ -44,6 +47,7 @@ from doge_lm.training.callbacks import LOG_NAME
 from doge_lm.training.plan import count_model
 from doge_lm.training.pretrain import ModelBuilder
 from doge_lm.training.settings import Settings, TrainSettings, load_settings
+from doge_lm.training.trainer import evaluation_metrics
 
 DEFAULT_PRESET = "doge_25M"
 SEQUENCE_LENGTH = 1024
@@ -52,15 +56,15 @@ REPEAT_PARTS = 16  # of the copied tokens, for the loss by position
 LONGEST_NAME = 120  # of a folder; file systems refuse names over 255 bytes
 WIDTH_STEP = 8  # of fitted widths: rows that do not begin at whole 16 bytes leave the fast kernels of products
 CAUSAL = "causal_sdpa"
-PROTOCOL = {
-    "learning_rate": "3e-3",
-    "weight_init": "fan_in",
-    "document_mask": "false",
+PROTOCOL = {"learning_rate": "3e-3", "weight_init": "fan_in", "document_mask": "false"}
+REPORTS = {
     "eval_steps": "1000000",
     "save_steps": "1000000",
     "per_device_eval_batch_size": "16",
     "logging_steps": "10",
 }
+# What a row says that is no setting of the preset.
+OF_THE_ROW = ("fit", "tokens", "sequences_per_step", "as_is")
 
 
 # transformers makes no mask for an implementation that has none of its own, and SDPA is then told that it is causal.
@@ -155,7 +159,7 @@ def parse_row(row: str) -> tuple[str, ModelBuilder, dict[str, str]]:
     """The architecture of a row, what builds its model, and its settings.
 
     Raises:
-        UserError: for an unknown architecture or change.
+        UserError: for an unknown architecture or change, or a number of the row's own that is none.
     """
     model, _, settings = row.partition(":")
     architecture, _, variant = model.partition("@")
@@ -176,11 +180,30 @@ def parse_row(row: str) -> tuple[str, ModelBuilder, dict[str, str]]:
         if not equals:
             raise UserError(f"run {row!r}: {setting!r} is no KEY=VALUE (an entry of a mapping is KEY.ENTRY=VALUE)")
         changed[key] = value
+    check_numbers(row, changed)
     if changed.pop("equal_work", "false") == "true":
         if architecture == "doge":
             raise UserError(f"run {row!r}: equal_work is a setting of a llama, whose width follows a doge's")
         build = partial(build, equal_work=True)
     return architecture, build, changed
+
+
+def check_numbers(row: str, changed: dict[str, str]) -> None:
+    """Look through what the row alone knows.
+
+    Raises:
+        UserError: if `tokens` or `sequences_per_step` is no positive number, or a flag neither true nor false.
+    """
+    for key in ("tokens", "sequences_per_step"):
+        try:
+            number = float(changed.get(key, "1"))
+        except ValueError:
+            number = math.nan
+        if not 0 < number < math.inf or (key != "tokens" and number % 1):
+            raise UserError(f"run {row!r}: {key} must be a positive number, not {changed[key]!r}")
+    for key in ("fit", "as_is", "equal_work"):
+        if changed.get(key, "true") not in ("true", "false"):
+            raise UserError(f"run {row!r}: {key} must be true or false, not {changed[key]!r}")
 
 
 def fitted_width(build: ModelBuilder, settings: Settings, total: int) -> int:
@@ -205,12 +228,22 @@ def run_row(row: str, args: argparse.Namespace) -> dict[str, Any]:
     """Train and evaluate one row; returns its figures."""
     architecture, build, changed = parse_row(row)
     fit = changed.pop("fit", "false") == "true"
-    sequences = int(changed.pop("sequences_per_step", TOKENS_PER_STEP // args.sequence_length))
+    as_is = changed.pop("as_is", "false") == "true"
+    tokens_of_a_step = TOKENS_PER_STEP
+    if as_is:
+        tokens_of_a_step = load_settings(args.preset).train.sequences_per_step * args.sequence_length
+    sequences = int(float(changed.pop("sequences_per_step", tokens_of_a_step // args.sequence_length)))
     tokens = float(changed.pop("tokens", args.tokens))
     steps = round(tokens / (sequences * args.sequence_length))
     epochs = math.ceil(tokens / args.epoch_tokens)
+    if steps < epochs:
+        raise UserError(
+            f"run {row!r}: {tokens:,.0f} tokens are {steps} steps of {sequences} sequences of {args.sequence_length}, "
+            f"which must be one at least in each of {epochs} epochs; give more tokens"
+        )
     settings = {
-        **PROTOCOL,
+        **({} if as_is else PROTOCOL),
+        **REPORTS,
         "sequence_length": str(args.sequence_length),
         "sequences_per_step": str(sequences),
         "num_train_epochs": str(epochs),
@@ -244,6 +277,8 @@ def run_row(row: str, args: argparse.Namespace) -> dict[str, Any]:
     figures["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     if args.micro_batch:
         figures["micro_batch"] = args.micro_batch
+    if args.also_test is not None:
+        figures.update(other_losses(model, args, loaded.train))
     test = load_prepared(Path(args.dataset_path)).test
     repeated = repeat_losses(model, test)
     figures["repeat_loss"] = round(repeated.mean().item(), 4)
@@ -251,6 +286,30 @@ def run_row(row: str, args: argparse.Namespace) -> dict[str, Any]:
     if architecture == "doge":
         figures.update(usage(model, test))
     return figures
+
+
+def other_losses(model: PreTrainedModel, args: argparse.Namespace, train: TrainSettings) -> dict[str, float]:
+    """Loss and bits per byte of the test rows of `--also_test`, and of each of its sources."""
+    other = load_prepared(args.also_test)
+    collator = PackedCollator(other.manifest.tokenizer.pad_token_id, args.sequence_length, train.document_mask)
+    batch_size, bf16 = int(REPORTS["per_device_eval_batch_size"]), torch.cuda.is_available() and bool(train.bf16)
+    metrics = evaluation_metrics(evaluate(model, other.test, collator, batch_size, bf16=bf16), "other")
+    return {name: round(value, 4) for name, value in metrics.items()}
+
+
+def check_other_set(args: argparse.Namespace) -> None:
+    """Look through `--also_test` before anything is trained.
+
+    Raises:
+        UserError: if it is no prepared set, or one of another tokenizer or length than that of `--dataset_path`.
+    """
+    first, other = (load_prepared(path).manifest for path in (args.dataset_path, args.also_test))
+    for what, here, there in (
+        ("tokenizer", first.tokenizer, other.tokenizer),
+        ("--max_len", first.sequence_length, other.sequence_length),
+    ):
+        if here != there:
+            raise UserError(f"--also_test {args.also_test} was made with another {what} than {args.dataset_path}")
 
 
 def place_name(row: str) -> str:
@@ -353,11 +412,18 @@ def main() -> int:
     parser.add_argument("--dataset_path", required=True)
     parser.add_argument("--tokenizer_path", required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--also_test", type=Path, help="a second prepared set, whose test rows are scored too")
     parser.add_argument("--sequence_length", type=int, default=SEQUENCE_LENGTH)
     parser.add_argument("--tokens", type=float, default=60e6)
     parser.add_argument("--micro_batch", type=int, help="sequences of one forward pass (default: what memory allows)")
     parser.add_argument("--epoch_tokens", type=float, default=20e6, help="the plan is cut into epochs of at most this")
     args = parser.parse_args()
+    if args.output_dir.is_file():
+        raise UserError(f"--output_dir {args.output_dir} is a file; name a folder")
+    for row in args.runs:
+        parse_row(row)
+    if args.also_test is not None:
+        check_other_set(args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     rows = []
     for row in args.runs:

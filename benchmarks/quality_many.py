@@ -19,13 +19,12 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quality import DEFAULT_PRESET, UserError, parse_row, training_curve
+from quality import DEFAULT_PRESET, OF_THE_ROW, UserError, parse_row, training_curve
 
 from doge_lm.training.callbacks import LOG_NAME
 from doge_lm.training.settings import load_settings
 
 QUALITY = Path(__file__).parent / "quality.py"
-NOT_OF_THE_PRESET = ("fit", "tokens", "sequences_per_step")  # what `quality.py` itself makes of a row's settings
 POLL_SECONDS = 0.5
 
 
@@ -54,7 +53,7 @@ def read_rows(path: Path, preset: str) -> list[str]:
             continue
         try:
             _, _, changed = parse_row(row)
-            load_settings(preset, [f"{key}={value}" for key, value in changed.items() if key not in NOT_OF_THE_PRESET])
+            load_settings(preset, [f"{key}={value}" for key, value in changed.items() if key not in OF_THE_ROW])
         except UserError as error:
             raise UserError(f"{path}, line {number}: {error}") from error
         rows.append(row)

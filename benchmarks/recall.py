@@ -1,6 +1,6 @@
 """Multi-query associative recall: which value stood beside this key? Doge beside a Llama, rates swept for each.
 
-    python benchmarks/recall.py --output_dir OUT [--tasks 256x16 512x64 …] [--rates 1e-3 3e-3 …] MODEL [MODEL …]
+    python benchmarks/recall.py MODEL [MODEL …] --output_dir OUT [--tasks 256x16 512x64 …] [--rates 1e-3 3e-3 …]
 
 The task of Arora et al., *Zoology* (arXiv 2312.04927), as the field uses it: a row of T tokens begins with P pairs of a
 key and a value, each drawn without repetition from its half of the vocabulary; later each key stands once more, with
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from quality import parse_row
+from quality_many import positive
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -225,12 +226,12 @@ def main() -> int:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TxP")
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--tokens", type=int, default=32768, help="tokens of a step")
-    parser.add_argument("--hidden_size", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=1)
+    parser.add_argument("--seeds", type=positive, default=1)
+    parser.add_argument("--steps", type=positive, default=2000)
+    parser.add_argument("--tokens", type=positive, default=32768, help="tokens of a step")
+    parser.add_argument("--hidden_size", type=positive, default=64)
+    parser.add_argument("--layers", type=positive, default=2)
+    parser.add_argument("--heads", type=positive, default=1)
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for text in args.tasks:

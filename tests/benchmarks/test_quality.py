@@ -13,7 +13,7 @@ from doge_lm import DogeConfig, DogeForCausalLM
 from doge_lm.training.plan import count_model
 from doge_lm.training.settings import load_settings
 from tests.benchmarks.conftest import Command
-from tests.training.support import World, make_settings
+from tests.training.support import World, make_set, make_settings
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -283,22 +283,63 @@ def test_usage_counts_what_the_layers_choose() -> None:
 def test_a_row_of_each_architecture_runs(command: Command, tmp_path: Path) -> None:
     world = World(tmp_path / "world")
     config = tmp_path / "settings.yaml"
-    config.write_text(make_settings().to_yaml(), encoding="utf-8")
+    config.write_text(make_settings(learning_rate=2e-3).to_yaml(), encoding="utf-8")
     small = "sequences_per_step=8,per_epoch_max_steps=2,num_train_epochs=1,logging_steps=1,per_device_eval_batch_size=4"
     fitted = "shared_gate=true,private_expert_intermediate_size=32,key_shift=true,feed_forward_shift=true,fit=true"
     rows = [
         f"doge:{small}",
         f"llama:{small.replace('per_epoch_max_steps=2,', '')},tokens=512",
         f"doge:{small},{fitted},num_cdmmoe_experts=0",
+        f"doge:{small},as_is=true",
     ]
     places = ["--dataset_path", str(world.data), "--tokenizer_path", str(world.tokenizer_path)]
     flags = ["--preset", str(config), "--sequence_length", "32", *places, "--output_dir", str(tmp_path / "out")]
-    command(quality, *flags, *rows)
+    command(quality, *flags, "--also_test", str(world.data), *rows)
     lines = (tmp_path / "out" / "quality.jsonl").read_text(encoding="utf-8").splitlines()
-    doge, llama, without = map(json.loads, lines)
+    doge, llama, without, preset = map(json.loads, lines)
     assert doge["tokens"] == llama["tokens"] == 2 * 8 * 32
     assert doge["eval_loss"] != llama["eval_loss"]
     assert len(doge["experts_used"]) == 2
     assert "experts_used" not in llama
     assert without["experts_used"] == []
     assert abs(without["parameters"] / doge["parameters"] - 1) < 0.02
+    for row in (doge, llama, without, preset):  # the second set is the first again
+        assert row["other_loss"] == pytest.approx(row["eval_loss"], abs=2e-4)
+        assert {f"eval{name.removeprefix('other')}" for name in row if name.startswith("other")} <= set(row)
+
+    def highest_rate(row: str) -> float:
+        log = (tmp_path / "out" / quality.place_name(row) / "log" / "train.jsonl").read_text(encoding="utf-8")
+        return max(json.loads(line).get("learning_rate", 0.0) for line in log.splitlines())
+
+    # The protocol's rate, and the preset's own.
+    assert highest_rate(rows[3]) / highest_rate(rows[0]) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("doge:tokens=abc", "tokens must be a positive number, not 'abc'"),
+        ("doge:tokens=-1", "tokens must be a positive number"),
+        ("llama:sequences_per_step=1.5", "sequences_per_step must be a positive number"),
+        ("doge:fit=yes", "fit must be true or false, not 'yes'"),
+    ],
+)
+def test_what_a_row_alone_knows_is_looked_through(row: str, message: str) -> None:
+    with pytest.raises(quality.UserError, match=message):
+        quality.parse_row(row)
+
+
+def test_what_cannot_be_run_is_said_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    world = World(tmp_path / "world")
+    places = ["--dataset_path", str(world.data), "--tokenizer_path", str(world.tokenizer_path)]
+    file = tmp_path / "file"
+    file.touch()
+    other = make_set(tmp_path / "other", world.tokenizer_path, world.tokenizer, sequence_length=16)
+    for flags, message in (
+        (["--output_dir", str(file), "doge"], "is a file; name a folder"),
+        (["--output_dir", str(tmp_path / "out"), "doge:tokens=100"], "100 tokens are 0 steps of 64 sequences of 1024"),
+        (["--output_dir", str(tmp_path / "out"), "--also_test", str(other), "doge"], "another --max_len"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["quality.py", *places, *flags])
+        with pytest.raises(quality.UserError, match=message):
+            quality.main()
