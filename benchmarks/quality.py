@@ -343,11 +343,15 @@ def usage(model: PreTrainedModel, test: Dataset, rows: int = 64) -> dict[str, li
 
     `experts_used` is the share of the N experts that at least one token takes, `experts_effective` is exp(entropy)
     of their use over N, and `value_share` the share of tokens that take the commonest inner value. A list is empty
-    where a change took the choice away.
+    where a change took the choice away. `experts_rank` is in how many directions the sums of experts lie, and
+    `shared_rank` in how many the outputs of the shared part: exp(entropy) of the eigenvalues of their second moment.
     """
     feed_forwards = [layer.feed_forward for layer in model.model.layers if hasattr(layer.feed_forward, "keys")]
     experts = [watch_experts(feed_forward, model.config.num_cdmmoe_experts) for feed_forward in feed_forwards]
     values = [watch_values(layer.attn, model.config.num_inner_values) for layer in model.model.layers]
+    d, e = model.config.hidden_size, model.config.private_expert_intermediate_size
+    sums = [watch_moment(feed_forward, "experts", d) for feed_forward in feed_forwards]
+    shared = [watch_moment(feed_forward, "shared", e) for feed_forward in feed_forwards]
     for index in range(min(rows, len(test))):
         ids = torch.as_tensor(test[index]["input_ids"].astype("int64"), device=model.device)
         model(input_ids=ids[None], use_cache=False)
@@ -355,6 +359,8 @@ def usage(model: PreTrainedModel, test: Dataset, rows: int = 64) -> dict[str, li
     return {
         "experts_used": [round((share > 0).double().mean().item(), 3) for share in shares],
         "experts_effective": [round(torch.special.entr(share).sum().exp().item() / len(share), 3) for share in shares],
+        "experts_rank": [round(effective_rank(moment), 1) for moment in sums],
+        "shared_rank": [round(effective_rank(moment), 1) for moment in shared],
         "value_share": [round((counts.max() / counts.sum()).item(), 3) for counts in values if counts.any()],
     }
 
@@ -371,6 +377,27 @@ def watch_experts(feed_forward: DogeCDMoE, num_experts: int) -> torch.Tensor:
 
     feed_forward.route = counting
     return counts
+
+
+def watch_moment(feed_forward: DogeCDMoE, part: str, size: int) -> torch.Tensor:
+    """Σ y yᵀ of the outputs y of a part of the layer from now on, (size, size) in float64, filled as it runs."""
+    moment = torch.zeros(size, size, dtype=torch.float64, device=feed_forward.keys.device)
+    compute = getattr(feed_forward, part)
+
+    def adding(x_BTd: torch.Tensor) -> torch.Tensor:
+        y_BTd = compute(x_BTd)
+        y_Md = y_BTd.flatten(0, 1).double()
+        moment.add_(y_Md.t() @ y_Md)
+        return y_BTd
+
+    setattr(feed_forward, part, adding)
+    return moment
+
+
+def effective_rank(moment: torch.Tensor) -> float:
+    """exp(entropy) of the eigenvalues' shares: 1 if all lies in one direction, the size if all are alike."""
+    shares = torch.linalg.eigvalsh(moment).clamp(min=0)
+    return torch.special.entr(shares / shares.sum()).sum().exp().item()
 
 
 def watch_values(attention: DogeInnerFuncAttn, num_values: int) -> torch.Tensor:

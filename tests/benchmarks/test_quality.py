@@ -156,6 +156,7 @@ def test_each_change_trains_and_is_counted(name: str, options: dict[str, bool]) 
     assert same == (name == "nothing")
     used = quality.usage(model.eval(), [{"input_ids": ids[0].numpy()}])
     assert used["experts_used"]
+    assert all(1 <= rank <= 16 for part in ("experts_rank", "shared_rank") for rank in used[part])
 
 
 @pytest.mark.parametrize("queries", [False, True])
@@ -278,6 +279,30 @@ def test_usage_counts_what_the_layers_choose() -> None:
         model(input_ids=torch.randint(0, 64, (3, 10)))
     assert values.tolist() == [30, 0]
     assert experts.sum().item() == 3 * 10 * config.num_cdmmoe_experts_per_head
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_the_rank_is_that_of_the_outputs(parallel: bool) -> None:
+    """By the singular values of the outputs themselves; experts with rows that are multiples of one have rank 1."""
+    torch.manual_seed(0)
+    settings = make_settings({**SMALL, "parallel_experts": parallel})
+    model = quality.build_doge(settings.model_config(), settings.train).double().eval()
+    layer = model.model.layers[0].feed_forward
+    x_BTd = torch.randn(3, 10, 16).double()
+    with torch.no_grad():
+        plain = {part: getattr(layer, part)(x_BTd).flatten(0, 1) for part in ("experts", "shared")}
+        moments = {part: quality.watch_moment(layer, part, 16) for part in plain}
+        for part in plain:
+            getattr(layer, part)(x_BTd[:2])
+            getattr(layer, part)(x_BTd[2:])
+        for part, y_Md in plain.items():
+            shares = torch.linalg.svdvals(y_Md) ** 2 / y_Md.square().sum()
+            expected = (-(shares * shares.log()).sum()).exp().item()
+            assert quality.effective_rank(moments[part]) == pytest.approx(expected, rel=1e-9)
+        layer.up_embed.weight.copy_(torch.arange(1, 17)[:, None] * layer.up_embed.weight[:1])
+        one = quality.watch_moment(layer, "experts", 16)
+        layer.experts(x_BTd)
+        assert quality.effective_rank(one) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_a_row_of_each_architecture_runs(command: Command, tmp_path: Path) -> None:
