@@ -122,6 +122,7 @@ LAZY = {"down_embed.weight", "up_embed.weight"}
 @pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_factors_are_on_every_weight_decay(kind, lazy):
+    assert not is_plain_adamw(make_settings(weight_decay_scales=DECAYS).train)
     model = doge(hidden_bias=True)
     rates = {"word_embed": 3.0, "lm_head": 3.0}
     train = make_settings(
