@@ -348,7 +348,11 @@ def test_what_does_not_fit_is_refused(world, base, data, tmp_path, capsys):
     refused(base, data, message="optimizer: muon is for training all weights", lora={"rank": 2}, optimizer="muon")
     # With adapters the embedding is not trained.
     scales = {"word_embed": 2}
-    refused(base, data, message="takes its factor from 'word_embed'", lora={"rank": 2}, learning_rate_scales=scales)
+    for key in ("learning_rate_scales", "weight_decay_scales"):
+        message = f"{key}: nothing takes its factor from 'word_embed'"
+        refused(base, data, message=message, lora={"rank": 2}, **{key: scales})
+    message = "weight_decay_scales: 'norm' gives its factor only to parameters that have no weight decay"
+    refused(base, data, message=message, weight_decay_scales={"norm": 0.5})
     refused(base, data, message="sequence_length is 32", sequence_length=32)
 
 

@@ -253,6 +253,7 @@ def test_nothing_waits_for_the_device() -> None:
 RUN = {
     "per_epoch_max_steps": 6, "num_train_epochs": 4, "save_steps": 10, "optimizer": "muon", "weight_decay": 0.1,
     "learning_rate_scales": {"word_embed": 3.0, "queries": 0.5, "v_queries": 2.0}, "lazy_expert_rows": True,
+    "weight_decay_scales": {"v_embed": 0.0, "queries": 2.0, "down_embed": 0.5},
 }  # fmt: skip
 
 
@@ -285,11 +286,12 @@ def test_a_run_learns_and_resumes_to_the_bit(world, tmp_path, capsys) -> None:  
     for checkpoint in list_checkpoints(again / "out")[1:]:
         shutil.rmtree(checkpoint)
     resume = ["--resume_from_checkpoint"]
-    other = {**RUN, "optimizer": "adamw", "learning_rate_scales": None}
+    other = {**RUN, "optimizer": "adamw", "learning_rate_scales": None, "weight_decay_scales": None}
     assert main(["train", *world.flags(again, *resume, **other)]) == 1
     error = capsys.readouterr().err
     assert "train.optimizer is 'muon' there and 'adamw' here" in error
     assert "train.learning_rate_scales is {" in error
+    assert "train.weight_decay_scales is {" in error
     assert main(["train", *world.flags(again, *resume, **RUN)]) == 0
     assert losses(again) == losses(whole)
     weights = [place / "out" / "model.safetensors" for place in (whole, again)]

@@ -241,13 +241,16 @@ def test_parquet_long_pairs_and_control_strings(world, tmp_path):
 
 
 def test_muon_and_factors_reach_trl_s_trainer(base, data, tmp_path, capsys):
-    settings = {"optimizer": "muon", "learning_rate_scales": {"word_embed": 3.0}, "num_train_epochs": 1}
+    settings = {
+        "optimizer": "muon", "learning_rate_scales": {"word_embed": 3.0}, "weight_decay": 0.1,
+        "weight_decay_scales": {"word_embed": 0.5}, "num_train_epochs": 1,
+    }  # fmt: skip
     assert tune(tmp_path, base, data, parts={"lora": {"rank": 2}}, **settings) == 1
     assert "optimizer: muon is for training all weights" in capsys.readouterr().err
     assert tune(tmp_path, base, data, **settings) == 0
     state = torch.load(list_checkpoints(tmp_path / "out")[-1] / "optimizer.pt", weights_only=True)
-    rates = [(group["muon"], group["initial_lr"]) for group in state["param_groups"]]
-    assert rates == [(False, 1e-3), (False, 1e-3), (False, 3 * 1e-3), (True, 5e-4)]
+    groups = [(group["muon"], group["initial_lr"], group["weight_decay"]) for group in state["param_groups"]]
+    assert groups == [(False, 1e-3, 0.1), (False, 1e-3, 0.0), (False, 3 * 1e-3, 0.1 * 0.5), (True, 5e-4, 0.1)]
 
 
 @pytest.mark.parametrize("name", sorted(preset_paths("dpo")))

@@ -165,6 +165,16 @@ def test_an_unknown_preset_names_the_nearest():
         ("train:\n  learning_rate_scales: {1: 3}\n", r"must be a mapping of text to numbers or null"),
         ("train:\n  learning_rate_scales: {a: 0}\n", r"learning_rate_scales must be factors above 0 by parts of names"),
         ("train:\n  learning_rate_scales: {'': 2}\n", r"must be factors above 0 by parts of names"),
+        ("train:\n  weight_decay_scales: 3\n", r"weight_decay_scales must be a mapping of text to numbers or null"),
+        (
+            "train:\n  weight_decay_scales: {a: -1}\n",
+            r"weight_decay_scales must be factors of 0 or more by parts of names",
+        ),
+        (
+            "train:\n  weight_decay_scales: {a: .inf}\n",
+            r"weight_decay_scales must be a mapping of text to numbers or null",
+        ),
+        ("train:\n  weight_decay_scales: {'': 2}\n", r"must be factors of 0 or more by parts of names"),
         ("train:\n  seed: 1\n  seed: 2\n", r"x\.yaml: line 3: key 'seed' is given twice"),
         ("train: [1\n", r"x\.yaml: line 2: "),
         ("- 1\n", r"x\.yaml: expected the parts `model:`, `train:`"),
@@ -215,6 +225,8 @@ def test_an_override_reaches_an_entry_of_a_mapping(start):
     fresh = load_settings("doge_tiny", [f"{key}.lm_head=2", "rope_parameters.rope_type=linear", "learning_rate=1"])
     assert (fresh.train.learning_rate_scales, fresh.train.learning_rate) == ({"lm_head": 2.0}, 1.0)
     assert fresh.model.rope_parameters == {"rope_type": "linear"}
+    decays = load_settings("doge_tiny", [f"{start}weight_decay_scales.v_embed=0", "weight_decay_scales.lm_head=2"])
+    assert decays.train.weight_decay_scales == {"v_embed": 0.0, "lm_head": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -230,6 +242,7 @@ def test_an_override_reaches_an_entry_of_a_mapping(start):
         ("rope_parameters={? [a] : 1}", r"--set rope_parameters=.*: line 1: \['a'\] cannot be a key"),
         ("rope_parameters={a: 1, a: 2}", r"--set rope_parameters=.*: line 1: key 'a' is given twice"),
         ("learning_rate_scales.lm_head=-1", r"learning_rate_scales must be factors above 0 by parts of names"),
+        ("weight_decay_scales.lm_head=-1", r"weight_decay_scales must be factors of 0 or more by parts of names"),
         ("learning_rate_scales.lm_head=", r"must be a mapping of text to numbers or null"),
         ("learning_rate_scales.=3", r"must be a mapping of text to numbers or null"),
         ("learning_rate.lm_head=3", r"unknown part 'learning_rate'"),

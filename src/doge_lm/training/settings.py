@@ -104,6 +104,7 @@ class TrainSettings:
     warmup_ratio: float = 0.1
     min_lr_rate: float = 0.1
     weight_decay: float = 0.01
+    weight_decay_scales: dict[str, float] | None = None
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
@@ -207,6 +208,13 @@ def _at_least(low: int) -> Check:
     return (lambda value: value >= low), f"at least {low}"
 
 
+def _factors(fits: Callable[[float], bool], text: str) -> Check:
+    return (
+        (lambda scales: all(part and fits(factor) for part, factor in scales.items())),
+        f"factors {text} by parts of names",
+    )
+
+
 _POSITIVE: Check = ((lambda value: value > 0), "above 0")
 _NOT_NEGATIVE: Check = ((lambda value: value >= 0), "0 or more")
 _SHARE: Check = ((lambda value: 0 <= value <= 1), "between 0 and 1")
@@ -225,13 +233,11 @@ _RANGES: dict[str, Check] = {
     "seed": ((lambda value: 0 <= value < 2**32), "0 or more and below 2**32"),
     "learning_rate": _POSITIVE,
     "muon_learning_rate": _POSITIVE,
-    "learning_rate_scales": (
-        (lambda scales: all(part and factor > 0 for part, factor in scales.items())),
-        "factors above 0 by parts of names",
-    ),
+    "learning_rate_scales": _factors((lambda factor: factor > 0), "above 0"),
     "warmup_ratio": _BELOW_ONE,
     "min_lr_rate": _SHARE,
     "weight_decay": _NOT_NEGATIVE,
+    "weight_decay_scales": _factors((lambda factor: factor >= 0), "of 0 or more"),
     "adam_beta1": _BELOW_ONE,
     "adam_beta2": _BELOW_ONE,
     "adam_epsilon": _POSITIVE,

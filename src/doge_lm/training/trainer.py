@@ -25,7 +25,7 @@ from doge_lm.training.callbacks import StepSchedule
 from doge_lm.training.checkpoints import RunRecord
 from doge_lm.training.data import TrainingData
 from doge_lm.training.hardware import Peak
-from doge_lm.training.optimizer import is_plain_adamw, make_optimizer
+from doge_lm.training.optimizer import decayed_names, is_plain_adamw, make_optimizer
 from doge_lm.training.order import StreamSampler
 from doge_lm.training.plan import Plan
 from doge_lm.training.settings import TrainSettings
@@ -232,8 +232,7 @@ class DogeTrainer(Trainer):
         """The Trainer's AdamW, or what else the settings ask for (`make_optimizer`)."""
         if self.optimizer is not None or is_plain_adamw(self.train_settings):
             return super().create_optimizer(*args, **kwargs)
-        decayed = set(self.get_decay_parameter_names(self.model))
-        self.optimizer = optimizer = make_optimizer(self.model, self.train_settings, decayed)
+        self.optimizer = optimizer = make_optimizer(self.model, self.train_settings, decayed_names(self.model))
         return optimizer
 
     # Precision
