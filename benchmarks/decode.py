@@ -25,7 +25,6 @@ A row is printed as soon as it is measured; one that fails has its error in it. 
 import argparse
 import gc
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +32,7 @@ from typing import Any
 
 import torch
 import transformers
+from flags import run_command
 from quality import llama_like
 from torch import Tensor
 from train_step import circumstances, write_whole
@@ -273,7 +273,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -3,18 +3,18 @@
     python benchmarks/other_text.py OUT --conversations english=FILE chinese=FILE --python FOLDER
 
 Writes OUT/NAME.jsonl with a `text` a line, which `download_datasets --local NAME=OUT/NAME.jsonl` takes: the turns of a
-conversation one after the other, and whole files, drawn by a fixed seed. Reads rows of `conversations`, each turn with
-its words under `value`. An empty turn is left out.
+conversation one after the other, and whole files, drawn by a fixed seed. An empty turn is left out.
 """
 
 import argparse
 import json
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from doge_lm.data.sources import read_objects, read_text
+from flags import positive, run_command
+
+from doge_lm.data.sources import ConversationRow, read_rows, read_text
 from doge_lm.errors import UserError
 
 BYTES = (2_000, 60_000)  # of a Python file: no empty one, and none that is half of the set
@@ -24,15 +24,11 @@ def conversation_texts(path: Path) -> list[str]:
     """The turns of each row, with an empty line between.
 
     Raises:
-        UserError: for a row without turns; the message names its line.
+        UserError: as `read_rows`.
     """
-    texts = []
-    for location, row in read_objects(path):
-        try:
-            turns = [turn["value"].strip() for turn in row["conversations"]]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{location}: expected `conversations`, a list of turns with a `value` each") from error
-        texts.append("\n\n".join(filter(None, turns)))
+    rows = read_rows([path], "finetune")
+    turns = [[content.strip() for _, content in row.turns] for row in rows if isinstance(row, ConversationRow)]
+    texts = ["\n\n".join(filter(None, each)) for each in turns]
     return [text for text in texts if text]
 
 
@@ -61,8 +57,8 @@ def main() -> int:
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--conversations", nargs="+", default=[], metavar="NAME=FILE")
     parser.add_argument("--python", type=Path, metavar="FOLDER")
-    parser.add_argument("--most", type=int, default=4000, help="conversations of each file")
-    parser.add_argument("--most_files", type=int, default=150, help="Python files")
+    parser.add_argument("--most", type=positive, default=4000, help="conversations of each file")
+    parser.add_argument("--most_files", type=positive, default=150, help="Python files")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for choice in args.conversations:
@@ -76,7 +72,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -8,12 +8,12 @@ training row has. Runs are compared by a hash of 64 bits, so a rare one may be c
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
+from flags import run_command
 
 from doge_lm.data.dataset import load_prepared
 from doge_lm.errors import UserError
@@ -42,22 +42,22 @@ def covered(ids: np.ndarray, span: int, known: np.ndarray) -> np.ndarray:
     return edges.cumsum()[:-1] > 0
 
 
-def rows_of(dataset: Dataset) -> Iterator[dict[str, np.ndarray]]:
-    """Row by row, read many at a time."""
+def rows_of(dataset: Dataset) -> Iterator[tuple[np.ndarray, str]]:
+    """Ids and source of each row, read many at a time."""
     for start in range(0, len(dataset), ROWS_AT_ONCE):
         batch = dataset[start : start + ROWS_AT_ONCE]
         for ids, source in zip(batch["input_ids"], batch["source"], strict=True):
-            yield {"input_ids": np.asarray(ids), "source": source}
+            yield np.asarray(ids), str(source)
 
 
 def overlap(train: Dataset, test: Dataset, span: int) -> dict[str, float]:
     """The share of covered tokens by source, and of all tokens under `all`."""
-    hashes = [span_hashes(row["input_ids"], span) for row in rows_of(train)]
+    hashes = [span_hashes(ids, span) for ids, _ in rows_of(train)]
     known = np.unique(np.concatenate(hashes)) if hashes else np.zeros(0, dtype=np.uint64)
     counts: dict[str, np.ndarray] = {}
-    for row in rows_of(test):
-        inside = covered(row["input_ids"], span, known)
-        for name in (str(row["source"]), "all"):
+    for ids, source in rows_of(test):
+        inside = covered(ids, span, known)
+        for name in (source, "all"):
             counts[name] = counts.get(name, np.zeros(2)) + np.array([inside.sum(), len(inside)])
     return {name: float(inside / tokens) for name, (inside, tokens) in sorted(counts.items())}
 
@@ -76,7 +76,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

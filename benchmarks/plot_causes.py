@@ -363,10 +363,9 @@ def main() -> int:
     mpl.use("Agg")
     try:
         losses = {row: record["eval_loss"] for row, record in read_records(args.results).items()}
-        missing = [row for panel in PANELS for group in panel.groups for rows in group.values() for row in rows]
-        missing = [row for row in missing if row not in losses]
-        if missing:
-            raise UserError(f"{args.results} has no finished row {missing[0]}, which a panel names")
+        for row in (row for panel in PANELS for group in panel.groups for rows in group.values() for row in rows):
+            if row not in losses:
+                raise UserError(f"{args.results} has no finished row {row}, which a panel names")
     except UserError as error:
         parser.error(str(error))
     lines = -(-len(PANELS) // COLUMNS)

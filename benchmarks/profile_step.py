@@ -10,7 +10,6 @@ by dtype and shape. Saved tensors are found in a step of their own, without CUDA
 
 import argparse
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flags import run_command
 from kernel_times import kernel_times
 from train_step import BUILDERS, MICRO_BATCHES, bare_step, circumstances, markdown, write_whole
 
@@ -114,7 +114,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

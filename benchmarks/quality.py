@@ -21,7 +21,6 @@ import json
 import math
 import re
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -30,6 +29,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from flags import run_command
 from safetensors.torch import load_model
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -229,10 +229,8 @@ def run_row(row: str, args: argparse.Namespace) -> dict[str, Any]:
     architecture, build, changed = parse_row(row)
     fit = changed.pop("fit", "false") == "true"
     as_is = changed.pop("as_is", "false") == "true"
-    tokens_of_a_step = TOKENS_PER_STEP
-    if as_is:
-        tokens_of_a_step = load_settings(args.preset).train.sequences_per_step * args.sequence_length
-    sequences = int(float(changed.pop("sequences_per_step", tokens_of_a_step // args.sequence_length)))
+    usual = load_settings(args.preset).train.sequences_per_step if as_is else TOKENS_PER_STEP // args.sequence_length
+    sequences = int(float(changed.pop("sequences_per_step", usual)))
     tokens = float(changed.pop("tokens", args.tokens))
     steps = round(tokens / (sequences * args.sequence_length))
     epochs = math.ceil(tokens / args.epoch_tokens)
@@ -473,7 +471,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flags import positive, run_command
 from quality import DEFAULT_PRESET, OF_THE_ROW, UserError, parse_row, training_curve
 
 from doge_lm.training.callbacks import LOG_NAME
@@ -69,14 +70,6 @@ def start(number: int, row: str, folder: Path, handed_on: list[str]) -> Started:
     command = [sys.executable, str(QUALITY), *handed_on, "--output_dir", str(place), row]
     with (place / "output.txt").open("wb") as output:
         return Started(number, row, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is below 1")
-    return number
 
 
 def stop(_signal: int, _frame: object) -> None:
@@ -179,7 +172,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

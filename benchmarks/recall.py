@@ -16,15 +16,14 @@ the best mean accuracy over the rates.
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from flags import positive, run_command
 from quality import parse_row
-from quality_many import positive
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -245,7 +244,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -40,6 +40,7 @@ from typing import Any
 
 import torch
 from cdmoe import Clock
+from flags import positive
 from torch import Tensor
 from torch.nn import functional as F
 from train_step import circumstances, markdown, write_whole
@@ -382,13 +383,6 @@ def table(records: list[dict[str, Any]]) -> str:
         cells = [f"{record[name]:.{places}f}" if name in record else "" for name, places in digits.items()]
         lines.append([*start, *cells, f"{record['peak_bytes'] / 2**20:,.0f}"])
     return markdown(lines)
-
-
-def positive(text: str) -> int:
-    """A flag's whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -16,7 +16,6 @@ Every fused kernel is held to float64 on its first rows; one that is off, or doe
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from flags import run_command
 from train_step import MICRO_BATCHES, circumstances, markdown, write_whole
 
 from doge_lm.errors import UserError
@@ -108,7 +108,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

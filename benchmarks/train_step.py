@@ -50,6 +50,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 import transformers
 from accelerate.utils import send_to_device
+from flags import run_command
 from peers import (
     build_dense,
     build_doge,
@@ -590,7 +591,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

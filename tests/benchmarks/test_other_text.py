@@ -24,23 +24,16 @@ def texts_of(path: Path) -> list[str]:
 
 
 def test_turns_and_files_become_texts(command: Command, tmp_path: Path) -> None:
-    turns = [[{"value": f"question {n} "}, {"value": ""}, {"value": "答"}] for n in range(9)]
+    contents = [(f"question {n} ", "", "答") for n in range(9)]
+    turns = [[{"from": "human", "value": content} for content in each] for each in contents]
     talk = write_rows(tmp_path / "talk.jsonl", [*({"conversations": each} for each in turns), {"conversations": []}])
     code = tmp_path / "code" / "deep"
     code.mkdir(parents=True)
     (code / "long.py").write_text("x = 1\n" * 500, encoding="utf-8")
     (code / "short.py").write_text("x = 1\n", encoding="utf-8")
     for out in ("a", "b"):
-        flags = [
-            str(tmp_path / out),
-            "--conversations",
-            f"zh={talk}",
-            "--python",
-            str(tmp_path / "code"),
-            "--most",
-            "5",
-        ]
-        command(other_text, *flags)
+        sources = ("--conversations", f"zh={talk}", "--python", str(tmp_path / "code"))
+        command(other_text, str(tmp_path / out), *sources, "--most", "5")
     found = texts_of(tmp_path / "a" / "zh.jsonl")
     assert len(set(found)) == 5
     assert set(found) <= {f"question {n}\n\n答" for n in range(9)}
@@ -50,7 +43,7 @@ def test_turns_and_files_become_texts(command: Command, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("row", [{"text": "no turns"}, {"conversations": [{"from": "human"}]}, {"conversations": 3}])
 def test_a_row_without_turns_is_named(tmp_path: Path, row: object) -> None:
-    path = write_rows(tmp_path / "talk.jsonl", [{"conversations": [{"value": "yes"}]}, row])
+    path = write_rows(tmp_path / "talk.jsonl", [{"conversations": [{"from": "human", "value": "yes"}]}, row])
     with pytest.raises(UserError, match=r"talk\.jsonl.*2.*`conversations`"):
         other_text.conversation_texts(path)
 

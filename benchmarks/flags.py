@@ -1,0 +1,23 @@
+"""What the commands of the benchmarks share: how they end, and flags that are whole numbers."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from doge_lm.errors import UserError
+
+
+def run_command(main: Callable[[], int]) -> NoReturn:
+    """End the process with what `main` returns, or with the message of a UserError and 1."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def positive(text: str) -> int:
+    """A flag's whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
