@@ -220,11 +220,11 @@ PANELS = (
         ),
     ),
     Panel(
-        "Tied, d = 384, 30M: both rates of Llama, times",
+        "Tied, d = 384, 30M: rates of Llama, times",
         ({"1/4": (239,), "1/2": (240,), "0.7": (241,), "1": (286,), "1.4": (242,), "2": (243,), "4": (244,)},),
     ),
     Panel(
-        "Tied, d = 384, 30M: both rates of Doge, times",
+        "Tied, d = 384, 30M: rates of Doge, times",
         ({"1/4": (245,), "1/2": (246,), "0.7": (247,), "1": (284,), "1.4": (248,), "2": (249,), "4": (250,)},),
     ),
     Panel(
@@ -246,6 +246,7 @@ PANELS = (
             {
                 "Doge, linear value": (289, 297, 298),
                 "Doge, no experts": (233, 234, 235),
+                "all N(0, 0.02)": (309, 310, 311),
                 "two of 256 experts": (236, 237, 238),
                 "no experts, 49.5M": (276, 277, 278),
             },
@@ -278,8 +279,62 @@ PANELS = (
                 "8 of 1,024": (265,),
                 "8 of 4,096": (266,),
                 "8 of 16,384": (267,),
+                "8 of 65,536": (313,),
             },
             {"Llama, 60M": (303,), "two of 256": (236, 237, 238)},
+        ),
+    ),
+    Panel(
+        "Tied, d = 384, 30M: the recipe",
+        (
+            {
+                "as it is": (284, 251),
+                "decay 0.01": (320,),
+                "decay 0.1": (321,),
+                "64 sequences": (322,),
+                "cosine to 0.1": (323,),
+                "β2 0.999": (324,),
+                "AdamW": (325,),
+            },
+            {"as it is": (284, 251), "values, shares without decay": (330,)},
+            {"two of 256": (307,), "without their decay": (331,)},
+        ),
+    ),
+    Panel(
+        "Tied, 30M: shape and start, best recipe",
+        (
+            {
+                "Llama": (286,),
+                "12 layers": (318,),
+                "16 of d = 256": (319,),
+                "matrices N(0, 0.02)": (317,),
+            },
+            {
+                "Doge, no experts": (284, 251),
+                "d = 256": (326,),
+                "6 heads": (327,),
+                "inner values N(0, 0.02)": (328,),
+            },
+            {"one table, d = 256": (159,), "two": (329,)},
+        ),
+    ),
+    Panel(
+        "Tied, d = 384, 30M: how the inner value is chosen",
+        ({"hard": (284, 251), "soft": (315,), "soft, then hard": (316,)},),
+    ),
+    Panel(
+        "Tied, d = 384, 30M: a loss for balance",
+        (
+            {"two of 256": (307,), "balanced": (308,)},
+            {"8 of 4,096": (266,), "balanced": (312,)},
+        ),
+    ),
+    Panel(
+        "Longer runs, longer rows, larger models",
+        (
+            {"Llama, 120M": (304,), "Doge, linear value": (314,), "inner value": (305,)},
+            {"Llama, 30M, T = 2,048": (268, 270), "Doge": (269, 271)},
+            {"Llama of 80M, 30M": (272,), "Doge": (273,)},
         ),
     ),
     Panel(
