@@ -41,7 +41,7 @@ from doge_lm.errors import UserError
 from doge_lm.evaluation.bits_per_byte import evaluate
 from doge_lm.model.configuration_doge import DogeConfig
 from doge_lm.model.linear_cross_entropy import next_token_loss
-from doge_lm.model.modeling_doge import DogeCDMoE, DogeInnerFuncAttn, TokenEmbedding
+from doge_lm.model.modeling_doge import DogeCDMoE, DogeInnerFuncAttn, TokenEmbedding, is_plain
 from doge_lm.training import pretrain
 from doge_lm.training.callbacks import LOG_NAME
 from doge_lm.training.plan import count_model
@@ -116,8 +116,8 @@ class Llama(LlamaForCausalLM):
     """transformers' Llama with the loss that Doge's training takes: no logits of all tokens at once."""
 
     def forward(self, labels: torch.Tensor | None = None, skip_logits: bool = False, **kwargs: Any) -> Any:
-        """As the base class; with `labels` and `skip_logits` the loss alone."""
-        if labels is None or not skip_logits:
+        """As the base class; with `labels` and `skip_logits` the loss alone, unless the head is more than a product."""
+        if labels is None or not skip_logits or not is_plain(self.lm_head):
             return super().forward(labels=labels, **kwargs)
         divisor = kwargs.pop("num_items_in_batch", None)
         hidden_BTd = self.model(**kwargs).last_hidden_state

@@ -7,6 +7,7 @@ as in `modeling_doge.py`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -184,6 +185,34 @@ class AnnealedValueAttn(SoftValueAttn):
         return self.mixed_values(x_BTd, scores_BTn / temperature)
 
 
+class MixedValueAttn(DogeInnerFuncAttn):
+    """v = Q x ⊙ E[j], where Q is orthogonal and never trained: a head carries a share of all features, not a slice."""
+
+    mixing_dd: Tensor
+
+    def inner_values(self, x_BTd: Tensor, scores_BTn: Tensor) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        return super().inner_values(nn.functional.linear(x_BTd, self.mixing_dd), scores_BTn)
+
+
+class CappedHead(nn.Linear):
+    """Logits between -cap and cap: cap · tanh(W h / cap), as in Gemma 2 (arXiv 2408.00118, section 2)."""
+
+    cap: float
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, d) to (…, V), in float32."""
+        return self.cap * (super().forward(input).float() / self.cap).tanh()
+
+
+def _logits_capped(model: DogeForCausalLM | LlamaForCausalLM, cap: float) -> None:
+    model.lm_head.__class__ = CappedHead
+    model.lm_head.cap = cap
+
+
+CAPS = {f"logit_cap_{cap}": partial(_logits_capped, cap=cap) for cap in (15, 30)}
+
+
 def _queries_and_keys_normed(model: LlamaForCausalLM) -> None:
     """What `qk_norm` is in a Doge."""
     for attention in _attentions(model):
@@ -265,6 +294,17 @@ def _annealed_value(model: DogeForCausalLM) -> None:
         attention.register_buffer("passes", torch.zeros((), device=attention.v_embed.weight.device), persistent=False)
 
 
+def _mixed_value(model: DogeForCausalLM) -> None:
+    d = model.config.hidden_size
+    for layer, attention in enumerate(_attentions(model)):
+        drawn_dd = torch.randn(
+            d, d, dtype=torch.float64, device="cpu", generator=torch.Generator("cpu").manual_seed(layer)
+        )
+        mixing_dd = torch.linalg.qr(drawn_dd).Q.to(attention.v_embed.weight)
+        attention.__class__ = MixedValueAttn
+        attention.register_buffer("mixing_dd", mixing_dd, persistent=False)
+
+
 def _matrix(model: DogeForCausalLM, inputs: int, outputs: int) -> nn.Linear:
     matrix = nn.Linear(inputs, outputs, bias=False)
     nn.init.normal_(matrix.weight, std=model._std(inputs))
@@ -275,14 +315,17 @@ CHANGES: dict[str, Change] = {
     "linear_value": _linear_value,
     "soft_value": _soft_value,
     "annealed_value": _annealed_value,
+    "mixed_value": _mixed_value,
     "residual": _residual,
     "one_pool": _one_pool,
     "weights_outside": _weights_outside,
     "balanced": _balanced,
+    **CAPS,
 }
 
 LLAMA_CHANGES: dict[str, LlamaChange] = {
     "key_shift": _keys_shifted,
     "ff_shift": _feed_forward_shifted,
     "qk_norm": _queries_and_keys_normed,
+    **CAPS,
 }

@@ -220,6 +220,50 @@ def test_a_mixture_of_inner_values_is_soft_and_hardens_where_it_is_annealed() ->
     assert annealed.passes == 10_001
 
 
+def test_mixed_values_are_an_orthogonal_map_ahead_of_the_choice() -> None:
+    settings = make_settings(SMALL)
+    torch.manual_seed(3)
+    model = quality.build_doge(settings.model_config(), settings.train, ["mixed_value"]).double()
+    x_BTd, scores_BTn = torch.randn(2, 5, 16).double(), torch.randn(2, 5, 2).double()
+    maps = []
+    for layer in model.model.layers:
+        # The inner value is linear in x: what it does to each unit vector, with the chosen row divided out.
+        unit_dTd = torch.eye(16).double()[:, None].expand(16, 5, 16)
+        scores_dTn = scores_BTn[:1].expand(16, 5, 2)
+        with torch.no_grad():
+            row = layer.attn.v_embed.weight[scores_BTn[0, 0].argmax()]
+            map_dd = layer.attn.inner_values(unit_dTd, scores_dTn)[:, 0] / row
+            found = layer.attn.inner_values(x_BTd, scores_BTn)
+            rows_BTd = layer.attn.v_embed.weight[scores_BTn.argmax(-1)]
+        torch.testing.assert_close(map_dd @ map_dd.t(), torch.eye(16).double(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(found, x_BTd @ map_dd * rows_BTd)
+        maps.append(map_dd)
+    assert not torch.allclose(maps[0], maps[1])
+    assert not any("mixing" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("architecture", ["doge", "llama"])
+def test_capped_logits_are_those_of_a_tanh_in_training_and_scoring(architecture: str) -> None:
+    settings = make_settings({**SMALL, "tie_word_embeddings": True, "embedding_multiplier": 4.0})
+    build = quality.build_doge if architecture == "doge" else quality.build_llama
+    ids = torch.randint(0, 64, (2, 12))
+
+    def model_of(changes: list[str]) -> torch.nn.Module:
+        torch.manual_seed(4)
+        model = build(settings.model_config(), settings.train, changes).eval()
+        model.lm_head.weight.data *= 400  # logits far beyond the cap
+        return model
+
+    plain, capped = model_of([]), model_of(["logit_cap_15"])
+    logits = plain(input_ids=ids).logits.double()
+    wanted = 15 * torch.tanh(logits / 15)
+    assert logits.abs().max() > 20
+    torch.testing.assert_close(capped(input_ids=ids).logits.double(), wanted, rtol=1e-5, atol=1e-4)
+    loss = capped(input_ids=ids, labels=ids, skip_logits=True).loss
+    expected = torch.nn.functional.cross_entropy(wanted[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["key_shift", "ff_shift"])
 def test_the_token_before_is_seen_and_no_later_one(name: str) -> None:
     settings = make_settings(SMALL)
