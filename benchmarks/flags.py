@@ -1,6 +1,7 @@
-"""What the commands of the benchmarks share: how they end, and flags that are whole numbers."""
+"""What the commands of the benchmarks share: how they end, and flags that are numbers."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -21,3 +22,14 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return int(text)
+
+
+def positive_number(text: str) -> float:
+    """A flag's number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return number

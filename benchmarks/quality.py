@@ -200,7 +200,8 @@ def check_numbers(row: str, changed: dict[str, str]) -> None:
         except ValueError:
             number = math.nan
         if not 0 < number < math.inf or (key != "tokens" and number % 1):
-            raise UserError(f"run {row!r}: {key} must be a positive number, not {changed[key]!r}")
+            kind = "number" if key == "tokens" else "whole number"
+            raise UserError(f"run {row!r}: {key} must be a positive {kind}, not {changed[key]!r}")
     for key in ("fit", "as_is", "equal_work"):
         if changed.get(key, "true") not in ("true", "false"):
             raise UserError(f"run {row!r}: {key} must be true or false, not {changed[key]!r}")

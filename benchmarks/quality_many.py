@@ -1,17 +1,18 @@
 """Rows of `quality.py`, several at a time on one device, numbered; what a time limit cuts off keeps its curve.
 
-    python benchmarks/quality_many.py ROWS.txt --first 158 --processes 6 --output_dir OUT --seconds 550 --
+    python benchmarks/quality_many.py ROWS.txt --processes 6 --output_dir OUT --seconds 550 --
         --dataset_path DIR --tokenizer_path DIR --micro_batch 64
 
 ROWS.txt has a RUN a line, in the order in which they begin; `#` opens a comment. What stands behind `--` is handed on.
-Each row runs in a process of its own, and its number, from --first on, names its folder under OUT. `--only 279 280`
-runs these alone. OUT/rows.jsonl has a line a row in the form of `benchmarks/results`: the figures of `quality.py`, or
-`unfinished`, with the curve up to there and the end of what the process wrote. Speeds mean nothing where rows share a
-device.
+Each row runs in a process of its own, and its number names its folder under OUT: they count from the N of a comment
+`Numbers from N.`, or from --first. `--only 279 280` runs these alone. OUT/rows.jsonl has a line a row in the form of
+`benchmarks/results`: the figures of `quality.py`, or `unfinished`, with the curve up to there and the end of what the
+process wrote. Speeds mean nothing where rows share a device.
 """
 
 import argparse
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -61,6 +62,20 @@ def read_rows(path: Path, preset: str) -> list[str]:
     if not rows:
         raise UserError(f"{path} has no row")
     return rows
+
+
+def first_number(path: Path, given: int | None) -> int:
+    """The number of the first row: what the file says, or else --first.
+
+    Raises:
+        UserError: if neither says it, or the two differ.
+    """
+    stated = re.search(r"^#.*\bNumbers from (\d+)\.", path.read_text(encoding="utf-8-sig"), re.MULTILINE)
+    if stated is None and given is None:
+        raise UserError(f"{path} does not say `# Numbers from N.`; give --first, the number of its first row")
+    if stated is not None and given not in (None, int(stated[1])):
+        raise UserError(f"--first {given}: the rows of {path} have numbers from {stated[1]}")
+    return int(stated[1]) if stated is not None else int(given or 0)
 
 
 def start(number: int, row: str, folder: Path, handed_on: list[str]) -> Started:
@@ -139,7 +154,7 @@ def split_flags(flags: list[str]) -> tuple[list[str], list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, metavar="ROWS.txt")
-    parser.add_argument("--first", type=int, required=True, help="the number of the first row")
+    parser.add_argument("--first", type=int, help="the number of the first row, where the file does not say it")
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="rows to run, by number (default: all)")
     parser.add_argument("--processes", type=positive, default=1, help="rows at a time (default: 1)")
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -149,7 +164,7 @@ def main() -> int:
     preset_parser = argparse.ArgumentParser(add_help=False)
     preset_parser.add_argument("--preset", default=DEFAULT_PRESET)
     listed = read_rows(args.rows, preset_parser.parse_known_args(handed_on)[0].preset)
-    rows = numbered(listed, args.first, args.only)
+    rows = numbered(listed, first_number(args.rows, args.first), args.only)
     if args.output_dir.is_file():
         raise UserError(f"--output_dir {args.output_dir} is a file; name a folder")
     if args.output_dir.exists() and any(args.output_dir.iterdir()):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from flags import positive, run_command
+from flags import positive, positive_number, run_command
 from quality import parse_row
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -54,7 +54,7 @@ class Batch(NamedTuple):
     values: Tensor
 
 
-def parse_task(text: str) -> Task:
+def parse_task(text: str, vocabulary: int = VOCABULARY) -> Task:
     """`512x64` to a task.
 
     Raises:
@@ -66,14 +66,14 @@ def parse_task(text: str) -> Task:
     task = Task(int(length), int(pairs))
     if task.length % 2 or task.length < 4 * task.pairs:
         raise UserError(f"--tasks {text}: the length must be even, and at least 4 tokens a pair: {4 * task.pairs}")
-    if task.pairs > VOCABULARY // 2:
-        raise UserError(f"--tasks {text}: there are {VOCABULARY // 2} keys")
+    if task.pairs > vocabulary // 2:
+        raise UserError(f"--tasks {text}: there are {vocabulary // 2} keys, half of --vocabulary")
     return task
 
 
-def draw_batch(task: Task, rows: int, generator: torch.Generator) -> Batch:
+def draw_batch(task: Task, rows: int, generator: torch.Generator, vocabulary: int = VOCABULARY) -> Batch:
     """Rows of a task on the generator's device."""
-    device, half = generator.device, VOCABULARY // 2
+    device, half = generator.device, vocabulary // 2
     length, pairs = task
 
     def drawn(*shape: int) -> Tensor:
@@ -81,7 +81,7 @@ def draw_batch(task: Task, rows: int, generator: torch.Generator) -> Batch:
 
     keys_BP = drawn(rows, half).topk(pairs).indices
     values_BP = half + drawn(rows, half).topk(pairs).indices
-    ids_BT = torch.randint(VOCABULARY, (rows, length), generator=generator, device=device)
+    ids_BT = torch.randint(2 * half, (rows, length), generator=generator, device=device)
     ids_BT[:, : 2 * pairs] = torch.stack((keys_BP, values_BP), dim=2).flatten(1)
     slots = (length - 2 * pairs) // 2
     gaps = torch.arange(1, slots + 1, device=device, dtype=torch.float32)
@@ -148,7 +148,7 @@ class Bench:
         for _ in range(self._args.steps):
             optimizer.zero_grad()
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-                loss, _ = self._recall(*draw_batch(task, rows, generator))
+                loss, _ = self._recall(*draw_batch(task, rows, generator, self._args.vocabulary))
             loss.backward()
             nn.utils.clip_grad_norm_(self._recall.parameters(), 1.0)
             optimizer.step()
@@ -163,7 +163,7 @@ class Bench:
         found = []
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
             for _ in range(EVALUATION_BATCHES):
-                loss, right = self._recall(*draw_batch(task, rows, generator))
+                loss, right = self._recall(*draw_batch(task, rows, generator, self._args.vocabulary))
                 found.append((right.item(), loss.item()))
         rights, losses = zip(*found, strict=True)
         return statistics.fmean(rights), statistics.fmean(losses)
@@ -173,7 +173,7 @@ def model_settings(args: argparse.Namespace, changed: dict[str, str]) -> Setting
     """The settings of the model: `--layers` of `--hidden_size`, and what a MODEL changes."""
     d = args.hidden_size
     sizes = {
-        "vocab_size": VOCABULARY,
+        "vocab_size": args.vocabulary,
         "hidden_size": d,
         "num_hidden_layers": args.layers,
         "num_attention_heads": args.heads,
@@ -201,7 +201,7 @@ def best_by_task(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float, fl
 
 def run_model(run: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """All tasks, rates and seeds of one model; each row is written as soon as it is there."""
-    tasks = [parse_task(text) for text in args.tasks]
+    tasks = [parse_task(text, args.vocabulary) for text in args.tasks]
     rows = []
     for length in sorted({task.length for task in tasks}):
         torch._dynamo.reset()
@@ -224,17 +224,18 @@ def main() -> int:
     parser.add_argument("runs", nargs="+", metavar="MODEL")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TxP")
-    parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
+    parser.add_argument("--rates", nargs="+", type=positive_number, default=list(RATES))
     parser.add_argument("--seeds", type=positive, default=1)
     parser.add_argument("--steps", type=positive, default=2000)
     parser.add_argument("--tokens", type=positive, default=32768, help="tokens of a step")
+    parser.add_argument("--vocabulary", type=positive, default=VOCABULARY, help="half of it keys, half values")
     parser.add_argument("--hidden_size", type=positive, default=64)
     parser.add_argument("--layers", type=positive, default=2)
     parser.add_argument("--heads", type=positive, default=1)
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for text in args.tasks:
-        parse_task(text)
+        parse_task(text, args.vocabulary)
     found = {run: best_by_task(run_model(run, args)) for run in args.runs}
     print(f"\n{'model':44} {'task':>9} {'accuracy':>9} {'± seeds':>8} {'rate':>8}")
     for run, best in found.items():

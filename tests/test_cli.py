@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import distributed
 
 from doge_lm import __version__, cli
 from doge_lm.cli import COMMANDS, Command, main
@@ -122,6 +123,17 @@ def test_other_system_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Path, "mkdir", fail)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         main(["demo", "--work_dir", str(tmp_path / "demo"), "--steps", "1"])
+
+
+def test_a_process_group_is_ended_with_the_command(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("A small text. " * 50, encoding="utf-8")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert main(["download_datasets", "--save_dir", str(tmp_path), "--local", f"a={tmp_path / 'corpus.txt'}"]) == 0
+        assert not distributed.is_initialized()
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes of a POSIX shell")

@@ -129,7 +129,16 @@ def _run(command: Command, arguments: list[str]) -> int:
     module = import_module(command.module)
     parser = argparse.ArgumentParser(prog=f"doge-lm {command.name}", description=command.summary)
     module.add_arguments(parser)
-    return module.run(parser.parse_args(arguments))
+    status = module.run(parser.parse_args(arguments))
+    _leave_process_group()
+    return status
+
+
+def _leave_process_group() -> None:
+    """End what a launcher of several processes has begun; NCCL warns of a process group that is left at the exit."""
+    distributed = sys.modules.get("torch.distributed")  # most commands never import it
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _overview(group: str = "") -> argparse.ArgumentParser:

@@ -389,7 +389,7 @@ def test_a_row_of_each_architecture_runs(command: Command, tmp_path: Path) -> No
     [
         ("doge:tokens=abc", "tokens must be a positive number, not 'abc'"),
         ("doge:tokens=-1", "tokens must be a positive number"),
-        ("llama:sequences_per_step=1.5", "sequences_per_step must be a positive number"),
+        ("llama:sequences_per_step=1.5", "sequences_per_step must be a positive whole number"),
         ("doge:fit=yes", "fit must be true or false, not 'yes'"),
     ],
 )

@@ -81,6 +81,25 @@ def test_rows_that_are_asked_for_keep_their_numbers(command: Command, tmp_path: 
     assert not (place / "7").exists()
 
 
+@pytest.mark.usefixtures("stand_in")
+def test_a_file_says_its_numbers_itself(command: Command, tmp_path: Path) -> None:
+    rows, place = tmp_path / "rows.txt", tmp_path / "out"
+    rows.write_text("# What was left. Numbers from 41. More: the log.\ndoge:seed=1\n", encoding="utf-8")
+    with pytest.raises(quality_many.UserError, match=r"--first 40: the rows of .*rows\.txt have numbers from 41"):
+        command(quality_many, str(rows), "--first", "40", "--output_dir", str(place))
+    command(quality_many, str(rows), "--output_dir", str(place))
+    assert json.loads((place / "rows.jsonl").read_text(encoding="utf-8"))["row"] == 41
+    rows.write_text("doge:seed=1\n", encoding="utf-8")
+    with pytest.raises(quality_many.UserError, match=r"rows\.txt does not say `# Numbers from N\.`; give --first"):
+        command(quality_many, str(rows), "--output_dir", str(tmp_path / "other"))
+
+
+def test_the_files_of_rows_are_named_by_their_numbers() -> None:
+    files = sorted((quality_many.QUALITY.parent / "rows").glob("*.txt"))
+    assert files
+    assert [f"from-{quality_many.first_number(path, None)}" for path in files] == [path.stem for path in files]
+
+
 def test_a_file_is_no_folder(command: Command, tmp_path: Path) -> None:
     rows = tmp_path / "rows.txt"
     rows.write_text("doge:seed=1\n", encoding="utf-8")

@@ -64,6 +64,20 @@ def test_tasks_that_do_not_fit(text: str, what: str) -> None:
         recall.parse_task(text)
 
 
+def test_a_vocabulary_is_halved(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = recall.draw_batch(recall.Task(64, 8), 20, torch.Generator().manual_seed(1), vocabulary=32)
+    assert 16 <= int(batch.values.min()) <= int(batch.values.max()) < 32
+    assert int(batch.ids.max()) < 32
+    with pytest.raises(UserError, match="there are 4 keys, half of --vocabulary"):
+        recall.parse_task("64x8", vocabulary=8)
+    for rate in ("-1", "0", "nan", "x"):
+        monkeypatch.setattr(sys, "argv", ["recall.py", "doge", "--output_dir", "out", f"--rates={rate}"])
+        with pytest.raises(SystemExit) as ended:
+            recall.main()
+        assert ended.value.code == 2
+        assert f"{rate!r} is no number above 0" in capsys.readouterr().err
+
+
 def test_the_best_rate_is_that_of_the_mean() -> None:
     figures = [(1e-3, 0.2), (1e-3, 0.9), (3e-3, 0.6), (3e-3, 0.7)]
     rows = [{"task": "64x8", "rate": rate, "accuracy": accuracy} for rate, accuracy in figures]

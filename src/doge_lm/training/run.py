@@ -173,8 +173,6 @@ def run_job(job: Job, args: argparse.Namespace) -> DogeTrainer | None:
         curve = draw_curve(args.logging_dir / LOG_NAME, args.logging_dir / CURVE_NAME)
         print(f"\nmodel: {args.output_dir}\nlog:   {args.logging_dir / LOG_NAME}\ncurve: {curve}")
     process.wait_for_everyone()
-    if process.num_processes > 1:
-        process.destroy_process_group()  # NCCL warns of one that is left at the exit
     return trainer
 
 
