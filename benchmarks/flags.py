@@ -24,12 +24,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def positive_number(text: str) -> float:
-    """A flag's number above 0."""
+def above_zero(text: str) -> float | None:
+    """The finite number above 0 that a text is, if it is one."""
     try:
         number = float(text)
     except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
+        return None
+    return number if 0 < number < math.inf else None
+
+
+def positive_number(text: str) -> float:
+    """A flag's number above 0."""
+    number = above_zero(text)
+    if number is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return number

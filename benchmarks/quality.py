@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from flags import run_command
+from flags import above_zero, run_command
 from safetensors.torch import load_model
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -195,11 +195,8 @@ def check_numbers(row: str, changed: dict[str, str]) -> None:
         UserError: if `tokens` or `sequences_per_step` is no positive number, or a flag neither true nor false.
     """
     for key in ("tokens", "sequences_per_step"):
-        try:
-            number = float(changed.get(key, "1"))
-        except ValueError:
-            number = math.nan
-        if not 0 < number < math.inf or (key != "tokens" and number % 1):
+        number = above_zero(changed.get(key, "1"))
+        if number is None or (key != "tokens" and number % 1):
             kind = "number" if key == "tokens" else "whole number"
             raise UserError(f"run {row!r}: {key} must be a positive {kind}, not {changed[key]!r}")
     for key in ("fit", "as_is", "equal_work"):

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from flags import positive, run_command
 from quality import DEFAULT_PRESET, OF_THE_ROW, UserError, parse_row, training_curve
 
+from doge_lm.data.sources import read_text
 from doge_lm.training.callbacks import LOG_NAME
 from doge_lm.training.settings import load_settings
 
@@ -44,12 +45,8 @@ def read_rows(path: Path, preset: str) -> list[str]:
     Raises:
         UserError: for a file that cannot be read, or a row of an unknown form or setting; the message names its line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         row = line.partition("#")[0].strip()
         if not row:
             continue
@@ -70,12 +67,13 @@ def first_number(path: Path, given: int | None) -> int:
     Raises:
         UserError: if neither says it, or the two differ.
     """
-    stated = re.search(r"^#.*\bNumbers from (\d+)\.", path.read_text(encoding="utf-8-sig"), re.MULTILINE)
-    if stated is None and given is None:
+    stated = re.search(r"^#.*\bNumbers from (\d+)\.", read_text(path), re.MULTILINE)
+    first = given if stated is None else int(stated[1])
+    if first is None:
         raise UserError(f"{path} does not say `# Numbers from N.`; give --first, the number of its first row")
-    if stated is not None and given not in (None, int(stated[1])):
-        raise UserError(f"--first {given}: the rows of {path} have numbers from {stated[1]}")
-    return int(stated[1]) if stated is not None else int(given or 0)
+    if given not in (None, first):
+        raise UserError(f"--first {given}: the rows of {path} have numbers from {first}")
+    return first
 
 
 def start(number: int, row: str, folder: Path, handed_on: list[str]) -> Started:

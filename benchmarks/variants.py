@@ -297,9 +297,8 @@ def _annealed_value(model: DogeForCausalLM) -> None:
 def _mixed_value(model: DogeForCausalLM) -> None:
     d = model.config.hidden_size
     for layer, attention in enumerate(_attentions(model)):
-        drawn_dd = torch.randn(
-            d, d, dtype=torch.float64, device="cpu", generator=torch.Generator("cpu").manual_seed(layer)
-        )
+        generator = torch.Generator().manual_seed(layer)
+        drawn_dd = torch.randn(d, d, dtype=torch.float64, device="cpu", generator=generator)
         mixing_dd = torch.linalg.qr(drawn_dd).Q.to(attention.v_embed.weight)
         attention.__class__ = MixedValueAttn
         attention.register_buffer("mixing_dd", mixing_dd, persistent=False)
