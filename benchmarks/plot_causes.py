@@ -242,11 +242,19 @@ PANELS = (
     Panel(
         "Tied, d = 384, 60M: the best of both",
         (
-            {"Llama σ 0.02": (230, 231, 232), "σ 0.01": (293, 294, 295)},
+            {
+                "Llama σ 0.02": (230, 231, 232),
+                "σ 0.01": (293, 294, 295),
+                "12 layers": (332,),
+                "AdamW": (342,),
+                "capped at 15": (348,),
+            },
             {
                 "Doge, linear value": (289, 297, 298),
                 "Doge, no experts": (233, 234, 235),
                 "all N(0, 0.02)": (309, 310, 311),
+                "12 layers": (333,),
+                "capped at 15": (349,),
                 "two of 256 experts": (236, 237, 238),
                 "no experts, 49.5M": (276, 277, 278),
             },
@@ -267,6 +275,7 @@ PANELS = (
                 "one inner value": (253,),
                 "no feed_forward_shift": (258,),
                 "no dense_skips": (260,),
+                "values mixed": (340,),
             },
         ),
     ),
@@ -298,6 +307,13 @@ PANELS = (
             },
             {"as it is": (284, 251), "values, shares without decay": (330,)},
             {"two of 256": (307,), "without their decay": (331,)},
+        ),
+    ),
+    Panel(
+        "Tied, d = 384, 30M: a cap of logits",
+        (
+            {"Llama": (286,), "30": (338,), "15": (336,)},
+            {"Doge, no experts": (284, 251), "30": (339,), "15": (337,)},
         ),
     ),
     Panel(
@@ -333,6 +349,7 @@ PANELS = (
         "Longer runs, longer rows, larger models",
         (
             {"Llama, 120M": (304,), "Doge, linear value": (314,), "inner value": (305,)},
+            {"Llama, 300M": (279, 299, 301), "Doge, linear value": (345,), "inner value": (280, 300, 302)},
             {"Llama, 30M, T = 2,048": (268, 270), "Doge": (269, 271)},
             {"Llama of 80M, 30M": (272,), "Doge": (273,)},
         ),

@@ -40,8 +40,8 @@ from doge_lm.data.dataset import PackedCollator, load_prepared
 from doge_lm.errors import UserError
 from doge_lm.evaluation.bits_per_byte import evaluate
 from doge_lm.model.configuration_doge import DogeConfig
-from doge_lm.model.linear_cross_entropy import next_token_loss
-from doge_lm.model.modeling_doge import DogeCDMoE, DogeInnerFuncAttn, TokenEmbedding, is_plain
+from doge_lm.model.linear_cross_entropy import cap_logits, next_token_loss
+from doge_lm.model.modeling_doge import DogeCDMoE, DogeInnerFuncAttn, TokenEmbedding
 from doge_lm.training import pretrain
 from doge_lm.training.callbacks import LOG_NAME
 from doge_lm.training.plan import count_model
@@ -113,15 +113,24 @@ def llama_attention(train: TrainSettings) -> str:
 
 
 class Llama(LlamaForCausalLM):
-    """transformers' Llama with the loss that Doge's training takes: no logits of all tokens at once."""
+    """transformers' Llama with a cap of logits as Doge's and its loss in training, without logits of all tokens."""
+
+    logit_cap = 0.0
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As a Doge's."""
+        return cap_logits(self.lm_head(hidden), self.logit_cap)
 
     def forward(self, labels: torch.Tensor | None = None, skip_logits: bool = False, **kwargs: Any) -> Any:
-        """As the base class; with `labels` and `skip_logits` the loss alone, unless the head is more than a product."""
-        if labels is None or not skip_logits or not is_plain(self.lm_head):
-            return super().forward(labels=labels, **kwargs)
+        """Logits as the base class; with `labels` the loss alone, whatever `skip_logits` says."""
+        if labels is None:
+            output = super().forward(**kwargs)
+            output.logits = cap_logits(output.logits, self.logit_cap)
+            return output
         divisor = kwargs.pop("num_items_in_batch", None)
         hidden_BTd = self.model(**kwargs).last_hidden_state
-        return CausalLMOutputWithPast(loss=next_token_loss(hidden_BTd, self.lm_head.weight, labels, divisor))
+        loss = next_token_loss(hidden_BTd, self.lm_head.weight, labels, divisor, cap=self.logit_cap)
+        return CausalLMOutputWithPast(loss=loss)
 
 
 def build_llama(
@@ -130,6 +139,7 @@ def build_llama(
     """The Llama beside a Doge, initialized by the same rule (`weight_init`), with changes of `variants.py`."""
     like = llama_like(config, equal_work)
     model = Llama._from_config(like, attn_implementation=llama_attention(train), dtype=torch.float32)
+    model.logit_cap = config.final_logit_softcapping or 0.0
     embedding = model.get_input_embeddings()
     # In place: a second one would draw its start, and all after it would start elsewhere than in recorded rows.
     embedding.__class__, embedding.embed_scale = TokenEmbedding, config.embedding_multiplier

@@ -105,7 +105,7 @@ class Recall(nn.Module):
         """The mean loss of the values, and the share that the model gives the highest score."""
         hidden_BTd = self.model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
         at_BPd = positions_BP[..., None].expand(-1, -1, hidden_BTd.shape[-1])
-        logits_BPV = self.model.lm_head(hidden_BTd.gather(1, at_BPd)).float()
+        logits_BPV = self.model.logits(hidden_BTd.gather(1, at_BPd)).float()
         right = (logits_BPV.argmax(-1) == values_BP).float().mean()
         return F.cross_entropy(logits_BPV.flatten(0, 1), values_BP.flatten()), right
 

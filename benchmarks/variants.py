@@ -7,7 +7,6 @@ as in `modeling_doge.py`.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -195,24 +194,6 @@ class MixedValueAttn(DogeInnerFuncAttn):
         return super().inner_values(nn.functional.linear(x_BTd, self.mixing_dd), scores_BTn)
 
 
-class CappedHead(nn.Linear):
-    """Logits between -cap and cap: cap · tanh(W h / cap), as in Gemma 2 (arXiv 2408.00118, section 2)."""
-
-    cap: float
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(…, d) to (…, V), in float32."""
-        return self.cap * (super().forward(input).float() / self.cap).tanh()
-
-
-def _logits_capped(model: DogeForCausalLM | LlamaForCausalLM, cap: float) -> None:
-    model.lm_head.__class__ = CappedHead
-    model.lm_head.cap = cap
-
-
-CAPS = {f"logit_cap_{cap}": partial(_logits_capped, cap=cap) for cap in (15, 30)}
-
-
 def _queries_and_keys_normed(model: LlamaForCausalLM) -> None:
     """What `qk_norm` is in a Doge."""
     for attention in _attentions(model):
@@ -319,12 +300,10 @@ CHANGES: dict[str, Change] = {
     "one_pool": _one_pool,
     "weights_outside": _weights_outside,
     "balanced": _balanced,
-    **CAPS,
 }
 
 LLAMA_CHANGES: dict[str, LlamaChange] = {
     "key_shift": _keys_shifted,
     "ff_shift": _feed_forward_shifted,
     "qk_norm": _queries_and_keys_normed,
-    **CAPS,
 }

@@ -244,17 +244,18 @@ def test_mixed_values_are_an_orthogonal_map_ahead_of_the_choice() -> None:
 
 @pytest.mark.parametrize("architecture", ["doge", "llama"])
 def test_capped_logits_are_those_of_a_tanh_in_training_and_scoring(architecture: str) -> None:
-    settings = make_settings({**SMALL, "tie_word_embeddings": True, "embedding_multiplier": 4.0})
     build = quality.build_doge if architecture == "doge" else quality.build_llama
     ids = torch.randint(0, 64, (2, 12))
 
-    def model_of(changes: list[str]) -> torch.nn.Module:
+    def model_of(cap: float | None) -> torch.nn.Module:
+        sizes = {"tie_word_embeddings": True, "embedding_multiplier": 4.0, "final_logit_softcapping": cap}
+        settings = make_settings({**SMALL, **sizes})
         torch.manual_seed(4)
-        model = build(settings.model_config(), settings.train, changes).eval()
+        model = build(settings.model_config(), settings.train).eval()
         model.lm_head.weight.data *= 400  # logits far beyond the cap
         return model
 
-    plain, capped = model_of([]), model_of(["logit_cap_15"])
+    plain, capped = model_of(None), model_of(15.0)
     logits = plain(input_ids=ids).logits.double()
     wanted = 15 * torch.tanh(logits / 15)
     assert logits.abs().max() > 20

@@ -96,7 +96,7 @@ def test_a_model_that_knows_is_found_to_know(monkeypatch: pytest.MonkeyPatch) ->
         hidden[row, batch.positions[row], batch.values[row]] = 20.0
 
     class Knowing(torch.nn.Module):
-        lm_head = torch.nn.Identity()
+        logits = torch.nn.Identity()
 
         def model(self, input_ids: torch.Tensor, use_cache: bool) -> object:
             return type("Output", (), {"last_hidden_state": hidden})()

@@ -424,7 +424,11 @@ def requests(rng: torch.Generator, count: int, longest: int) -> Iterator[tuple[A
         yield None, [*context, rest[0]], [7]
 
 
-def test_likelihoods_are_those_of_the_harness_for_any_batch(place: Path, model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("cap", [None, 0.5])
+def test_likelihoods_are_those_of_the_harness_for_any_batch(
+    place: Path, model: PreTrainedModel, cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.config, "final_logit_softcapping", cap)
     tokenizer = load_tokenizer(place)
     asked = list(requests(torch.Generator().manual_seed(3), 12, 40))
     asked.append((None, [1] * 2100, [9, 8]))  # cut from the left

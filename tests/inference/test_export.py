@@ -282,6 +282,7 @@ def test_onnx_keeps_the_newest_inputs_of_shifts(shifts: list[str], tmp_path: Pat
     others: dict[str, Any] = {"qk_norm": True}
     if "feed_forward_shift" in shifts:
         others |= {"num_cdmmoe_experts": 0, "private_expert_intermediate_size": 32, "embedding_multiplier": 4.0}
+        others |= {"final_logit_softcapping": 2.0}
     model_dir = make_loud_model(tmp_path / "model", **others, **dict.fromkeys(shifts, True))
     assert_onnx_computes_the_same(model_dir, make_onnx(model_dir, tmp_path / "onnx"))
 

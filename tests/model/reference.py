@@ -110,6 +110,7 @@ class Sizes:
     experts_per_head: int
     parallel_experts: bool = False
     embedding_multiplier: float = 1.0
+    final_logit_softcapping: float | None = None
 
 
 @dataclass
@@ -287,7 +288,10 @@ class Reference:
             found.inner_values.append([[choice if visible[t] else -1 for t, choice in enumerate(choices)]])
             found.attentions.append(shares)
         norm = self.state["model.final_layernorm.weight"]
-        return [self.linear("lm_head", rms_norm(x, norm)) for x in tokens], found
+        logits = [self.linear("lm_head", rms_norm(x, norm)) for x in tokens]
+        if cap := self.sizes.final_logit_softcapping:
+            logits = [cap * (1 - 2 / (torch.exp(2 * x / cap) + 1)) for x in logits]
+        return logits, found
 
     def run(self, input_ids: Tensor, cos: Tensor, sin: Tensor, attention_mask: Tensor | None = None) -> Output:
         """Logits of a batch (B, T), with cos and sin (B, T, d_h) or (1, T, d_h); mask 1 = a real token."""

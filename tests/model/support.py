@@ -47,7 +47,12 @@ TINY_FIRST_KEY_TABLE = 3
 SHIFTS = {"key_shift": True, "attention_shift": True, "feed_forward_shift": True}
 """With them a cache holds more than keys and values."""
 
-WITHOUT_EXPERTS = {"num_cdmmoe_experts": 0, "private_expert_intermediate_size": 24, "embedding_multiplier": 2.0}
+WITHOUT_EXPERTS = {
+    "num_cdmmoe_experts": 0,
+    "private_expert_intermediate_size": 24,
+    "embedding_multiplier": 2.0,
+    "final_logit_softcapping": 0.1,
+}
 OVER_LAYERS = {"value_residual": True, "dense_skips": True}
 
 with_and_without_shifts = pytest.mark.parametrize(
@@ -98,6 +103,7 @@ def reference_of(model: Any) -> Reference:
         experts_per_head=config.num_cdmmoe_experts_per_head,
         parallel_experts=config.parallel_experts,
         embedding_multiplier=config.embedding_multiplier,
+        final_logit_softcapping=config.final_logit_softcapping,
     )
     return Reference({name: tensor.detach().clone() for name, tensor in model.state_dict().items()}, sizes)
 

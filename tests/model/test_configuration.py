@@ -50,6 +50,9 @@ INVALID_NUMBERS: list[tuple[dict[str, Any], str]] = [
     ({"hidden_dropout": -0.1}, "hidden_dropout"),
     ({"hidden_dropout": 1.5}, "hidden_dropout"),
     ({"embedding_multiplier": 0.0}, "embedding_multiplier"),
+    ({"final_logit_softcapping": 0.0}, "final_logit_softcapping"),
+    ({"final_logit_softcapping": -1.0}, "final_logit_softcapping"),
+    ({"final_logit_softcapping": float("inf")}, "final_logit_softcapping"),
     ({"initializer_range": 0.0}, "initializer_range"),
     ({"initializer_range": -0.02}, "initializer_range"),
     ({"hidden_size": 24.0}, "hidden_size"),
@@ -94,7 +97,7 @@ def numbers_that_do(message: str, base: dict[str, Any], field: str, changes: dic
     found = []
     for text in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e-?\d+)?(?!\w)", message):
         number = float(text) if type(refused) is float and not float(text).is_integer() else int(float(text))
-        if field in ("hidden_dropout", "initializer_range", "embedding_multiplier"):
+        if field in ("hidden_dropout", "initializer_range", "embedding_multiplier", "final_logit_softcapping"):
             number = float(text)
         if (type(number), number) != (type(refused), refused) and works(base, **{**changes, field: number}):
             found.append(number)
@@ -179,6 +182,7 @@ def test_every_field_survives_json(tmp_path: Path) -> None:
         "initializer_range": 0.03,
         "tie_word_embeddings": True,
         "embedding_multiplier": 4.0,
+        "final_logit_softcapping": 15.0,
         "cdmoe_path": "gather",
         "rope_theta": 500.0,
         "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from doge_lm.model import linear_cross_entropy as module
-from doge_lm.model.linear_cross_entropy import linear_cross_entropy, losses_and_gradient_, summed_loss
+from doge_lm.model.linear_cross_entropy import cap_logits, linear_cross_entropy, losses_and_gradient_, summed_loss
 from tests.conftest import ALL
 
 from .support import relative_error
@@ -73,11 +73,15 @@ def gradients(loss: Callable[..., Tensor], hidden: Tensor, weight: Tensor, targe
     return value.detach(), *torch.autograd.grad(value, (hidden, weight))
 
 
-def expected(hidden: Tensor, weight: Tensor, targets: Tensor, divisor: float | None = None) -> tuple[Tensor, ...]:
+def expected(
+    hidden: Tensor, weight: Tensor, targets: Tensor, divisor: float | None = None, cap: float = 0.0
+) -> tuple[Tensor, ...]:
     """As `gradients`, in float64 by PyTorch with all logits."""
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         logits = F.linear(hidden, weight)
+        if cap:
+            logits = cap * torch.tanh(logits / cap)
         if divisor is None:
             return F.cross_entropy(logits, targets)
         return F.cross_entropy(logits, targets, reduction="sum") / divisor
@@ -92,16 +96,41 @@ def assert_close(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], toleranc
         assert (x.double() - y).norm() <= tolerance * max(float(y.norm()), 1e-3)
 
 
+@pytest.mark.parametrize("cap", [0.0, 1.5])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
-def test_loss_and_gradients_are_those_of_all_logits(sizes: tuple[int, ...], dtype: torch.dtype, way: str) -> None:
+def test_loss_and_gradients_are_those_of_all_logits(
+    sizes: tuple[int, ...], dtype: torch.dtype, cap: float, way: str
+) -> None:
     m, v, d, chunk = sizes
     leaves = inputs(m, v, d, seed=sum(sizes), dtype=dtype)
-    found = gradients(lambda *x: linear_cross_entropy(*x, chunk=chunk), *leaves)
+    found = gradients(lambda *x: linear_cross_entropy(*x, cap=cap, chunk=chunk), *leaves)
     assert found[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert found[0].shape == ()
     assert [x.dtype for x in found[1:]] == [dtype, dtype]
-    assert_close(found, expected(*leaves), TOLERANCE[dtype])
+    assert_close(found, expected(*leaves, cap=cap), TOLERANCE[dtype])
+
+
+def test_a_cap_is_one_of_training_beyond_it_too(way: str) -> None:
+    """Logits of hundreds at a cap of 15: no gradient is left, and none is NaN; a cap far above them does nothing."""
+    leaves = inputs(9, 40, 6)
+    large = (leaves[0].detach() * 300).requires_grad_(), *leaves[1:]
+    found = gradients(lambda *x: linear_cross_entropy(*x, cap=15), *large)
+    assert_close(found, expected(*large, cap=15), 1e-4)
+    assert all(x.isfinite().all() for x in found)
+    uncapped = gradients(lambda *x: linear_cross_entropy(*x, cap=1e4), *leaves)
+    assert_close(uncapped, expected(*leaves), 1e-4)
+
+
+def test_capped_logits_are_ordered_as_before() -> None:
+    """In bfloat16 two logits above the cap would round to one."""
+    logits = torch.tensor([-60.0, -2.0, 0.0, 2.0, 45.0, 46.0], dtype=torch.bfloat16)
+    assert cap_logits(logits, 0.0) is logits
+    found = cap_logits(logits, 15.0)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), 15 * torch.tanh(logits.double() / 15))
+    assert (found.diff() > 0).all()
+    assert found.bfloat16()[-1] == found.bfloat16()[-2]
 
 
 @pytest.mark.parametrize("divisor", [3, 2.5, torch.tensor(7), torch.tensor([5.0]), torch.tensor(6, dtype=torch.int32)])
@@ -224,20 +253,21 @@ def test_computes_no_gradient_under_no_grad() -> None:
     _, d_hidden, d_weight = seen.outputs_of("doge_lm::linear_cross_entropy")
     assert d_hidden.numel() == d_weight.numel() == 0
     with torch.no_grad(), Seen() as inside:  # as PyTorch runs what is inside an operator
-        module._forward(*leaves, IGNORED, 5, torch.float32, False, False)
+        module._forward(*leaves, IGNORED, 5, torch.float32, False, False, 0.0)
     assert inside.names.count("aten::mm") == 3  # the logits of three chunks, and no gradient
 
 
+@pytest.mark.parametrize("cap", [0.0, 15.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_never_holds_the_logits_of_all_tokens(dtype: torch.dtype) -> None:
+def test_never_holds_the_logits_of_all_tokens(dtype: torch.dtype, cap: float) -> None:
     m, v, d, chunk = 64, 1000, 8, 10
     hidden, weight, targets = inputs(m, v, d)
     with torch.no_grad(), Seen() as inside:  # as PyTorch runs what is inside an operator
-        module._forward(hidden, weight, targets, IGNORED, chunk, dtype, True, True)
+        module._forward(hidden, weight, targets, IGNORED, chunk, dtype, True, True, cap)
     assert max(inside.sizes) == chunk * v  # a chunk's logits, and nothing larger
     context = torch.autocast(DEVICE, dtype) if dtype != torch.float32 else nullcontext()
     with Seen() as outside, context:
-        linear_cross_entropy(hidden, weight, targets, chunk=chunk).backward()
+        linear_cross_entropy(hidden, weight, targets, cap=cap, chunk=chunk).backward()
     assert max(outside.sizes) == v * d  # the weight's gradient
     assert not [name for name in outside.names if "zeros" in name]  # in place of gradients that nothing computed
     with Seen() as all_logits:
@@ -306,7 +336,7 @@ def test_compiles_whole(backend: str) -> None:
 
     def step(mixer: Tensor, divisor: Tensor | float | None) -> Tensor:
         with torch.autocast(DEVICE, torch.bfloat16):
-            return 2 * linear_cross_entropy(F.linear(hidden, mixer), weight, targets, divisor, chunk=5)
+            return 2 * linear_cross_entropy(F.linear(hidden, mixer), weight, targets, divisor, cap=2.0, chunk=5)
 
     compiled = torch.compile(step, fullgraph=True, dynamic=False, backend=backend)
     for divisor in (None, 7, torch.tensor(7, device=DEVICE)):
@@ -324,7 +354,7 @@ def test_the_operator_is_what_it_declares(grad: tuple[bool, bool], weight: torch
     """Types and shapes of the fake, no aliasing, and gradients as with any other operator."""
     hidden, head, targets = inputs(12, 20, 6, dtype=torch.bfloat16, weight=weight)
     leaves = hidden.detach().requires_grad_(grad[0]), head.detach().requires_grad_(grad[1]), targets
-    torch.library.opcheck(summed_loss, (*leaves, IGNORED, 5, torch.bfloat16, *grad))
+    torch.library.opcheck(summed_loss, (*leaves, IGNORED, 5, torch.bfloat16, *grad, 2.0))
 
 
 @pytest.mark.gpu
@@ -349,6 +379,8 @@ def test_never_waits_for_the_device() -> None:
         ({"targets_M": torch.zeros(3)}, "must be torch.int64"),
         ({"divisor": torch.ones(2)}, "must be one number"),
         ({"chunk": 0}, "chunk is 0"),
+        ({"cap": -1.0}, "cap is -1.0"),
+        ({"cap": math.nan}, "cap is nan"),
     ],
 )
 def test_says_what_does_not_fit(change: dict[str, Any], message: str) -> None:
@@ -373,17 +405,20 @@ def rows_of_logits(rows: int, v: int, seed: int, dtype: torch.dtype) -> tuple[Te
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("one_pass", [32768, 16, 4])
 @pytest.mark.parametrize("v", [1, 2, 15, 16, 17, 63, 100, 257])
-def test_kernel(v: int, one_pass: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("cap", [0.0, 2.5])
+def test_kernel(cap: float, v: int, one_pass: int, dtype: torch.dtype) -> None:
     """Against softmax in float64, in one pass and block by block, with guard columns on both sides of each row."""
     for seed in range(3 if ALL or DEVICE == "cuda" else 1):
         logits, targets = rows_of_logits(5, v, seed, dtype)
-        wide = logits.double()
+        wide = cap * torch.tanh(logits.double() / cap) if cap else logits.double()
         losses = F.cross_entropy(wide, targets, reduction="none", ignore_index=IGNORED)
         grad = wide.softmax(-1).scatter_add_(1, targets.clamp(min=0).unsqueeze(1), -torch.ones_like(wide[:, :1]))
         grad[targets == IGNORED] = 0
+        if cap:
+            grad /= torch.cosh(logits.double() / cap) ** 2
         guarded = F.pad(logits, (3, 5), value=7.0)
         for wanted in (False, True):
-            found = losses_and_gradient_by_kernel_(guarded[:, 3 : 3 + v], targets, IGNORED, wanted, one_pass)
+            found = losses_and_gradient_by_kernel_(guarded[:, 3 : 3 + v], targets, IGNORED, wanted, cap, one_pass)
             assert found.dtype == torch.float32
             torch.testing.assert_close(found.double(), losses, rtol=1e-5, atol=1e-5)
             if not wanted:
@@ -396,13 +431,14 @@ def test_kernel(v: int, one_pass: int, dtype: torch.dtype) -> None:
 
 @with_triton
 @pytest.mark.parametrize("one_pass", [32768, 4])
-def test_kernel_takes_logits_of_minus_infinity(one_pass: int) -> None:
+@pytest.mark.parametrize("cap", [0.0, 15.0])
+def test_kernel_takes_logits_of_minus_infinity(cap: float, one_pass: int) -> None:
     logits, _ = rows_of_logits(3, 13, 0, torch.float32)
     logits[:, :9] = -math.inf
     targets = torch.tensor([9, 10, 12], device=DEVICE)
     plain, kernel = logits.clone(), logits.clone()
-    losses = losses_and_gradient_(plain, targets, IGNORED, True)
-    torch.testing.assert_close(losses_and_gradient_by_kernel_(kernel, targets, IGNORED, True, one_pass), losses)
+    losses = losses_and_gradient_(plain, targets, IGNORED, True, cap)
+    torch.testing.assert_close(losses_and_gradient_by_kernel_(kernel, targets, IGNORED, True, cap, one_pass), losses)
     torch.testing.assert_close(kernel, plain)
 
 
@@ -416,16 +452,20 @@ def test_kernel_reads_no_row_that_has_no_target() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("cap", [0.0, 2.5])
 @pytest.mark.parametrize("v", [32768, 50257, 128256])
-def test_kernel_on_vocabularies_in_use(v: int) -> None:
+def test_kernel_on_vocabularies_in_use(v: int, cap: float) -> None:
     """Also more logits in one call than 32 bits count."""
     rows = 2**31 // v + 2 if v == 32768 else 40
     logits = torch.randn(rows, v, device=DEVICE, dtype=torch.bfloat16)
     targets = torch.randint(0, v, (rows,), device=DEVICE)
     last = logits[-4:].double()
-    losses = losses_and_gradient_by_kernel_(logits, targets, IGNORED, True)
-    torch.testing.assert_close(losses[-4:].double(), F.cross_entropy(last, targets[-4:], reduction="none"))
-    grad = last.softmax(-1) - F.one_hot(targets[-4:], v)
+    capped = cap * torch.tanh(last / cap) if cap else last
+    losses = losses_and_gradient_by_kernel_(logits, targets, IGNORED, True, cap)
+    torch.testing.assert_close(losses[-4:].double(), F.cross_entropy(capped, targets[-4:], reduction="none"))
+    grad = capped.softmax(-1) - F.one_hot(targets[-4:], v)
+    if cap:
+        grad /= torch.cosh(last / cap) ** 2
     torch.testing.assert_close(logits[-4:].double(), grad, rtol=2**-8, atol=1e-9)
 
 

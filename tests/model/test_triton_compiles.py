@@ -109,6 +109,18 @@ def compile_all(dtype: torch.dtype) -> None:
     cdmoe_triton.pick(leaf(m, n), experts[:, :k]).sum().backward()
 
 
+def compile_loss_kernel() -> None:
+    """With a gradient and without, capped and not, in one pass and block by block."""
+    from doge_lm.model import linear_cross_entropy_triton as loss  # noqa: PLC0415
+
+    loss._softmax_kernel = Compiler(loss._softmax_kernel)
+    targets = torch.zeros(3, dtype=torch.int64)
+    for gradient in (False, True):
+        for cap in (0.0, 15.0):
+            for v, dtype in ((1000, torch.bfloat16), (32768, torch.bfloat16), (32768, torch.float32)):
+                loss.losses_and_gradient_by_kernel_(torch.zeros(3, v, dtype=dtype), targets, -100, gradient, cap)
+
+
 def compile_rows_kernel() -> None:
     """That of `RowLazyAdamW`: rows narrow and wide, with and without bounds that 16 divides."""
     from doge_lm.training import row_lazy_adamw_triton  # noqa: PLC0415
@@ -123,11 +135,12 @@ def compile_rows_kernel() -> None:
 
 
 def print_compiled() -> None:
-    """The kernels that are compiled for each type of the model's tensors, and for the optimizer, as JSON."""
+    """The kernels that are compiled for the model's tensors by type, for the loss and for the optimizer, as JSON."""
     found = {}
     for name, compile_ in {
         "bfloat16": lambda: compile_all(torch.bfloat16),
         "float32": lambda: compile_all(torch.float32),
+        "loss": compile_loss_kernel,
         "optimizer": compile_rows_kernel,
     }.items():
         Compiler.compiled.clear()
@@ -157,6 +170,10 @@ def test_every_kernel_compiles(compiled: dict[str, list[str]], dtype: str) -> No
         "_silu_backward_kernel",
     }  # fmt: skip
     assert set(compiled[dtype]) == kernels | ({"_silu_product_kernel"} if dtype == "bfloat16" else set())
+
+
+def test_the_kernel_of_the_loss_compiles(compiled: dict[str, list[str]]) -> None:
+    assert compiled["loss"] == ["_softmax_kernel"] * 12
 
 
 def test_the_kernel_of_resting_rows_compiles(compiled: dict[str, list[str]]) -> None:

@@ -13,6 +13,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from doge_lm.cli import main
 from doge_lm.errors import UserError
@@ -20,6 +21,7 @@ from doge_lm.training import preference as module
 from doge_lm.training.checkpoints import list_checkpoints
 from doge_lm.training.pairs import Pair, load_pairs, parse_pair
 from doge_lm.training.settings import PreferenceSettings, load_settings_of, preset_paths
+from tests.model.support import random_ids, tiny_model
 
 from .conversations import TUNE, conversations
 from .support import log_lines, losses
@@ -33,6 +35,18 @@ TRAIN = {
     "save_steps": 6,
     "learning_rate": 1e-3,
 }
+
+
+def test_likelihoods_of_answers_are_those_of_the_capped_logits():
+    """TRL multiplies by the head itself and takes the cap from the config, by the name that Gemma's has."""
+    model, ids = tiny_model(final_logit_softcapping=0.1), random_ids(2, 9)
+    with torch.no_grad():
+        logits = model(ids).logits
+        expected = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        add_fused_lm_head(model)
+        found = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+    assert logits.abs().max() > 0.05  # far enough for the cap to show
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def pairs():

@@ -325,7 +325,7 @@ class DogeScorer(PlainScorer):
         log_likelihood = hidden_Pd.new_empty(len(target), dtype=torch.float32)
         likeliest = torch.empty(len(target), dtype=torch.bool, device=hidden_Pd.device)
         for start in range(0, len(hidden_Pd), _HEAD_POSITIONS):
-            logits_PV = self.model.lm_head(hidden_Pd[start : start + _HEAD_POSITIONS]).float()
+            logits_PV = self.model.logits(hidden_Pd[start : start + _HEAD_POSITIONS]).float()
             # On the CPU: a mask on the device would have to be waited for.
             here = ((position >= start) & (position < start + len(logits_PV))).nonzero().squeeze(1)
             places, targets = (position[here] - start).to(self.device), target[here].to(self.device)

@@ -40,6 +40,7 @@ _NUMBERS = {
     "hidden_dropout": (0.0, True, 1.0),
     "rms_norm_eps": (0.0, False, 1.0),
     "embedding_multiplier": (0.0, False, float("inf")),
+    "final_logit_softcapping": (0.0, False, float("inf")),
     "initializer_range": (0.0, False, float("inf")),
     "rope_theta": (0.0, False, float("inf")),
 }
@@ -72,6 +73,8 @@ class DogeConfig(PreTrainedConfig):
         tie_word_embeddings: whether `lm_head` shares the weight of `word_embed`.
         embedding_multiplier: what the rows of `word_embed` are multiplied by on their way into the model, e.g. √d. A
             table that is the head's too can then start as small as a head must.
+        final_logit_softcapping: c, what bounds the logits: they are c · tanh(logits / c), in float32 or better, as in
+            Gemma 2 (arXiv 2408.00118, section 2); None for no bound.
         num_attention_heads: h; the size of a head, d / h, must be even.
         num_inner_values: n, the rows of E that the inner function chooses from.
         inner_values_retrieval_size: r, the width in which the inner value is chosen.
@@ -126,6 +129,7 @@ class DogeConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: bool = False
     embedding_multiplier: float = 1.0
+    final_logit_softcapping: float | None = None
     num_attention_heads: int = 2
     num_inner_values: int = 2
     inner_values_retrieval_size: int = 128
@@ -192,13 +196,15 @@ class DogeConfig(PreTrainedConfig):
         self._validate_heads()
         self._validate_experts()
         for name, (low, inclusive, high) in _NUMBERS.items():
-            value = getattr(self, name)
+            value, default = getattr(self, name), getattr(type(self), name)
+            if value is None and default is None:
+                continue
             number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
             if not (number and low <= value < high and (inclusive or value > low)):
-                default = getattr(type(self), name)
                 bounds = f"at least {low:g}" if inclusive else f"above {low:g}"
                 bounds += f" and below {high:g}" if isfinite(high) else ""
-                raise ValueError(f"{name} is {value!r}; it must be a number {bounds}, e.g. {default}")
+                no_number, example = ("", default) if default is not None else ("None or ", 30.0)
+                raise ValueError(f"{name} is {value!r}; it must be {no_number}a number {bounds}, e.g. {example}")
 
     def _validate_heads(self) -> None:
         d, h = self.hidden_size, self.num_attention_heads

@@ -11,6 +11,7 @@ arrives in the backward pass, one number for all of them. So the forward pass co
 the backward pass is as large as the gradients of `hidden_Md` and `weight_Vd` themselves.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ def linear_cross_entropy(
     divisor: Tensor | float | None = None,
     ignore_index: int = -100,
     *,
+    cap: float = 0.0,
     chunk: int | None = None,
 ) -> Tensor:
     """The sum over targets of -log softmax(hidden weightᵀ)[target], divided by `divisor`.
@@ -53,16 +55,17 @@ def linear_cross_entropy(
         divisor: None for the number of targets that are not ignored; without any, the loss is NaN and the gradient
             zero, as of `F.cross_entropy`. A tensor of one number, or a number (a constant to `torch.compile`).
         ignore_index: the target of tokens without loss.
+        cap: of the logits (`cap_logits`); 0 for none.
         chunk: tokens at a time, at most; None for as many as have `CHUNK_LOGITS` logits.
 
     Returns:
         A scalar in float32 (of float64 inputs, float64). It can be differentiated once.
 
     Raises:
-        ValueError: for shapes or types that do not fit each other.
+        ValueError: for shapes or types that do not fit each other, or a cap below 0.
         RuntimeError: in the backward pass, for a graph of it (`create_graph`).
     """
-    _check(hidden_Md, weight_Vd, targets_M, divisor, chunk)
+    _check(hidden_Md, weight_Vd, targets_M, divisor, cap, chunk)
     device, dtype = hidden_Md.device, hidden_Md.dtype
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
@@ -73,7 +76,8 @@ def linear_cross_entropy(
     if chunk is None:
         most = CHUNK_LOGITS_CPU if device.type == "cpu" else CHUNK_LOGITS
         chunk = max(1, most // weight_Vd.shape[0])
-    total, _, _ = summed_loss(hidden_Md, weight_Vd, targets_M, ignore_index, chunk, dtype, hidden_grad, weight_grad)
+    wanted = hidden_grad, weight_grad
+    total, _, _ = summed_loss(hidden_Md, weight_Vd, targets_M, ignore_index, chunk, dtype, *wanted, float(cap))
     if divisor is None:
         count = (targets_M != ignore_index).sum()
         return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
@@ -82,8 +86,28 @@ def linear_cross_entropy(
     return total / divisor
 
 
+def cap_logits(logits: Tensor, cap: float) -> Tensor:
+    """cap · tanh(logits / cap), between -cap and cap, as in Gemma 2 (arXiv 2408.00118, section 2); 0 leaves them alone.
+
+    Args:
+        logits: of any shape.
+        cap: above 0, or 0.
+
+    Returns:
+        Capped, in float32 or better: near the cap, steps of a short type would make different logits equal.
+    """
+    if not cap:
+        return logits
+    return (logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap).tanh() * cap
+
+
 def next_token_loss(
-    hidden_BTd: Tensor, weight_Vd: Tensor, labels_BT: Tensor, divisor: Tensor | float | None = None
+    hidden_BTd: Tensor,
+    weight_Vd: Tensor,
+    labels_BT: Tensor,
+    divisor: Tensor | float | None = None,
+    *,
+    cap: float = 0.0,
 ) -> Tensor:
     """`linear_cross_entropy` of a language model, as transformers' `ForCausalLMLoss`: t is to predict label t + 1.
 
@@ -91,14 +115,19 @@ def next_token_loss(
         hidden_BTd: (B, T, d), what the head is to read.
         weight_Vd: the head, (V, d).
         labels_BT: (B, T), the tokens themselves, -100 where a token is no target.
-        divisor: as for `linear_cross_entropy`.
+        divisor, cap: as for `linear_cross_entropy`.
     """
     targets_BT = F.pad(labels_BT, (0, 1), value=-100)[:, 1:]
-    return linear_cross_entropy(hidden_BTd.flatten(0, 1), weight_Vd, targets_BT.flatten(), divisor)
+    return linear_cross_entropy(hidden_BTd.flatten(0, 1), weight_Vd, targets_BT.flatten(), divisor, cap=cap)
 
 
 def _check(
-    hidden_Md: Tensor, weight_Vd: Tensor, targets_M: Tensor, divisor: Tensor | float | None, chunk: int | None
+    hidden_Md: Tensor,
+    weight_Vd: Tensor,
+    targets_M: Tensor,
+    divisor: Tensor | float | None,
+    cap: float,
+    chunk: int | None,
 ) -> None:
     if hidden_Md.ndim != 2 or weight_Vd.ndim != 2 or hidden_Md.shape[1] != weight_Vd.shape[1]:
         shapes = f"{tuple(hidden_Md.shape)} and {tuple(weight_Vd.shape)}"
@@ -110,6 +139,8 @@ def _check(
         )
     if isinstance(divisor, Tensor) and divisor.numel() != 1:
         raise ValueError(f"divisor has the shape {tuple(divisor.shape)}; it must be one number")
+    if not 0 <= cap < math.inf:
+        raise ValueError(f"cap is {cap}; it must be a number above 0, or 0 for none")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be 1 or more, or None")
 
@@ -123,6 +154,7 @@ def _forward(
     dtype: torch.dtype,
     hidden_grad: bool,
     weight_grad: bool,
+    cap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss and its gradients, chunk by chunk; a gradient that is not asked for has no rows.
 
@@ -144,7 +176,7 @@ def _forward(
         hidden_Rd = hidden_Md[these].to(dtype)
         grad_RV = torch.mm(hidden_Rd, weight_Vd.t(), out=logits_RV[: hidden_Rd.shape[0]])
         finish = losses_and_gradient_by_kernel_ if kernels_take(grad_RV) else losses_and_gradient_
-        losses_M[these] = finish(grad_RV, targets_M[these], ignore_index, hidden_grad or weight_grad)
+        losses_M[these] = finish(grad_RV, targets_M[these], ignore_index, hidden_grad or weight_grad, cap)
         if hidden_grad:
             d_hidden[these] = torch.mm(grad_RV, weight_Vd)
         if weight_grad:
@@ -174,14 +206,19 @@ def _add_product(sum_: Tensor, a: Tensor, b: Tensor) -> None:
         sum_.addmm_(a.to(sum_.dtype), b.to(sum_.dtype))
 
 
-def losses_and_gradient_(logits_RV: Tensor, targets_R: Tensor, ignore_index: int, gradient: bool) -> Tensor:
-    """The loss of each row, and in place of its logits, if `gradient`, the loss's gradient: softmax less one-hot.
+def losses_and_gradient_(
+    logits_RV: Tensor, targets_R: Tensor, ignore_index: int, gradient: bool, cap: float = 0.0
+) -> Tensor:
+    """The loss of each row, and in place of its logits, if `gradient`, the loss's gradient.
+
+    That is softmax less one-hot; with a cap, times the derivative of `cap_logits`, 1 - tanh².
 
     Args:
         logits_RV: (R, V); written over if `gradient`.
         targets_R: (R,), int64.
         ignore_index: the target of rows with no loss and a gradient of zero.
         gradient: whether the gradient is wanted.
+        cap: of the logits; 0 for none.
 
     Returns:
         (R,) in float32 or better; NaN, with a gradient of zero, for targets out of [0, V).
@@ -190,12 +227,15 @@ def losses_and_gradient_(logits_RV: Tensor, targets_R: Tensor, ignore_index: int
     ignored_R = targets_R == ignore_index
     counts_R = ~ignored_R & (targets_R >= 0) & (targets_R < logits_RV.shape[1])
     target_R1 = targets_R.where(counts_R, 0).unsqueeze(1)
-    log_RV = logits_RV.log_softmax(-1, dtype=wide)
+    capped_RV = cap_logits(logits_RV, cap)
+    log_RV = capped_RV.log_softmax(-1, dtype=wide)
     losses_R = log_RV.gather(1, target_R1).squeeze(1).neg()
     losses_R = losses_R.masked_fill(~counts_R, torch.nan).masked_fill(ignored_R, 0)
     if gradient:
         grad_RV = log_RV.exp_()
         grad_RV.scatter_add_(1, target_R1, grad_RV.new_full((1, 1), -1).expand_as(target_R1))
+        if cap:
+            grad_RV *= 1 - (capped_RV / cap).square()
         logits_RV.copy_(grad_RV).masked_fill_(~counts_R.unsqueeze(1), 0)
     return losses_R
 
@@ -214,6 +254,7 @@ def _(
     dtype: torch.dtype,
     hidden_grad: bool,
     weight_grad: bool,
+    cap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     losses_M, d_hidden, d_weight = _outputs(hidden_Md, weight_Vd, dtype, hidden_grad, weight_grad)
     return losses_M.sum(), d_hidden, d_weight
@@ -239,7 +280,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
         hidden = (d_hidden.to(grad.dtype) * grad).to(d_hidden.dtype)
     if grad is not None and ctx.needs_input_grad[1]:
         weight = (d_weight * grad).to(ctx.weight_type)
-    return hidden, weight, None, None, None, None, None, None
+    return hidden, weight, None, None, None, None, None, None, None
 
 
 summed_loss.register_autograd(_backward, setup_context=_save)

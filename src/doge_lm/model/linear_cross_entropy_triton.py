@@ -19,11 +19,31 @@ takes 0.37)."""
 
 
 @triton.jit
+def _tanh(x):
+    """By a power that cannot overflow; within 1e-7."""
+    power = tl.exp(-2.0 * tl.abs(x))
+    size = (1.0 - power) / (1.0 + power)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def _logits(logits_ptr, v, V, CAP: tl.constexpr):
+    """The logits of tokens v, with a CAP CAP · tanh(logits / CAP), and the derivative of that; behind the row -inf."""
+    x = tl.load(logits_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
+    slope = 1.0
+    if CAP > 0:
+        share = _tanh(x * (1.0 / CAP))
+        x = tl.where(v < V, CAP * share, float("-inf"))
+        slope = 1.0 - share * share
+    return x, slope
+
+
+@triton.jit
 def _softmax_kernel(
     logits_ptr, targets_ptr, losses_ptr, V, row_stride, ignore_index,
-    GRADIENT: tl.constexpr, ONE_PASS: tl.constexpr, BLOCK: tl.constexpr,
+    CAP: tl.constexpr, GRADIENT: tl.constexpr, ONE_PASS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The loss of one row; with GRADIENT, softmax less one-hot in place of its logits. ONE_PASS needs BLOCK >= V."""
+    """The loss of one row; with GRADIENT, its gradient in place of the row's logits. ONE_PASS needs BLOCK >= V."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
     target = tl.load(targets_ptr + row)
@@ -37,34 +57,41 @@ def _softmax_kernel(
     else:
         # Read before anything is written over it; the reductions below keep a program's threads in step.
         chosen = tl.load(logits_ptr + target).to(tl.float32)
+        if CAP > 0:
+            chosen = CAP * _tanh(chosen * (1.0 / CAP))
         if ONE_PASS:
-            x = tl.load(logits_ptr + lane, mask=lane < V, other=float("-inf")).to(tl.float32)
+            x, slope = _logits(logits_ptr, lane, V, CAP)
             top = tl.max(x, axis=0)
             powers = tl.exp(x - top)
             total = tl.sum(powers, axis=0)
             if GRADIENT:
-                grad = powers * (1 / total) - (lane == target).to(tl.float32)
+                grad = (powers * (1 / total) - (lane == target).to(tl.float32)) * slope
                 tl.store(logits_ptr + lane, grad.to(logits_ptr.dtype.element_ty), mask=lane < V)
         else:
             top = -3.0e38  # finite, or a block of nothing but -inf would give NaN
             total = 0.0
             for begin in range(0, V, BLOCK):
                 v = begin + lane
-                x = tl.load(logits_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
+                x = _logits(logits_ptr, v, V, CAP)[0]
                 new_top = tl.maximum(top, tl.max(x, axis=0))
                 total = total * tl.exp(top - new_top) + tl.sum(tl.exp(x - new_top), axis=0)
                 top = new_top
             if GRADIENT:
                 for begin in range(0, V, BLOCK):
                     v = begin + lane
-                    x = tl.load(logits_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
-                    grad = tl.exp(x - top) * (1 / total) - (v == target).to(tl.float32)
+                    x, slope = _logits(logits_ptr, v, V, CAP)
+                    grad = (tl.exp(x - top) * (1 / total) - (v == target).to(tl.float32)) * slope
                     tl.store(logits_ptr + v, grad.to(logits_ptr.dtype.element_ty), mask=v < V)
         tl.store(losses_ptr + row, top + tl.log(total) - chosen)
 
 
 def losses_and_gradient_by_kernel_(
-    logits_RV: Tensor, targets_R: Tensor, ignore_index: int, gradient: bool, one_pass: int = ONE_PASS
+    logits_RV: Tensor,
+    targets_R: Tensor,
+    ignore_index: int,
+    gradient: bool,
+    cap: float = 0.0,
+    one_pass: int = ONE_PASS,
 ) -> Tensor:
     """As `linear_cross_entropy.losses_and_gradient_`; rows longer than `one_pass` are read twice, block by block."""
     (rows, v), losses_R = logits_RV.shape, logits_RV.new_empty(logits_RV.shape[0], dtype=torch.float32)
@@ -74,6 +101,6 @@ def losses_and_gradient_by_kernel_(
         warps = block // 1024
         _softmax_kernel[(rows,)](
             logits_RV, targets_R.contiguous(), losses_R, v, logits_RV.stride(0), ignore_index,
-            GRADIENT=gradient, ONE_PASS=whole, BLOCK=block, num_warps=min(max(warps, 4), 16),
+            CAP=cap, GRADIENT=gradient, ONE_PASS=whole, BLOCK=block, num_warps=min(max(warps, 4), 16),
         )  # fmt: skip
     return losses_R

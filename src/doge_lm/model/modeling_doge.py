@@ -46,7 +46,7 @@ from .cdmoe import (
 from .configuration_doge import DogeConfig
 from .document_attention import DocumentBlocks, Layout, document_attention, document_layout
 from .kernels import HAVE_TRITON, PLAIN, kernels_take
-from .linear_cross_entropy import next_token_loss
+from .linear_cross_entropy import cap_logits, next_token_loss
 from .token_shift import TokensBefore, TokenShift, keep_newest_inputs, seen_tokens
 
 if HAVE_TRITON:
@@ -807,6 +807,10 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
         """What `generate` makes for a static cache: the causal mask alone, though layers with shifts are "hybrid"."""
         return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the head makes of the last hidden states (…, d): (…, vocabulary), with `final_logit_softcapping`."""
+        return cap_logits(self.lm_head(hidden), self.config.final_logit_softcapping or 0)
+
     @can_return_tuple
     def forward(
         self,
@@ -847,9 +851,10 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
         if skip_logits and labels is not None and not (shifted or PLAIN) and is_plain(self.lm_head):
             divisor = kwargs.get("num_items_in_batch")
             assert divisor is None or isinstance(divisor, Tensor | int | float)
-            loss = next_token_loss(outputs.last_hidden_state, self.lm_head.weight, labels, divisor)
+            head, cap = self.lm_head.weight, self.config.final_logit_softcapping or 0
+            loss = next_token_loss(outputs.last_hidden_state, head, labels, divisor, cap=cap)
         else:
-            logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+            logits = self.logits(outputs.last_hidden_state[:, kept, :])
         if loss is None and labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(

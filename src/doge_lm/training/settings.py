@@ -49,6 +49,7 @@ class ModelSettings:
     eos_token_id: int | None = 2
     tie_word_embeddings: bool = False
     embedding_multiplier: float = 1.0
+    final_logit_softcapping: float | None = None
     num_attention_heads: int = 2
     num_inner_values: int = 2
     inner_values_retrieval_size: int = 128
