@@ -6,6 +6,8 @@
     published         the published mathematics in plain PyTorch, written for reading and not for speed
     transformers_doge the `doge` of transformers with its experts, of about the same parameters
 
+The last three have no `final_logit_softcapping` and say so where it is set.
+
 Shapes, the one legend of this file; a tensor's name ends in its shape where it helps:
 
     B  batch            h  attention heads          e  expert size      n, m  rows of the two key tables
@@ -27,11 +29,21 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.doge.configuration_doge import DogeConfig as TransformersDogeConfig
 from transformers.models.doge.modeling_doge import DogeForCausalLM as TransformersDoge
 
+from doge_lm.errors import UserError
 from doge_lm.model.cdmoe import key_table_sizes
 from doge_lm.model.configuration_doge import DogeConfig
 from doge_lm.training.plan import EXPERT_TABLES, count_model
 from doge_lm.training.pretrain import build_model as build_doge
 from doge_lm.training.settings import TrainSettings
+
+
+def refuse_a_cap(config: DogeConfig, peer: str) -> None:
+    """Raises UserError if the logits are to be capped, which this peer cannot do."""
+    if config.final_logit_softcapping is not None:
+        raise UserError(
+            f"{peer} has no final_logit_softcapping; measure without it: --set final_logit_softcapping=null"
+        )
+
 
 # Matrix products are fastest where their sizes are multiples of this.
 _ALIGNMENT = 64
@@ -102,6 +114,7 @@ def build_llama_as_given(config: DogeConfig, train: TrainSettings) -> PreTrained
 
 def build_llama_fair(config: DogeConfig, train: TrainSettings) -> PreTrainedModel:
     """The Llama of `quality.llama_like` at its best: a well aligned MLP, and SDPA's causal attention without a mask."""
+    refuse_a_cap(config, "llama_fair")
     sizes = llama_like(config)
     sizes.intermediate_size = max(1, round(sizes.intermediate_size / _ALIGNMENT)) * _ALIGNMENT
     return LlamaForCausalLM._from_config(sizes, attn_implementation=llama_attention(train), dtype=torch.float32)
@@ -138,6 +151,7 @@ def transformers_doge_like(config: DogeConfig) -> TransformersDogeConfig:
 
 def build_transformers_doge(config: DogeConfig, train: TrainSettings) -> PreTrainedModel:
     """transformers' `doge` with experts, started by its own rule."""
+    refuse_a_cap(config, "transformers_doge")
     return TransformersDoge._from_config(
         transformers_doge_like(config), attn_implementation=train.attn_implementation, dtype=torch.float32
     )
@@ -328,6 +342,7 @@ class PublishedForCausalLM(PreTrainedModel):
 
 def build_published(config: DogeConfig, train: TrainSettings) -> PreTrainedModel:
     """The published mathematics, started from the weights of a fresh Doge."""
+    refuse_a_cap(config, "published")
     weights = build_doge(config, train).state_dict()
     # A copy: the name of the attention is kept in the configuration, and this model has its own.
     model = PublishedForCausalLM._from_config(copy.deepcopy(config), attn_implementation="eager", dtype=torch.float32)

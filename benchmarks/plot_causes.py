@@ -349,7 +349,7 @@ PANELS = (
         "Longer runs, longer rows, larger models",
         (
             {"Llama, 120M": (304,), "Doge, linear value": (314,), "inner value": (305,)},
-            {"Llama, 300M": (279, 299, 301), "Doge, linear value": (345,), "inner value": (280, 300, 302)},
+            {"Llama, 300M": (279,), "Doge, linear value": (345,), "inner value": (280,)},
             {"Llama, 30M, T = 2,048": (268, 270), "Doge": (269, 271)},
             {"Llama of 80M, 30M": (272,), "Doge": (273,)},
         ),

@@ -165,6 +165,13 @@ def test_one_llama_has_the_mask_that_transformers_makes() -> None:
     assert found == ["sdpa", quality.CAUSAL, quality.CAUSAL]
 
 
+@pytest.mark.parametrize("peer", ["llama_fair", "transformers_doge", "published"])
+def test_a_peer_without_capped_logits_refuses_a_cap(peer: str) -> None:
+    settings = make_settings({"vocab_size": 61, "final_logit_softcapping": 15.0})
+    with pytest.raises(UserError, match=f"{peer} has no final_logit_softcapping.*final_logit_softcapping=null"):
+        train_step.BUILDERS[peer](settings.model_config(), settings.train)
+
+
 def test_llama_compiles_without_a_mask() -> None:
     """A mask of T×T in the graph, or a break of it, would cost the peer its flash kernel."""
     calls = []

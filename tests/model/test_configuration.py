@@ -53,6 +53,8 @@ INVALID_NUMBERS: list[tuple[dict[str, Any], str]] = [
     ({"final_logit_softcapping": 0.0}, "final_logit_softcapping"),
     ({"final_logit_softcapping": -1.0}, "final_logit_softcapping"),
     ({"final_logit_softcapping": float("inf")}, "final_logit_softcapping"),
+    ({"final_logit_softcapping": 1e39}, "final_logit_softcapping"),
+    ({"final_logit_softcapping": 1e-46}, "final_logit_softcapping"),
     ({"initializer_range": 0.0}, "initializer_range"),
     ({"initializer_range": -0.02}, "initializer_range"),
     ({"hidden_size": 24.0}, "hidden_size"),
@@ -102,6 +104,10 @@ def numbers_that_do(message: str, base: dict[str, Any], field: str, changes: dic
         if (type(number), number) != (type(refused), refused) and works(base, **{**changes, field: number}):
             found.append(number)
     return found
+
+
+def test_a_whole_number_that_no_float_holds_is_refused() -> None:
+    assert "embedding_multiplier is 1000" in refusal(TINY, embedding_multiplier=10**400)
 
 
 @pytest.mark.parametrize(("changes", "field"), INVALID_NUMBERS, ids=str)

@@ -112,14 +112,16 @@ def test_loss_and_gradients_are_those_of_all_logits(
 
 
 def test_a_cap_is_one_of_training_beyond_it_too(way: str) -> None:
-    """Logits of hundreds at a cap of 15: no gradient is left, and none is NaN; a cap far above them does nothing."""
+    """Logits of hundreds at a cap of 15: no gradient is left, and none is NaN; caps far above them do nothing."""
     leaves = inputs(9, 40, 6)
     large = (leaves[0].detach() * 300).requires_grad_(), *leaves[1:]
     found = gradients(lambda *x: linear_cross_entropy(*x, cap=15), *large)
     assert_close(found, expected(*large, cap=15), 1e-4)
     assert all(x.isfinite().all() for x in found)
-    uncapped = gradients(lambda *x: linear_cross_entropy(*x, cap=1e4), *leaves)
-    assert_close(uncapped, expected(*leaves), 1e-4)
+    for cap in (1e3, 1e5, 1e6):
+        nearly = gradients(lambda *x, cap=cap: linear_cross_entropy(*x, cap=cap), *leaves)
+        assert_close(nearly, expected(*leaves, cap=cap), 1e-5)
+        assert_close(nearly, expected(*leaves), 1e-5)
 
 
 def test_capped_logits_are_ordered_as_before() -> None:

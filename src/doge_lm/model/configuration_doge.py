@@ -40,7 +40,7 @@ _NUMBERS = {
     "hidden_dropout": (0.0, True, 1.0),
     "rms_norm_eps": (0.0, False, 1.0),
     "embedding_multiplier": (0.0, False, float("inf")),
-    "final_logit_softcapping": (0.0, False, float("inf")),
+    "final_logit_softcapping": (1e-3, True, 1e6),
     "initializer_range": (0.0, False, float("inf")),
     "rope_theta": (0.0, False, float("inf")),
 }
@@ -199,8 +199,7 @@ class DogeConfig(PreTrainedConfig):
             value, default = getattr(self, name), getattr(type(self), name)
             if value is None and default is None:
                 continue
-            number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-            if not (number and low <= value < high and (inclusive or value > low)):
+            if not (_is_finite(value) and low <= value < high and (inclusive or value > low)):
                 bounds = f"at least {low:g}" if inclusive else f"above {low:g}"
                 bounds += f" and below {high:g}" if isfinite(high) else ""
                 no_number, example = ("", default) if default is not None else ("None or ", 30.0)
@@ -322,6 +321,16 @@ class DogeConfig(PreTrainedConfig):
                 f"rope_theta is {self.rope_theta} and rope_parameters['rope_theta'] is {used}; give one of the two"
             )
         self.rope_theta = used
+
+
+def _is_finite(value: object) -> bool:
+    """Whether it is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
 
 
 def _divisors(number: int) -> list[int]:
