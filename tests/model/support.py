@@ -51,7 +51,7 @@ WITHOUT_EXPERTS = {
     "num_cdmmoe_experts": 0,
     "private_expert_intermediate_size": 24,
     "embedding_multiplier": 2.0,
-    "final_logit_softcapping": 0.1,
+    "final_logit_softcapping": 3.0,
 }
 OVER_LAYERS = {"value_residual": True, "dense_skips": True}
 

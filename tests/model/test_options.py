@@ -28,7 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "parallel": {"parallel_experts": True, "private_expert_intermediate_size": 24},
     "no queries": {"router_queries": False},
     "multiplier": {"embedding_multiplier": 3.0},
-    "cap": {"final_logit_softcapping": 0.1},
+    "cap": {"final_logit_softcapping": 3.0},
     "no experts": {"num_cdmmoe_experts": 0, "private_expert_intermediate_size": 24},
     "all but shifts": {
         **{"qk_norm": True, "shared_gate": True, "parallel_experts": True, "private_expert_intermediate_size": 24},
@@ -37,7 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "all": {
         **{"qk_norm": True, "shared_gate": True, "parallel_experts": True, "private_expert_intermediate_size": 24},
         **{"router_queries": False, "dense_skips": True, "value_residual": True, "embedding_multiplier": 0.5, **SHIFTS},
-        **{"final_logit_softcapping": 0.1},
+        **{"final_logit_softcapping": 3.0},
     },
     "all but experts": {
         **{"qk_norm": True, "shared_gate": True, "num_cdmmoe_experts": 0, "private_expert_intermediate_size": 24},

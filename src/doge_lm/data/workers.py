@@ -28,6 +28,7 @@ _WAITING = 2
 _USUAL_MEMORY = 64 * 2**20
 MOST_MEMORY = 768 * 2**20
 _MEMORY_UNIT = 32 * 2**20
+_MANAGER_SECONDS = 5  # at most; it takes milliseconds
 _PROCESS_GONE = "a worker process ended abruptly, most likely for want of memory; run it again with a smaller"
 
 
@@ -142,12 +143,17 @@ class Workers:
             # After Ctrl-C nobody waits for what is begun. The pool gives up what is not begun first: a pool that finds
             # its processes gone would complain of every item that was cancelled.
             interrupted = kind is not None and not issubclass(kind, Exception)
+            manager = getattr(self._pool, "_executor_manager_thread", None)  # forgotten by `shutdown`
             self._pool.shutdown(wait=not interrupted, cancel_futures=True)
             self._ending.close()
             if interrupted:
                 # Those that are just starting would find no semaphores, which end with this process, and say so.
                 for process in multiprocessing.active_children():
                     process.kill()
+                # At its exit Python 3.11 wakes the pool's thread through a pipe, and prints a traceback if the thread
+                # is closing that just then. Without processes it ends at once.
+                if isinstance(manager, threading.Thread):
+                    manager.join(_MANAGER_SECONDS)
 
 
 @contextmanager
