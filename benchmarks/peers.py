@@ -36,6 +36,9 @@ from doge_lm.training.plan import EXPERT_TABLES, count_model
 from doge_lm.training.pretrain import build_model as build_doge
 from doge_lm.training.settings import TrainSettings
 
+# Matrix products are fastest where their sizes are multiples of this.
+_ALIGNMENT = 64
+
 
 def refuse_a_cap(config: DogeConfig, peer: str) -> None:
     """Raises UserError if the logits are to be capped, which this peer cannot do."""
@@ -43,10 +46,6 @@ def refuse_a_cap(config: DogeConfig, peer: str) -> None:
         raise UserError(
             f"{peer} has no final_logit_softcapping; measure without it: --set final_logit_softcapping=null"
         )
-
-
-# Matrix products are fastest where their sizes are multiples of this.
-_ALIGNMENT = 64
 
 
 def flops_per_token(model: PreTrainedModel, sequence_length: int) -> int:

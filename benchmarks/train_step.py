@@ -34,6 +34,7 @@ import json
 import math
 import os
 import queue
+import re
 import shlex
 import statistics
 import subprocess
@@ -512,12 +513,17 @@ def write_whole(path: Path, content: Any) -> None:
     os.replace(temporary, path)
 
 
+def without_folders(argument: str) -> str:
+    """An argument whose absolute path, if it is or gives one, is its last part: records are read on other machines."""
+    return re.sub(r"(^|=)(?:[A-Za-z]:)?[/\\](?:.*[/\\])?", r"\1", argument)
+
+
 def circumstances() -> Figures:
     """What the figures depend on beside the device."""
     root = Path(__file__).parents[1]
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=root, check=False)
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *map(without_folders, sys.argv)]),
         "commit": head.stdout.strip() or None,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

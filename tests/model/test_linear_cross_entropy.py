@@ -73,6 +73,15 @@ def gradients(loss: Callable[..., Tensor], hidden: Tensor, weight: Tensor, targe
     return value.detach(), *torch.autograd.grad(value, (hidden, weight))
 
 
+def capped(logits: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def slope(logits: Tensor, cap: float) -> Tensor | float:
+    """The derivative of `capped`."""
+    return torch.cosh(logits / cap) ** -2 if cap else 1.0
+
+
 def expected(
     hidden: Tensor, weight: Tensor, targets: Tensor, divisor: float | None = None, cap: float = 0.0
 ) -> tuple[Tensor, ...]:
@@ -80,8 +89,7 @@ def expected(
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         logits = F.linear(hidden, weight)
-        if cap:
-            logits = cap * torch.tanh(logits / cap)
+        logits = capped(logits, cap)
         if divisor is None:
             return F.cross_entropy(logits, targets)
         return F.cross_entropy(logits, targets, reduction="sum") / divisor
@@ -130,7 +138,7 @@ def test_capped_logits_are_ordered_as_before() -> None:
     assert cap_logits(logits, 0.0) is logits
     found = cap_logits(logits, 15.0)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), 15 * torch.tanh(logits.double() / 15))
+    torch.testing.assert_close(found.double(), capped(logits.double(), 15))
     assert (found.diff() > 0).all()
     assert found.bfloat16()[-1] == found.bfloat16()[-2]
 
@@ -412,12 +420,11 @@ def test_kernel(cap: float, v: int, one_pass: int, dtype: torch.dtype) -> None:
     """Against softmax in float64, in one pass and block by block, with guard columns on both sides of each row."""
     for seed in range(3 if ALL or DEVICE == "cuda" else 1):
         logits, targets = rows_of_logits(5, v, seed, dtype)
-        wide = cap * torch.tanh(logits.double() / cap) if cap else logits.double()
+        wide = capped(logits.double(), cap)
         losses = F.cross_entropy(wide, targets, reduction="none", ignore_index=IGNORED)
         grad = wide.softmax(-1).scatter_add_(1, targets.clamp(min=0).unsqueeze(1), -torch.ones_like(wide[:, :1]))
         grad[targets == IGNORED] = 0
-        if cap:
-            grad /= torch.cosh(logits.double() / cap) ** 2
+        grad *= slope(logits.double(), cap)
         guarded = F.pad(logits, (3, 5), value=7.0)
         for wanted in (False, True):
             found = losses_and_gradient_by_kernel_(guarded[:, 3 : 3 + v], targets, IGNORED, wanted, cap, one_pass)
@@ -462,12 +469,9 @@ def test_kernel_on_vocabularies_in_use(v: int, cap: float) -> None:
     logits = torch.randn(rows, v, device=DEVICE, dtype=torch.bfloat16)
     targets = torch.randint(0, v, (rows,), device=DEVICE)
     last = logits[-4:].double()
-    capped = cap * torch.tanh(last / cap) if cap else last
     losses = losses_and_gradient_by_kernel_(logits, targets, IGNORED, True, cap)
-    torch.testing.assert_close(losses[-4:].double(), F.cross_entropy(capped, targets[-4:], reduction="none"))
-    grad = capped.softmax(-1) - F.one_hot(targets[-4:], v)
-    if cap:
-        grad /= torch.cosh(last / cap) ** 2
+    torch.testing.assert_close(losses[-4:].double(), F.cross_entropy(capped(last, cap), targets[-4:], reduction="none"))
+    grad = (capped(last, cap).softmax(-1) - F.one_hot(targets[-4:], v)) * slope(last, cap)
     torch.testing.assert_close(logits[-4:].double(), grad, rtol=2**-8, atol=1e-9)
 
 
