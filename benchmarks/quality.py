@@ -44,6 +44,7 @@ from doge_lm.model.linear_cross_entropy import cap_logits, next_token_loss
 from doge_lm.model.modeling_doge import DogeCDMoE, DogeInnerFuncAttn, TokenEmbedding
 from doge_lm.training import pretrain
 from doge_lm.training.callbacks import LOG_NAME
+from doge_lm.training.flags import add_pretrain_arguments
 from doge_lm.training.plan import count_model
 from doge_lm.training.pretrain import ModelBuilder
 from doge_lm.training.settings import Settings, TrainSettings, load_settings
@@ -266,7 +267,7 @@ def run_row(row: str, args: argparse.Namespace) -> dict[str, Any]:
         )
     place = args.output_dir / place_name(row)
     parser = argparse.ArgumentParser()
-    pretrain.add_arguments(parser)
+    add_pretrain_arguments(parser)
     flags = ["--config_path", args.preset, "--dataset_path", args.dataset_path, "--tokenizer_path", args.tokenizer_path]
     flags += ["--logging_dir", str(place / "log"), "--output_dir", str(place / "model"), "--overwrite"]
     for key, value in settings.items():

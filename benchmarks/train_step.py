@@ -70,6 +70,7 @@ from doge_lm.model.configuration_doge import DogeConfig
 from doge_lm.training import pretrain
 from doge_lm.training import run as running
 from doge_lm.training.callbacks import LOG_NAME, read_log
+from doge_lm.training.flags import add_pretrain_arguments
 from doge_lm.training.hardware import detect_hardware, measure_matmul, peak_flops, synchronize
 from doge_lm.training.settings import Settings, TrainSettings, load_settings
 from doge_lm.training.trainer import DogeTrainer, prepare_model
@@ -173,7 +174,7 @@ def run_trainer(row: Row, builder: pretrain.ModelBuilder, watch: Watch) -> list[
     running.save_final = lambda *_: None  # some of the models have nothing that is worth a file
     place = Path(row.place)
     parser = argparse.ArgumentParser()
-    pretrain.add_arguments(parser)
+    add_pretrain_arguments(parser)
     flags = ["--config_path", row.preset, "--dataset_path", row.dataset_path, "--tokenizer_path", row.tokenizer_path]
     flags += ["--logging_dir", str(place / "log"), "--output_dir", str(place / "model"), "--overwrite"]
     flags += [part for setting in row.settings for part in ("--set", setting)]

@@ -93,14 +93,20 @@ def test_a_missing_extra_is_named() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_the_overview_imports_neither_torch_nor_transformers() -> None:
+def test_help_and_wrong_flags_wait_for_no_heavy_import() -> None:
+    """In a process of its own, since here all is imported."""
     code = (
-        "import sys; from doge_lm.cli import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "sys.exit(sum(name in sys.modules for name in ('torch', 'transformers', 'datasets')))"
+        "import sys; from doge_lm.cli import COMMANDS, main\n"
+        "names = [command.name.split() for command in COMMANDS]\n"
+        "for arguments in (['--help'], *([*name, flag] for name in names for flag in ('--help', '--no_such_flag'))):\n"
+        "    try: main(arguments)\n"
+        "    except SystemExit as exit_: print('status', exit_.code)\n"
+        "print('heavy', [name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, encoding="utf-8")
+    statuses = [line for line in done.stdout.splitlines() if line.startswith("status")]
+    assert statuses == ["status 0", *["status 0", "status 2"] * len(COMMANDS)]
+    assert "heavy []" in done.stdout.splitlines()
 
 
 def test_a_place_that_cannot_be_written_is_named(

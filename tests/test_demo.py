@@ -3,7 +3,6 @@
 import argparse
 import json
 import shutil
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -138,7 +137,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The arguments as the command itself takes them."""
     [command] = [command for command in cli.COMMANDS if command.name == arguments[0]]
     parser = argparse.ArgumentParser(exit_on_error=False)
-    import_module(command.module).add_arguments(parser)
+    command.add_arguments(parser)
     return parser.parse_args(arguments[1:])
 
 

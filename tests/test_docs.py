@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -20,13 +19,14 @@ from doge_lm import DogeConfig, DogeForCausalLM
 from doge_lm.cli import COMMANDS
 from doge_lm.data.storage import row_schema
 from doge_lm.errors import UserError
-from doge_lm.evaluation.local_data import TASKS
-from doge_lm.inference import serve
+from doge_lm.evaluation.suites import TASKS
 from doge_lm.inference.api import ChatRequest, CompletionRequest
 from doge_lm.inference.chat_session import COMMANDS as COMMANDS_OF_CHAT
+from doge_lm.inference.flags import DEFAULT_CONTEXT, DEFAULT_SLOTS, add_serve_arguments
 from doge_lm.inference.service import DEFAULT_MAX_TOKENS
 from doge_lm.model.cdmoe import PATHS, key_table_sizes
 from doge_lm.training.plan import count_model
+from doge_lm.training.presets import preset_paths
 from doge_lm.training.settings import (
     FinetuneSettings,
     ModelSettings,
@@ -36,7 +36,6 @@ from doge_lm.training.settings import (
     TrainSettings,
     apply_override,
     load_settings,
-    preset_paths,
 )
 from tests.conftest import REPOSITORY
 
@@ -129,9 +128,9 @@ def read(path: Path) -> Page:
 @cache
 def options(name: str) -> frozenset[str]:
     """The flags of a command, those of its subcommands too."""
-    [module] = [command.module for command in COMMANDS if command.name == name]
+    [command] = [command for command in COMMANDS if command.name == name]
     parser = argparse.ArgumentParser()
-    import_module(module).add_arguments(parser)
+    command.add_arguments(parser)
     return frozenset(_options(parser))
 
 
@@ -457,13 +456,13 @@ def test_fields_and_statuses_of_the_server_are_there(folder: Path) -> None:
     fields = {*CompletionRequest.model_fields, *ChatRequest.model_fields}
     assert fields <= set(re.findall(r"`(\w+)`", text))
     parser = argparse.ArgumentParser()
-    serve.add_arguments(parser)
+    add_serve_arguments(parser)
     defaults = vars(parser.parse_args(["model"]))
     listed = dict(re.findall(r"^\| `--(\w+)` \| ([\d,]+)", text, flags=re.MULTILINE))
-    assert int(listed.pop("max_slots").rstrip(",")) == serve.DEFAULT_SLOTS
+    assert int(listed.pop("max_slots").rstrip(",")) == DEFAULT_SLOTS
     assert {name: int(value.replace(",", "")) for name, value in listed.items()} == {
         name: defaults[name] for name in ("max_queue", "max_body_bytes")
     }
     assert re.search(rf"--drain_seconds`[ （(]+{defaults['drain_seconds']:.0f}\D", text)
-    assert f"{serve.DEFAULT_CONTEXT:,}" in text
+    assert f"{DEFAULT_CONTEXT:,}" in text
     assert f"{DEFAULT_MAX_TOKENS} " in text

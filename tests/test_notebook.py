@@ -4,7 +4,6 @@ import argparse
 import re
 import shlex
 import shutil
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +112,7 @@ def test_commands_for_a_gpu_are_ones_that_there_are() -> None:
         name = Path(script).stem
         [command] = [command for command in COMMANDS if command.name == name]
         parser = argparse.ArgumentParser(exit_on_error=False)
-        import_module(command.module).add_arguments(parser)
+        command.add_arguments(parser)
         args = parser.parse_args(arguments)
         if name == "train":
             load_settings(args.config_path, args.overrides)

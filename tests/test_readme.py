@@ -26,7 +26,8 @@ import pytest
 from doge_lm.data.manifest import Manifest, RawSource
 from doge_lm.data.sources import CATALOGUE
 from doge_lm.training.plan import count_model
-from doge_lm.training.settings import load_settings, preset_paths
+from doge_lm.training.presets import preset_paths
+from doge_lm.training.settings import load_settings
 from tests.conftest import ALL, REPOSITORY
 from tests.data.loopback import bucket_handler, hub_files, hub_handler, serve
 from tests.evaluation.benchmarks import make_benchmarks

@@ -1,7 +1,8 @@
 """The command `doge-lm`: subcommands and nothing else.
 
-Each subcommand is a module with `add_arguments(parser)` and `run(args) -> int`. It is imported only when it is
-called for, so that `doge-lm --help` is quick and data preparation does not wait for torch.
+Each subcommand is a module with `run(args) -> int`, which is imported when it is called for, so that data preparation
+does not wait for torch. The flags of those that do take long to import are declared elsewhere: help is quick, as is the
+answer to a wrong flag.
 """
 
 import argparse
@@ -26,12 +27,30 @@ _GOES_ON = "the same command goes on where it stopped"
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its name, the module that holds it, its line in the help, and what to do if it was interrupted."""
+    """A subcommand.
+
+    Attributes:
+        name: as typed.
+        module: holds `run`.
+        flags: the function that declares its flags, behind its module; `add_arguments` of `module` where there is none.
+        summary: its line in the help.
+        interrupted: what to do then.
+    """
 
     name: str
     module: str
     summary: str
     interrupted: str = ""
+    flags: str = ""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare its flags."""
+        module, _, function = (self.flags or f"{self.module}.add_arguments").rpartition(".")
+        getattr(import_module(module), function)(parser)
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Run it; returns the exit status."""
+        return int(import_module(self.module).run(args))
 
 
 COMMANDS = (
@@ -53,24 +72,52 @@ COMMANDS = (
         "doge_lm.training.pretrain",
         "pre-train a model",
         "with --resume_from_checkpoint it goes on from the last checkpoint",
+        flags="doge_lm.training.flags.add_pretrain_arguments",
     ),
     Command(
         "finetune",
         "doge_lm.training.finetune",
         "teach a model to answer, by conversations",
         "with --resume_from_checkpoint it goes on from the last checkpoint",
+        flags="doge_lm.training.flags.add_finetune_arguments",
     ),
     Command(
         "dpo",
         "doge_lm.training.preference",
         "teach a model which of two answers is better",
         "with --resume_from_checkpoint it goes on from the last checkpoint",
+        flags="doge_lm.training.flags.add_dpo_arguments",
     ),
-    Command("eval", "doge_lm.evaluation.command", "benchmarks and bits per byte of models, compared sample by sample"),
-    Command("generate", "doge_lm.inference.generate", "continue a text with a trained model"),
-    Command("chat", "doge_lm.inference.chat", "talk with a trained model in the terminal, or through a pipe"),
-    Command("export", "doge_lm.inference.export", "a model for transformers, in few bits, or for onnxruntime"),
-    Command("serve", "doge_lm.inference.serve", "an HTTP server with OpenAI's API, and a chat page"),
+    Command(
+        "eval",
+        "doge_lm.evaluation.command",
+        "benchmarks and bits per byte of models, compared sample by sample",
+        flags="doge_lm.evaluation.flags.add_eval_arguments",
+    ),
+    Command(
+        "generate",
+        "doge_lm.inference.generate",
+        "continue a text with a trained model",
+        flags="doge_lm.inference.flags.add_generate_arguments",
+    ),
+    Command(
+        "chat",
+        "doge_lm.inference.chat",
+        "talk with a trained model in the terminal, or through a pipe",
+        flags="doge_lm.inference.flags.add_chat_arguments",
+    ),
+    Command(
+        "export",
+        "doge_lm.inference.export",
+        "a model for transformers, in few bits, or for onnxruntime",
+        flags="doge_lm.inference.flags.add_export_arguments",
+    ),
+    Command(
+        "serve",
+        "doge_lm.inference.serve",
+        "an HTTP server with OpenAI's API, and a chat page",
+        flags="doge_lm.inference.flags.add_serve_arguments",
+    ),
     Command("demo", "doge_lm.demo", "the whole path on a small embedded corpus, without a network"),
 )
 
@@ -126,10 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: Command, arguments: list[str]) -> int:
-    module = import_module(command.module)
     parser = argparse.ArgumentParser(prog=f"doge-lm {command.name}", description=command.summary)
-    module.add_arguments(parser)
-    status = module.run(parser.parse_args(arguments))
+    command.add_arguments(parser)
+    status = command.run(parser.parse_args(arguments))
     _leave_process_group()
     return status
 

@@ -21,8 +21,6 @@ from typing import Any
 
 from .cli import main
 from .errors import UserError
-from .training.report import CURVE_NAME
-from .training.settings import load_settings
 
 PRESET = "doge_tiny"
 PROMPTS = ("The function returns", "def main(")
@@ -75,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
 
 def commands(work_dir: Path, corpus: dict[str, Path], steps: int | None) -> list[list[str]]:
     """The commands of the demo, in order, each as the arguments of `doge-lm`."""
+    from .training.settings import load_settings  # noqa: PLC0415  (imports PyTorch: help does without)
+
     settings = load_settings(PRESET)
     datasets, tokenizer, model, chat = (str(work_dir / name) for name in ("datasets", "tokenizer", "model", "chat"))
     local = [part for name, path in corpus.items() for part in ("--local", f"{name}={path}")]
@@ -206,6 +206,8 @@ def _execute(arguments: list[str]) -> int:
 
 
 def _conclude(work_dir: Path) -> None:
+    from .training.report import CURVE_NAME  # noqa: PLC0415  (as above)
+
     print(
         f"\nmodel:  {work_dir / 'model'}, and after fine-tuning {work_dir / 'chat'}\n"
         f"curve:  {work_dir / 'log' / CURVE_NAME}\n"

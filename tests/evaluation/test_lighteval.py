@@ -28,10 +28,11 @@ from doge_lm.data.tokenizer import encode_text, load_tokenizer
 from doge_lm.errors import UserError
 from doge_lm.evaluation import command, harness
 from doge_lm.evaluation.comparison import compare
-from doge_lm.evaluation.harness import SUITES, Choice, TaskResult
+from doge_lm.evaluation.harness import Choice, TaskResult
 from doge_lm.evaluation.lighteval_results import Found, Guess, Sample, read_results
 from doge_lm.evaluation.report import RESULT_NAME, Results
 from doge_lm.evaluation.scorer import PlainScorer, make_scorer
+from doge_lm.evaluation.suites import SUITES
 from doge_lm.evaluation.texts import windows
 from doge_lm.inference.loading import load_model
 from tests.conftest import REPOSITORY

@@ -24,11 +24,12 @@ from doge_lm.cli import main
 from doge_lm.data.sources import read_objects
 from doge_lm.data.tokenizer import encode_text, load_tokenizer
 from doge_lm.errors import UserError
-from doge_lm.evaluation.harness import SUITES, Choice, TaskResult, local_suite, run_tasks
+from doge_lm.evaluation.harness import Choice, TaskResult, local_suite, run_tasks
 from doge_lm.evaluation.local_data import find_file
 from doge_lm.evaluation.programs import passes
 from doge_lm.evaluation.report import RESULT_NAME, Results
 from doge_lm.evaluation.scorer import DogeScorer, PlainScorer, make_scorer
+from doge_lm.evaluation.suites import SUITES, TASKS
 from doge_lm.inference.decoding import Decoder
 from doge_lm.inference.loading import load_model
 from tests.small_model import make_model
@@ -393,8 +394,6 @@ def llama(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_another_architecture_scores_as_by_the_harness_itself(llama: Path, tmp_path: Path) -> None:
     from lm_eval import simple_evaluate  # noqa: PLC0415
     from lm_eval.tasks import TaskManager  # noqa: PLC0415
-
-    from doge_lm.evaluation.local_data import TASKS  # noqa: PLC0415
 
     data = make_benchmarks(tmp_path / "data")
     tasks = ["local_arc_easy", "local_commonsense_qa", "local_winogrande", "local_blimp", "local_triviaqa"]

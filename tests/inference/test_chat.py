@@ -31,6 +31,7 @@ from doge_lm.inference.chat_session import COMMANDS, Session, complete
 from doge_lm.inference.chat_words import LANGUAGES, TEXTS, RefusedError, Words, pick_language
 from doge_lm.inference.conversation import Answerer, ChatTemplate, Conversation, Exchange, Prompt
 from doge_lm.inference.decoding import Sampling
+from doge_lm.inference.flags import add_chat_arguments
 from doge_lm.inference.loading import load_model, load_model_tokenizer
 from doge_lm.inference.settings import SETTING_TYPES
 from doge_lm.inference.writing import AnySpelling
@@ -951,7 +952,7 @@ def test_the_language_follows_the_locale(
 
 def test_flags_of_generate_are_there() -> None:
     parser = argparse.ArgumentParser()
-    chat.add_arguments(parser)
+    add_chat_arguments(parser)
     args = parser.parse_args(["model"])
     assert {*SETTING_TYPES, "system", "device", "dtype", "compile", "message", "language"} <= set(vars(args))
 

@@ -157,6 +157,8 @@ def test_company_changes_no_bit(experts: int, form: dict[str, bool]) -> None:
     """64 answers at once, joining and leaving at different times, have the log-probabilities of each alone, exactly."""
     sizes = {"hidden_size": 48, "vocab_size": 500, "num_cdmmoe_experts": experts, **form}
     if not sizes["num_cdmmoe_experts"]:
+        if experts == 64:
+            pytest.skip("has none of them")
         sizes["private_expert_intermediate_size"] = 48
     tasks = [Task(task.prompt, task.max_tokens, task.rule, task.seed, logprobs=2) for task in mixed_tasks(80)]
 

@@ -273,8 +273,9 @@ def test_onnx_computes_the_same_with_a_cache_and_padding(model_dir: Path, onnx_d
     "shifts",
     [
         pytest.param(["key_shift"], marks=needs_all),
-        ["key_shift", "feed_forward_shift"],
-        ["attention_shift", "dense_skips", "value_residual"],
+        pytest.param(["key_shift", "feed_forward_shift"], marks=needs_all),
+        pytest.param(["attention_shift", "dense_skips", "value_residual"], marks=needs_all),
+        ["key_shift", "attention_shift", "feed_forward_shift", "dense_skips", "value_residual"],
     ],
     ids="+".join,
 )

@@ -414,7 +414,7 @@ def rows_of_logits(rows: int, v: int, seed: int, dtype: torch.dtype) -> tuple[Te
 @with_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("one_pass", [32768, 16, 4])
-@pytest.mark.parametrize("v", [1, 2, 15, 16, 17, 63, 100, 257])
+@pytest.mark.parametrize("v", [1, 2, 15, 16, 17, 63, *([100, 257] if ALL or DEVICE == "cuda" else [])])
 @pytest.mark.parametrize("cap", [0.0, 2.5])
 def test_kernel(cap: float, v: int, one_pass: int, dtype: torch.dtype) -> None:
     """Against softmax in float64, in one pass and block by block, with guard columns on both sides of each row."""

@@ -21,7 +21,8 @@ from doge_lm.model.modeling_doge import DogeForCausalLM
 from doge_lm.training import finetune as module
 from doge_lm.training.answers import PROMPTS
 from doge_lm.training.checkpoints import list_checkpoints
-from doge_lm.training.settings import FinetuneSettings, load_settings_of, preset_paths
+from doge_lm.training.presets import preset_paths
+from doge_lm.training.settings import FinetuneSettings, load_settings_of
 from doge_lm.training.tuning import load_base
 from tests.model.support import tiny_model
 

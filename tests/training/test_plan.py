@@ -6,7 +6,8 @@ from doge_lm.errors import UserError
 from doge_lm.training import hardware as hardware_module
 from doge_lm.training.hardware import Hardware, bf16_is_faster, known_peak
 from doge_lm.training.plan import count_model, estimate_memory, make_plan
-from doge_lm.training.settings import load_settings, preset_paths
+from doge_lm.training.presets import preset_paths
+from doge_lm.training.settings import load_settings
 
 from .support import make_settings
 

@@ -17,10 +17,10 @@ from trl.trainer.utils import add_fused_lm_head
 
 from doge_lm.cli import main
 from doge_lm.errors import UserError
-from doge_lm.training import preference as module
 from doge_lm.training.checkpoints import list_checkpoints
 from doge_lm.training.pairs import Pair, load_pairs, parse_pair
-from doge_lm.training.settings import PreferenceSettings, load_settings_of, preset_paths
+from doge_lm.training.presets import preset_paths
+from doge_lm.training.settings import PreferenceSettings, load_settings_of
 from tests.model.support import random_ids, tiny_model
 
 from .conversations import TUNE, conversations
@@ -280,7 +280,6 @@ def test_what_does_not_fit_is_refused(base, tmp_path, capsys):
     assert "does not exist" in capsys.readouterr().err
     assert tune(tmp_path, base, tmp_path, torch_compile=True) == 1
     assert "unknown key 'torch_compile'" in capsys.readouterr().err
-    assert module.FOLDER == "dpo"
 
 
 def test_the_model_that_came_is_never_in_the_way(base, data, tmp_path, capsys):

@@ -6,6 +6,7 @@ import yaml
 
 from doge_lm.errors import UserError
 from doge_lm.model.configuration_doge import DogeConfig
+from doge_lm.training.presets import preset_paths
 from doge_lm.training.settings import (
     ModelSettings,
     TrainSettings,
@@ -13,7 +14,6 @@ from doge_lm.training.settings import (
     find_preset,
     load_settings,
     parse_settings,
-    preset_paths,
 )
 
 from .support import ROOT, make_settings

@@ -19,75 +19,12 @@ from transformers.utils import logging
 from doge_lm.errors import UserError
 from doge_lm.evaluation import harness, report
 from doge_lm.evaluation.comparison import compare, compare_texts
-from doge_lm.evaluation.report import RESULT_NAME, Results
+from doge_lm.evaluation.flags import BATCH_TOKENS, BATCH_TOKENS_CPU, HARNESS, LIGHTEVAL, RESULT_NAME, SEED
+from doge_lm.evaluation.report import Results
 from doge_lm.evaluation.scorer import make_scorer
+from doge_lm.evaluation.suites import SUITES
 from doge_lm.evaluation.texts import parse_group, score_texts
 from doge_lm.inference.loading import load_model, load_model_tokenizer, pick_device
-
-_BATCH_TOKENS = {"cpu": 4096}
-_BATCH_TOKENS_ELSE = 65_536
-_HARNESS, _LIGHTEVAL = "harness", "lighteval"
-_SEED = 1234
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of `doge-lm eval`."""
-    parser.add_argument(
-        "models",
-        nargs="+",
-        type=Path,
-        metavar="MODEL",
-        help=f"directory of a trained model, or of results ({RESULT_NAME}); the first is compared with each other",
-    )
-    parser.add_argument(
-        "--engine",
-        choices=[_HARNESS, _LIGHTEVAL],
-        default=_HARNESS,
-        help="harness (default): lm-evaluation-harness; lighteval: its tasks and metrics, in an environment of its own",
-    )
-    parser.add_argument(
-        "--tasks", action="append", default=[], metavar="NAME,…", help="tasks of the engine, or of your own"
-    )
-    parser.add_argument(
-        "--suite",
-        choices=sorted(harness.SUITES),
-        help="doge: the published list, from the hub; local: the ready tasks whose files are in --data_dir (the "
-        "default with it)",
-    )
-    parser.add_argument("--data_dir", type=Path, help="where local copies of benchmarks lie, JSON lines each")
-    parser.add_argument(
-        "--include_path",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="a folder with more task files; for lighteval, a Python file with a TASKS_TABLE",
-    )
-    parser.add_argument(
-        "--texts",
-        action="append",
-        default=[],
-        metavar="[NAME=]PATH",
-        help="bits per byte of a file or folder of texts, by name: en=books.jsonl; may be repeated",
-    )
-    parser.add_argument("--window", type=int, help="tokens of a window of a long text (default: up to 2,048)")
-    parser.add_argument("--num_fewshot", type=int, help="examples before a question (default: the task's own number)")
-    parser.add_argument("--limit", type=int, help="so many samples of each task or group of texts, to try it out")
-    parser.add_argument("--chat", action="store_true", help="put questions as a user's turn, for a chat model")
-    parser.add_argument("--system", help="the system prompt with --chat")
-    parser.add_argument("--seed", type=int, default=_SEED, help="draws the examples (default: %(default)s)")
-    parser.add_argument(
-        "--run_code", action="store_true", help="run the programs that the model writes, on this machine, unprotected"
-    )
-    parser.add_argument("--output_dir", type=Path, help=f"write {RESULT_NAME} there, with each sample's score")
-    parser.add_argument("--overwrite", action="store_true", help=f"replace an earlier {RESULT_NAME} in --output_dir")
-    parser.add_argument(
-        "--batch_tokens", type=int, help=f"tokens at a time (default: {_BATCH_TOKENS_ELSE:,}, on a CPU 4,096)"
-    )
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps, …")
-    parser.add_argument(
-        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: as the checkpoint"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -151,7 +88,7 @@ def _check(args: argparse.Namespace) -> None:
     for place in measured:
         if not (place / "config.json").is_file():
             raise UserError(f"{place} holds neither a model (config.json) nor results ({RESULT_NAME})")
-    if args.engine == _LIGHTEVAL:
+    if args.engine == LIGHTEVAL:
         _check_lighteval(args)
     if args.output_dir is not None:
         if (args.output_dir / RESULT_NAME).exists() and not args.overwrite:
@@ -169,7 +106,7 @@ def _check_lighteval(args: argparse.Namespace) -> None:
             f"--suite {args.suite} is a list of lm-evaluation-harness's tasks; with --engine lighteval, name tasks "
             "with --tasks, or give --suite local"
         )
-    if args.seed != _SEED:
+    if args.seed != SEED:
         raise UserError("--seed is for --engine harness; lighteval draws examples by a seed of its own: leave it out")
 
 
@@ -179,7 +116,7 @@ def _engine(args: argparse.Namespace) -> Callable[..., dict[str, harness.TaskRes
     Raises:
         UserError: if lighteval is not installed, or cannot be imported.
     """
-    if args.engine == _HARNESS or all(_is_results(place) for place in args.models):
+    if args.engine == HARNESS or all(_is_results(place) for place in args.models):
         return harness.run_tasks
     environment = (
         "it needs older packages than the rest of doge-lm, so give it an environment of its own: python3 -m venv "
@@ -221,7 +158,7 @@ def _tasks(args: argparse.Namespace) -> list[str]:
             print(f"left out: {line}", flush=True)
         names += [name for name in found if name not in names]
     elif suite is not None:
-        names += [name for name in harness.SUITES[suite] if name not in names]
+        names += [name for name in SUITES[suite] if name not in names]
     return names
 
 
@@ -247,7 +184,7 @@ def _evaluate(
         huggingface_hub.utils.disable_progress_bars()
     device = pick_device(args.device)
     model = load_model(place, device, args.dtype)
-    batch_tokens = args.batch_tokens or _BATCH_TOKENS.get(device.type, _BATCH_TOKENS_ELSE)
+    batch_tokens = args.batch_tokens or (BATCH_TOKENS_CPU if device.type == "cpu" else BATCH_TOKENS)
     scorer = make_scorer(model, load_model_tokenizer(place, model), batch_tokens, progress=sys.stderr.isatty())
     choice = harness.Choice(
         tasks=tasks,

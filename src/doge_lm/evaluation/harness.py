@@ -22,24 +22,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from doge_lm.errors import UserError
-from doge_lm.evaluation.local_data import PREFIX, TASKS, find_file
+from doge_lm.evaluation.local_data import find_file
 from doge_lm.evaluation.scorer import keep_quiet
+from doge_lm.evaluation.suites import PREFIX, SUITES, TASKS
 
-# The published task list. Their data comes from the hub.
-SUITES = {
-    "doge": (
-        "mmlu",
-        "triviaqa",
-        "arc_easy",
-        "arc_challenge",
-        "piqa",
-        "hellaswag",
-        "openbookqa",
-        "winogrande",
-        "cmmlu",
-    ),
-    "local": tuple(sorted(path.stem for path in TASKS.glob(f"{PREFIX}*.yaml"))),
-}
 # Metrics by which a guess at random among the choices is right one time in their number.
 _OF_CHOICES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
 # And those of answers that are written, which no guess gets right.

@@ -28,8 +28,8 @@ from lm_eval.api.task import ConfigurableTask
 
 from doge_lm.errors import UserError
 from doge_lm.evaluation.harness import Choice, load_local, reason
-from doge_lm.evaluation.local_data import PREFIX
 from doge_lm.evaluation.programs import run_solution
+from doge_lm.evaluation.suites import PREFIX
 
 CONTEXTS = "contexts"
 """In a question's `specific`: a text before each choice, where they differ by that and not by what follows."""

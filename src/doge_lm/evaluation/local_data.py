@@ -13,8 +13,6 @@ from datasets import Dataset
 from doge_lm.data.sources import Location, read_objects
 from doge_lm.errors import UserError
 
-TASKS = Path(__file__).parent / "tasks"
-PREFIX = "local_"
 _SUFFIXES = (".jsonl.zst", ".jsonl.gz", ".jsonl")
 
 

@@ -10,10 +10,10 @@ from typing import Any
 from doge_lm.data.manifest import write_record
 from doge_lm.errors import UserError
 from doge_lm.evaluation.comparison import Difference
+from doge_lm.evaluation.flags import RESULT_NAME
 from doge_lm.evaluation.harness import Metric, TaskResult
 from doge_lm.evaluation.texts import TextScores
 
-RESULT_NAME = "results.json"
 _FORMAT = 1  # of `results.json`
 
 

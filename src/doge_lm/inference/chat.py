@@ -18,46 +18,11 @@ from ..data.tokenizer import refuse_surrogates
 from ..errors import UserError
 from .chat_input import Message, PipeLines, TerminalLines, edit_lines, read_message
 from .chat_session import COMMANDS, Session, complete
-from .chat_words import LANGUAGES, RefusedError, Words, pick_language
+from .chat_words import RefusedError, Words, pick_language
 from .conversation import Answerer, Conversation
+from .flags import MAX_NEW_TOKENS
 from .loading import load_model, load_model_tokenizer, pick_device
-from .settings import add_model_arguments, add_sampling_arguments, generation_settings
-
-MAX_NEW_TOKENS = 512
-"""Tokens of an answer by default, or half of the positions if that is less."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of `doge-lm chat`."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="directory of a trained model")
-    parser.add_argument("--system", default="", metavar="TEXT", help="the system prompt (default: none)")
-    parser.add_argument(
-        "--message",
-        action="append",
-        metavar="TEXT",
-        help="answer this and leave; given several times: one after the other, in one conversation",
-    )
-    parser.add_argument(
-        "--max_new_tokens",
-        type=int,
-        default=None,
-        help=f"stop an answer after so many tokens (default {MAX_NEW_TOKENS}, or half of --context_length)",
-    )
-    parser.add_argument(
-        "--context_length",
-        type=int,
-        default=None,
-        metavar="N",
-        help="let the model see so many tokens at once, the answer's included (default: as many as it was trained on)",
-    )
-    add_sampling_arguments(parser)
-    add_model_arguments(parser)
-    parser.add_argument(
-        "--language",
-        choices=["auto", *LANGUAGES],
-        default="auto",
-        help="of the program's own words (auto: by the locale)",
-    )
+from .settings import generation_settings
 
 
 def run(args: argparse.Namespace) -> int:

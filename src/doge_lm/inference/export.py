@@ -30,9 +30,6 @@ from .loading import choose_path, load_model
 
 RECORD_NAME = "export.json"
 ADAPTER_NAME = "adapter_config.json"
-FORMATS = ("transformers", "onnx")
-KINDS = ("int8", "int4")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 MERGE_TOLERANCE = 1e-4
 """Relative error of logits between a model with its adapter beside it and merged, in float32."""
 _PACKAGES = ("torch", "transformers", "peft", "torchao", "bitsandbytes", "onnx", "onnxscript", "onnxruntime")
@@ -58,30 +55,6 @@ class Change:
     relative_error: float
     bits_a_token: float
     same_choice: float
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of `doge-lm export`."""
-    parser.add_argument(
-        "model", type=Path, metavar="MODEL", help="directory of a trained model, a checkpoint of a run, or an adapter"
-    )
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the exported model belongs")
-    parser.add_argument(
-        "--format",
-        choices=FORMATS,
-        default="transformers",
-        help="transformers (default): for AutoModelForCausalLM; onnx: one graph with a cache, for onnxruntime",
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of the weights that are not quantized; auto: as the checkpoint"
-    )
-    parser.add_argument(
-        "--quantize", choices=KINDS, help="linear maps with 8-bit (torchao) or 4-bit weights (bitsandbytes, NF4)"
-    )
-    parser.add_argument(
-        "--base_model", type=Path, help="the model that an adapter belongs to; default: as its adapter_config.json says"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --output_dir")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -120,9 +93,9 @@ def export(
     Args:
         model_dir: a model with its tokenizer, or an adapter.
         output_dir: is made; one that holds anything is refused, or with `overwrite` replaced if it is an export.
-        file_format: one of `FORMATS`.
+        file_format: one of `EXPORT_FORMATS`.
         dtype: one of `DTYPES`.
-        quantize: one of `KINDS`, or None.
+        quantize: one of `EXPORT_KINDS`, or None.
         base_model: what an adapter is merged into.
         overwrite: replace an earlier export.
 

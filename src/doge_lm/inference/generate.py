@@ -13,24 +13,8 @@ from ..data.tokenizer import StreamDecoder, encode_text, load_tokenizer
 from ..errors import UserError
 from .decoding import Sampling, position_limit
 from .loading import load_model, pick_device
-from .settings import add_model_arguments, add_sampling_arguments, generation_settings
+from .settings import generation_settings
 from .writing import make_writer
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of `doge-lm generate`."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="directory of a trained model")
-    parser.add_argument(
-        "texts",
-        nargs="+",
-        metavar="text",
-        help="the beginning to continue, - (once) reads it from standard input; several are continued at once, each "
-        "printed when all are whole",
-    )
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="stop after so many tokens (default 128)")
-    add_sampling_arguments(parser)
-    parser.add_argument("--no_stream", action="store_true", help="print the text when it is whole, not as it grows")
-    add_model_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

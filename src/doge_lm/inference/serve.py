@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from urllib.parse import urlsplit
 
@@ -25,79 +24,16 @@ from uvicorn.server import HANDLED_SIGNALS
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
 from .decoding import position_limit, refuse_other_models, trained_length
+from .flags import API_KEY_VARIABLE, DEFAULT_CONTEXT, DEFAULT_SLOTS
 from .gate import Access
 from .loading import load_model, pick_device
 from .server import Running, Settings, create_app
 from .service import Limits
 from .slots import Slots, bytes_of_token
 
-API_KEY_VARIABLE = "DOGE_LM_API_KEY"
-
-DEFAULT_CONTEXT = 2048
-DEFAULT_SLOTS = 64
-
 _BACKLOG = 2048
 _KEEP_ALIVE_SECONDS = 65
 _LAST_SECONDS = 2  # after the answers have ended, for what is still to be sent
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of `doge-lm serve`."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="directory of a trained model")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine only)"
-    )
-    parser.add_argument("--port", type=int, default=8000, help="port to listen at; 0: any that is free (default 8000)")
-    parser.add_argument("--model_name", help="the model's name in the API (default: the name of its directory)")
-    parser.add_argument(
-        "--api_key", help=f"key that clients must send (default: the environment variable {API_KEY_VARIABLE}, or none)"
-    )
-    parser.add_argument(
-        "--allow_origin",
-        nargs="+",
-        default=[],
-        metavar="ORIGIN",
-        help="sites whose pages may use the server, e.g. https://chat.example.org",
-    )
-    parser.add_argument(
-        "--allow_host",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="names by which the server may be asked, besides localhost, this machine's name, and addresses",
-    )
-    parser.add_argument(
-        "--max_slots",
-        type=int,
-        help=f"answers that are written at once (default {DEFAULT_SLOTS}, or as many as half of the free memory holds)",
-    )
-    parser.add_argument("--max_queue", type=int, default=256, help="answers that may wait for a slot (default 256)")
-    parser.add_argument(
-        "--max_context",
-        type=int,
-        help="tokens of a prompt and its answer together (default: as many as the model was trained on, "
-        f"{DEFAULT_CONTEXT} at most)",
-    )
-    parser.add_argument("--max_tokens_limit", type=int, help="tokens of an answer (default: --max_context)")
-    parser.add_argument(
-        "--max_body_bytes", type=int, default=1 << 20, help="largest request, in bytes (default 1048576)"
-    )
-    parser.add_argument(
-        "--drain_seconds",
-        type=float,
-        default=30.0,
-        help="on SIGTERM or Ctrl-C, let answers that are under way go on for so long (default 30)",
-    )
-    parser.add_argument(
-        "--threads", type=int, help="threads that compute, on a CPU (default: all cores but one, which sends)"
-    )
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps, …")
-    parser.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        default="auto",
-        help="auto: float32 on a CPU, as the checkpoint elsewhere",
-    )
 
 
 def run(args: argparse.Namespace) -> int:

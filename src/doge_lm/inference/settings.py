@@ -17,32 +17,6 @@ SETTING_TYPES: Mapping[str, type[int] | type[float]] = {
 """The settings of `Sampling`, and what each is; `seed` can be None as well."""
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags that say how a token is chosen, all but `--max_new_tokens`."""
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 always takes the likeliest token (default 0.8)"
-    )
-    parser.add_argument("--top_k", type=int, default=50, help="sample among the k likeliest; 0: all (default 50)")
-    parser.add_argument(
-        "--top_p", type=float, default=0.95, help="sample among the likeliest that sum to p (default 0.95)"
-    )
-    parser.add_argument("--repetition_penalty", type=float, default=1.1, help="1.0 does nothing (default 1.1)")
-    parser.add_argument("--seed", type=int, default=None, help="make sampling repeatable")
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags that say how and where a model computes."""
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the decoding step of a Doge first: half a minute or more, made up for by many thousand tokens",
-    )
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps, …")
-    parser.add_argument(
-        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: as the checkpoint"
-    )
-
-
 def check_settings(values: Mapping[str, Any]) -> Sampling:
     """Settings by their names, in the ranges that the flags have.
 

@@ -16,25 +16,17 @@ from trl import SFTConfig, SFTTrainer
 from doge_lm.training.answers import write_report
 from doge_lm.training.callbacks import LOG_NAME
 from doge_lm.training.data import Opened, load_prepared_data
+from doge_lm.training.presets import FINETUNE
 from doge_lm.training.run import Job, run_job
-from doge_lm.training.settings import FinetuneSettings, load_settings_of, preset_paths
+from doge_lm.training.settings import FinetuneSettings, load_settings_of
 from doge_lm.training.trainer import training_arguments
 from doge_lm.training.tuning import (
     TuningTrainer,
-    add_tuning_arguments,
     base_config,
     base_sha256,
     load_base,
     refuse_for_adapters,
 )
-
-FOLDER = "finetune"
-"""Of the presets."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `finetune`."""
-    add_tuning_arguments(parser, preset_paths(FOLDER), FOLDER)
 
 
 class FinetuneTrainer(TuningTrainer, SFTTrainer):
@@ -72,8 +64,8 @@ class FinetuneTrainer(TuningTrainer, SFTTrainer):
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fine-tune as the flags of `add_arguments` say; returns the exit status."""
-    settings = load_settings_of(FinetuneSettings, args.config_path, args.overrides, FOLDER)
+    """Fine-tune as the flags say; returns the exit status."""
+    settings = load_settings_of(FinetuneSettings, args.config_path, args.overrides, FINETUNE)
     train, base = settings.train, args.model_path
     if args.dataset_path is not None:
         train.dataset_path = args.dataset_path

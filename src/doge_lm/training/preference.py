@@ -16,28 +16,20 @@ from doge_lm.training.answers import write_report
 from doge_lm.training.callbacks import LOG_NAME
 from doge_lm.training.data import Opened, TrainingData
 from doge_lm.training.pairs import load_pairs
+from doge_lm.training.presets import DPO
 from doge_lm.training.run import Job, run_job
-from doge_lm.training.settings import DpoSettings, LoraSettings, PreferenceSettings, load_settings_of, preset_paths
+from doge_lm.training.settings import DpoSettings, LoraSettings, PreferenceSettings, load_settings_of
 from doge_lm.training.trainer import DogeTrainer, training_arguments
 from doge_lm.training.tuning import (
     TuningTrainer,
-    add_tuning_arguments,
     base_config,
     base_sha256,
     load_base,
     refuse_for_adapters,
 )
 
-FOLDER = "dpo"
-"""Of the presets."""
-
 # Batches have few different lengths, since kernels are compiled for each anew.
 _LENGTH_MULTIPLE = 64
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `dpo`."""
-    add_tuning_arguments(parser, preset_paths(FOLDER), FOLDER)
 
 
 class PreferenceTrainer(TuningTrainer, DPOTrainer):
@@ -85,8 +77,8 @@ class PreferenceTrainer(TuningTrainer, DPOTrainer):
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tune as the flags of `add_arguments` say; returns the exit status."""
-    settings = load_settings_of(PreferenceSettings, args.config_path, args.overrides, FOLDER)
+    """Tune as the flags say; returns the exit status."""
+    settings = load_settings_of(PreferenceSettings, args.config_path, args.overrides, DPO)
     train, base = settings.train, args.model_path
     if args.dataset_path is not None:
         train.dataset_path = args.dataset_path

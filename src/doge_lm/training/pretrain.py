@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -10,24 +9,11 @@ from transformers import PreTrainedModel
 from doge_lm.errors import UserError
 from doge_lm.model.configuration_doge import DogeConfig
 from doge_lm.model.modeling_doge import DogeForCausalLM
-from doge_lm.training.run import Job, add_run_arguments, run_job
-from doge_lm.training.settings import TrainSettings, load_settings, preset_paths
+from doge_lm.training.run import Job, run_job
+from doge_lm.training.settings import TrainSettings, load_settings
 from doge_lm.training.trainer import DogeTrainer
 
 ModelBuilder = Callable[[DogeConfig, TrainSettings], PreTrainedModel]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `train`."""
-    parser.add_argument(
-        "--config_path",
-        required=True,
-        help=f"a settings file, or the name of a preset: {', '.join(preset_paths())}",
-    )
-    parser.add_argument(
-        "--tokenizer_path", type=Path, default=Path("tokenizer"), help="the tokenizer (default: %(default)s)"
-    )
-    add_run_arguments(parser, output_dir="results", logging_dir="log")
 
 
 def build_model(config: DogeConfig, train: TrainSettings) -> PreTrainedModel:
@@ -36,7 +22,7 @@ def build_model(config: DogeConfig, train: TrainSettings) -> PreTrainedModel:
 
 
 def run(args: argparse.Namespace, build_model: ModelBuilder = build_model) -> int:
-    """Train as the flags of `add_arguments` say; returns the exit status.
+    """Train as the flags say; returns the exit status.
 
     Args:
         args: the flags.

@@ -78,44 +78,12 @@ class Job:
     base_sha256: str = ""
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str, logging_dir: str) -> None:
-    """Add the flags that every kind of training has."""
-    parser.add_argument(
-        "--logging_dir", type=Path, default=Path(logging_dir), help="where logs go (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--output_dir",
-        type=Path,
-        default=Path(output_dir),
-        help="where checkpoints and the model go (default: %(default)s)",
-    )
-    parser.add_argument("--dataset_path", help="the prepared set, in place of the settings' dataset_path")
-    parser.add_argument(
-        "--resume_from_checkpoint",
-        nargs="?",
-        const="",
-        metavar="CHECKPOINT",
-        help="go on from this checkpoint; without a value, from the last one in --output_dir",
-    )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change a setting, e.g. --set learning_rate=3e-4; may be repeated",
-    )
-    parser.add_argument("--strict", action="store_true", help="fail if the data is smaller than the settings ask for")
-    parser.add_argument("--overwrite", action="store_true", help="start anew, removing the run in --output_dir")
-    parser.add_argument("--dry_run", action="store_true", help="print the plan and stop")
-
-
 def run_job(job: Job, args: argparse.Namespace) -> DogeTrainer | None:
     """Train; what is left is the model, its checkpoints and its logs.
 
     Args:
         job: what is trained, and how.
-        args: the flags of `add_run_arguments`.
+        args: the flags of the command.
 
     Returns:
         The trainer; None after a dry run.

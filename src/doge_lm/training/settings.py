@@ -17,9 +17,9 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
-import doge_lm
 from doge_lm.errors import UserError
 from doge_lm.model.configuration_doge import DogeConfig
+from doge_lm.training.presets import preset_paths
 
 Auto = Literal["auto"]
 
@@ -439,14 +439,6 @@ def find_preset(path_or_name: str | Path, folder: str = "") -> Path:
         f"{path_or_name}: no such file, and no preset of that name; {_nearest(wanted, presets)} "
         f"(presets: {', '.join(presets)})"
     )
-
-
-def preset_paths(folder: str = "") -> dict[str, Path]:
-    """The presets of a folder by name: of the checkout where the package runs from one, else those in the package."""
-    package = Path(doge_lm.__file__).resolve().parent
-    checkout, installed = package.parents[1] / "model" / "config", package / "config"
-    directory = installed if installed.is_dir() else checkout
-    return {path.stem: path for path in sorted((directory / folder).glob("*.yaml"))}
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -1,6 +1,5 @@
 """What fine-tuning and preference tuning share: the model to start from, LoRA, TRL's trainers under this project's."""
 
-import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -13,33 +12,12 @@ from transformers import PreTrainedModel
 from doge_lm.errors import UserError
 from doge_lm.inference.loading import load_model
 from doge_lm.model.configuration_doge import DogeConfig
-from doge_lm.training.run import ADAPTER, add_run_arguments
+from doge_lm.training.run import ADAPTER
 from doge_lm.training.settings import LoraSettings, TrainSettings
 from doge_lm.training.trainer import DogeTrainer
 
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_MODEL_DEFAULT = Path("results")
-
-
-def add_tuning_arguments(parser: argparse.ArgumentParser, presets: dict[str, Path], stage: str) -> None:
-    """Add the flags of a kind of training that starts from a model.
-
-    Args:
-        parser: takes them.
-        presets: by name.
-        stage: what output and log are named after.
-    """
-    parser.add_argument(
-        "--config_path", required=True, help=f"a settings file, or the name of a preset: {', '.join(presets)}"
-    )
-    parser.add_argument(
-        "--model_path", type=Path, default=_MODEL_DEFAULT, help="the model to start from (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--tokenizer_path", type=Path, help="the tokenizer that the data was made with (default: that of the model)"
-    )
-    add_run_arguments(parser, output_dir=f"results_{stage}", logging_dir=f"log_{stage}")
 
 
 def refuse_for_adapters(train: TrainSettings, lora: LoraSettings) -> None:
