@@ -32,9 +32,9 @@ class Command:
     Attributes:
         name: as typed.
         module: holds `run`.
-        flags: the function that declares its flags, behind its module; `add_arguments` of `module` where there is none.
         summary: its line in the help.
         interrupted: what to do then.
+        flags: the function that declares its flags, behind its module; `add_arguments` of `module` where there is none.
     """
 
     name: str

@@ -114,10 +114,10 @@ class Serving:
         while self.metric("doge_lm_running") or self.metric("doge_lm_waiting"):
             time.sleep(0.02)
 
-    def wait_until_answered(self, seconds: float = 60) -> None:
+    def wait_until_answered(self) -> None:
         """Until no request is under way: one is counted for a moment after its answer has been read."""
         assert self.running is not None
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + 60
         while self.running.state.requests:
             assert time.monotonic() < deadline, f"requests under way: {self.running.state.requests}"
             time.sleep(0.01)

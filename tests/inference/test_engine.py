@@ -20,7 +20,7 @@ from doge_lm.inference.engine import Engine, EngineFullError, EngineStoppedError
 from doge_lm.inference.sampling import Rule
 from doge_lm.inference.slots import Slots
 from tests.inference.test_decoding import tiny_llama_config, uncached, uncached_model
-from tests.model.support import random_ids, tiny_model, with_and_without_shifts
+from tests.model.support import FORMS, random_ids, tiny_model, with_and_without_shifts
 
 END = 2
 GREEDY = Rule(temperature=0.0)
@@ -151,14 +151,18 @@ def test_a_llama_is_served_as_well() -> None:
         assert [answer.text() for answer in answers] == expected
 
 
-@with_and_without_shifts
-@pytest.mark.parametrize("experts", [12, 64])
-def test_company_changes_no_bit(experts: int, form: dict[str, bool]) -> None:
+@pytest.mark.parametrize(
+    ("form", "experts"),
+    [
+        pytest.param(form, experts, id=f"{experts}-{name}")
+        for name, form in FORMS.items()
+        for experts in ([0] if form.get("num_cdmmoe_experts") == 0 else [12, 64])
+    ],
+)
+def test_company_changes_no_bit(form: dict[str, Any], experts: int) -> None:
     """64 answers at once, joining and leaving at different times, have the log-probabilities of each alone, exactly."""
-    sizes = {"hidden_size": 48, "vocab_size": 500, "num_cdmmoe_experts": experts, **form}
-    if not sizes["num_cdmmoe_experts"]:
-        if experts == 64:
-            pytest.skip("has none of them")
+    sizes = {"hidden_size": 48, "vocab_size": 500, **form, "num_cdmmoe_experts": experts}
+    if not experts:
         sizes["private_expert_intermediate_size"] = 48
     tasks = [Task(task.prompt, task.max_tokens, task.rule, task.seed, logprobs=2) for task in mixed_tasks(80)]
 

@@ -15,8 +15,12 @@ import torch
 from torch import Tensor
 
 from doge_lm import DogeConfig, DogeForCausalLM
+from tests.conftest import ALL
 
 from .reference import Reference, Sizes
+
+# Triton's interpreter takes a second or two for each of what a GPU does in an instant.
+EVERY_VARIANT = ALL or torch.cuda.is_available()
 
 TINY: dict[str, Any] = {
     "vocab_size": 61,
@@ -55,11 +59,12 @@ WITHOUT_EXPERTS = {
 }
 OVER_LAYERS = {"value_residual": True, "dense_skips": True}
 
-with_and_without_shifts = pytest.mark.parametrize(
-    "form",
-    [{}, SHIFTS, SHIFTS | WITHOUT_EXPERTS | OVER_LAYERS],
-    ids=["published", "shifts", "shifts, over layers, no experts"],
-)
+FORMS: dict[str, dict[str, Any]] = {
+    "published": {},
+    "shifts": SHIFTS,
+    "shifts, over layers, no experts": SHIFTS | WITHOUT_EXPERTS | OVER_LAYERS,
+}
+with_and_without_shifts = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
 def tiny_config(**changes: Any) -> DogeConfig:

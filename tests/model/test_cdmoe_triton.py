@@ -12,17 +12,13 @@ pytest.importorskip("triton", reason="there is no Triton for this machine")
 from doge_lm.model import cdmoe_triton
 from doge_lm.model.cdmoe import cdmoe
 from doge_lm.model.cdmoe_triton import bag, dots, pick, scatter, scatter_and_dots, sort_assignments, spread
-from tests.conftest import ALL
 
-from .support import relative_error
+from .support import EVERY_VARIANT, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 CHUNK, LONGEST = 8, 13
-
-# The interpreter takes a second or two for each of what a GPU does in an instant.
-MANY = ALL or DEVICE == "cuda"
 
 # (M, K, N, F): one token, K = N, one row of a token, N = 2·3, rows that fill no block, chunks cut evenly and not, few
 # tokens and many to a row.
@@ -32,12 +28,12 @@ SIZES = [
     (7, 1, 6, 40),
     (65, 3, 300, 17),
     (CHUNK, 1, 4, 16),
-    (70 if MANY else 40, 4, 12, 20),
-    (12 if MANY else 3, 20, 50, 130),
+    (70 if EVERY_VARIANT else 40, 4, 12, 20),
+    (12 if EVERY_VARIANT else 3, 20, 50, 130),
 ]
 # Which rows are taken, and the type they have: the order of sums depends on the former alone.
 PRODUCTS = [(kind, torch.float32) for kind in ("any", "one", "hot")] + [("hot", torch.bfloat16)]
-if MANY:
+if EVERY_VARIANT:
     PRODUCTS += [("any", torch.bfloat16), ("one", torch.bfloat16)]
 
 
@@ -142,7 +138,7 @@ def gradients(path: str, dtype: torch.dtype, act: str, seed: int) -> tuple[Tenso
 
 
 @pytest.mark.parametrize("act", ["silu", "sigmoid"])
-@pytest.mark.parametrize("seed", range(3 if MANY else 1))
+@pytest.mark.parametrize("seed", range(3 if EVERY_VARIANT else 1))
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_the_layer_and_its_gradients_are_those_of_the_gather_in_float64(
     dtype: torch.dtype, seed: int, act: str
@@ -158,7 +154,7 @@ def test_the_layer_and_its_gradients_are_those_of_the_gather_in_float64(
 
 def test_results_are_the_same_every_time() -> None:
     first, first_grads = gradients("sparse", torch.bfloat16, "silu", 5)
-    for _ in range(3 if MANY else 1):
+    for _ in range(3 if EVERY_VARIANT else 1):
         again, again_grads = gradients("sparse", torch.bfloat16, "silu", 5)
         assert torch.equal(first, again)
         assert all(torch.equal(first_grads[name], again_grads[name]) for name in first_grads)

@@ -15,9 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from doge_lm.model import linear_cross_entropy as module
 from doge_lm.model.linear_cross_entropy import cap_logits, linear_cross_entropy, losses_and_gradient_, summed_loss
-from tests.conftest import ALL
 
-from .support import relative_error
+from .support import EVERY_VARIANT, relative_error
 
 try:
     from doge_lm.model.linear_cross_entropy_triton import losses_and_gradient_by_kernel_
@@ -414,11 +413,11 @@ def rows_of_logits(rows: int, v: int, seed: int, dtype: torch.dtype) -> tuple[Te
 @with_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("one_pass", [32768, 16, 4])
-@pytest.mark.parametrize("v", [1, 2, 15, 16, 17, 63, *([100, 257] if ALL or DEVICE == "cuda" else [])])
+@pytest.mark.parametrize("v", [1, 2, 15, 16, 17, 63, *([100, 257] if EVERY_VARIANT else [])])
 @pytest.mark.parametrize("cap", [0.0, 2.5])
 def test_kernel(cap: float, v: int, one_pass: int, dtype: torch.dtype) -> None:
     """Against softmax in float64, in one pass and block by block, with guard columns on both sides of each row."""
-    for seed in range(3 if ALL or DEVICE == "cuda" else 1):
+    for seed in range(3 if EVERY_VARIANT else 1):
         logits, targets = rows_of_logits(5, v, seed, dtype)
         wide = capped(logits.double(), cap)
         losses = F.cross_entropy(wide, targets, reduction="none", ignore_index=IGNORED)

@@ -19,7 +19,7 @@ from doge_lm.cli import main
 from doge_lm.errors import UserError
 from doge_lm.training.checkpoints import list_checkpoints
 from doge_lm.training.pairs import Pair, load_pairs, parse_pair
-from doge_lm.training.presets import preset_paths
+from doge_lm.training.presets import DPO, preset_paths
 from doge_lm.training.settings import PreferenceSettings, load_settings_of
 from tests.model.support import random_ids, tiny_model
 
@@ -280,6 +280,7 @@ def test_what_does_not_fit_is_refused(base, tmp_path, capsys):
     assert "does not exist" in capsys.readouterr().err
     assert tune(tmp_path, base, tmp_path, torch_compile=True) == 1
     assert "unknown key 'torch_compile'" in capsys.readouterr().err
+    assert DPO == "dpo"
 
 
 def test_the_model_that_came_is_never_in_the_way(base, data, tmp_path, capsys):

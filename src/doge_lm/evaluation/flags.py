@@ -4,12 +4,14 @@ import argparse
 from pathlib import Path
 
 from doge_lm.evaluation.suites import SUITES
-from doge_lm.inference.flags import DTYPES
+from doge_lm.inference.flags import add_device_arguments
 
 HARNESS, LIGHTEVAL = "harness", "lighteval"
 """The engines."""
 
 RESULT_NAME = "results.json"
+"""What is written to `--output_dir`."""
+
 BATCH_TOKENS, BATCH_TOKENS_CPU = 65_536, 4096
 SEED = 1234
 
@@ -68,5 +70,4 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch_tokens", type=int, help=f"tokens at a time (default: {BATCH_TOKENS:,}, on a CPU {BATCH_TOKENS_CPU:,})"
     )
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps, …")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as the checkpoint")
+    add_device_arguments(parser)

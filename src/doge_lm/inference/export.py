@@ -93,9 +93,9 @@ def export(
     Args:
         model_dir: a model with its tokenizer, or an adapter.
         output_dir: is made; one that holds anything is refused, or with `overwrite` replaced if it is an export.
-        file_format: one of `EXPORT_FORMATS`.
-        dtype: one of `DTYPES`.
-        quantize: one of `EXPORT_KINDS`, or None.
+        file_format: one of `flags.EXPORT_FORMATS`.
+        dtype: one of `flags.DTYPES`.
+        quantize: one of `flags.EXPORT_KINDS`, or None.
         base_model: what an adapter is merged into.
         overwrite: replace an earlier export.
 

@@ -7,8 +7,7 @@ from .chat_words import LANGUAGES
 
 API_KEY_VARIABLE = "DOGE_LM_API_KEY"
 
-DEFAULT_CONTEXT = 2048
-DEFAULT_SLOTS = 64
+DEFAULT_CONTEXT, DEFAULT_SLOTS = 2048, 64
 """Of `serve`."""
 
 MAX_NEW_TOKENS = 512
@@ -142,13 +141,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, help="threads that compute, on a CPU (default: all cores but one, which sends)"
     )
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps, …")
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="auto",
-        help="auto: float32 on a CPU, as the checkpoint elsewhere",
-    )
+    add_device_arguments(parser, "float32 on a CPU, as the checkpoint elsewhere")
 
 
 def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -171,5 +164,10 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compile the decoding step of a Doge first: half a minute or more, made up for by many thousand tokens",
     )
+    add_device_arguments(parser)
+
+
+def add_device_arguments(parser: argparse.ArgumentParser, auto: str = "as the checkpoint") -> None:
+    """Declare the flags that say where a model computes, and in what type; `auto` is what that means for the type."""
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps, …")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as the checkpoint")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help=f"auto: {auto}")
