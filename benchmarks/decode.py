@@ -34,8 +34,8 @@ import torch
 import transformers
 from flags import run_command
 from quality import llama_like
+from records import circumstances, write_whole
 from torch import Tensor
-from train_step import circumstances, write_whole
 from transformers import LlamaForCausalLM, PreTrainedModel, StoppingCriteria
 
 from doge_lm import DogeConfig, DogeForCausalLM

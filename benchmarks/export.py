@@ -34,7 +34,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from train_step import circumstances, write_whole
+from records import circumstances, write_whole
 from transformers.utils import logging
 
 from doge_lm.data.dataset import load_prepared

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from flags import run_command
 from kernel_times import kernel_times
-from train_step import BUILDERS, MICRO_BATCHES, bare_step, circumstances, markdown, write_whole
+from records import circumstances, markdown, write_whole
+from train_step import BUILDERS, MICRO_BATCHES, bare_step
 
 from doge_lm.errors import UserError
 from doge_lm.training.hardware import measure_matmul

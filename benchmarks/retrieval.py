@@ -41,9 +41,9 @@ from typing import Any
 import torch
 from cdmoe import Clock
 from flags import positive
+from records import circumstances, markdown, write_whole
 from torch import Tensor
 from torch.nn import functional as F
-from train_step import circumstances, markdown, write_whole
 
 from doge_lm.model.cdmoe import cdmoe, cdmoe_route, folded_keys, key_table_sizes, product_topk
 from doge_lm.model.configuration_doge import DogeConfig

@@ -33,7 +33,7 @@ from typing import Any
 
 import psutil
 import torch
-from train_step import circumstances, write_whole
+from records import circumstances, write_whole
 
 from doge_lm import DogeForCausalLM
 from doge_lm.data.tokenizer import StreamDecoder, build_tokenizer, encode_text, load_tokenizer

@@ -24,7 +24,8 @@ import torch
 import triton
 import triton.language as tl
 from flags import run_command
-from train_step import MICRO_BATCHES, circumstances, markdown, write_whole
+from records import circumstances, markdown, write_whole
+from train_step import MICRO_BATCHES
 
 from doge_lm.errors import UserError
 from doge_lm.model.silu_product_triton import _silu_backward_kernel, fused_product

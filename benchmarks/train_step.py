@@ -34,8 +34,6 @@ import json
 import math
 import os
 import queue
-import re
-import shlex
 import statistics
 import subprocess
 import sys
@@ -49,7 +47,6 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
-import transformers
 from accelerate.utils import send_to_device
 from flags import run_command
 from peers import (
@@ -61,6 +58,7 @@ from peers import (
     build_transformers_doge,
     flops_per_token,
 )
+from records import circumstances, markdown, write_whole
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -499,37 +497,6 @@ def comparison_table(comparisons: Sequence[Figures]) -> str:
             texts["trainer overhead"] = f"{each['trainer overhead']:.1%}"
         lines.append([f"{text:.2f}" if isinstance(text, float) else text for text in texts.values()])
     return markdown(lines)
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells, the first of them the heads, as a table in Markdown."""
-    heads, *rest = (f"| {' | '.join(cells)} |" for cells in lines)
-    return "\n".join([heads, "|---" * len(lines[0]) + "|", *rest])
-
-
-def write_whole(path: Path, content: Any) -> None:
-    """Write JSON in one rename, so that the file is never half written."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
-
-
-def without_folders(argument: str) -> str:
-    """An argument whose absolute path, if it is or gives one, is its last part: records are read on other machines."""
-    return re.sub(r"(^|=)(?:[A-Za-z]:)?[/\\](?:.*[/\\])?", r"\1", argument)
-
-
-def circumstances() -> Figures:
-    """What the figures depend on beside the device."""
-    root = Path(__file__).parents[1]
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=root, check=False)
-    return {
-        "command": shlex.join(["python", *map(without_folders, sys.argv)]),
-        "commit": head.stdout.strip() or None,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": sys.version.split()[0],
-    }
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -188,20 +188,6 @@ def test_llama_compiles_without_a_mask() -> None:
     assert all(call.kwargs["attn_mask"] is None and call.kwargs["is_causal"] for call in calls)
 
 
-@pytest.mark.parametrize(
-    ("argument", "recorded"),
-    [
-        ("/a/b/out.json", "out.json"),
-        ("--json=/a/out.json", "--json=out.json"),
-        ("C:\\a\\out.json", "out.json"),
-        ("benchmarks/x.py", "benchmarks/x.py"),
-        ("doge:a=1,b=3e-2", "doge:a=1,b=3e-2"),
-    ],
-)
-def test_a_record_names_no_folder_of_a_machine(argument: str, recorded: str) -> None:
-    assert train_step.without_folders(argument) == recorded
-
-
 def test_summary_leaves_the_first_lines_out() -> None:
     rates = [1.0, 2.0, 400.0, 100.0, 200.0]
     lines = [{"step": 10 * i, "loss": 5.0 - i, "tokens_per_second": rate} for i, rate in enumerate(rates)]

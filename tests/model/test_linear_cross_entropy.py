@@ -410,31 +410,48 @@ def rows_of_logits(rows: int, v: int, seed: int, dtype: torch.dtype) -> tuple[Te
     return logits.to(DEVICE, dtype), targets.to(DEVICE)
 
 
+def check_kernel(logits: Tensor, targets: Tensor, cap: float, one_pass: int) -> None:
+    """The kernel against softmax in float64, with guard columns on both sides of each row."""
+    v, wide = logits.shape[1], capped(logits.double(), cap)
+    losses = F.cross_entropy(wide, targets, reduction="none", ignore_index=IGNORED)
+    grad = wide.softmax(-1).scatter_add_(1, targets.clamp(min=0).unsqueeze(1), -torch.ones_like(wide[:, :1]))
+    grad[targets == IGNORED] = 0
+    grad *= slope(logits.double(), cap)
+    guarded = F.pad(logits, (3, 5), value=7.0)
+    for wanted in (False, True):
+        found = losses_and_gradient_by_kernel_(guarded[:, 3 : 3 + v], targets, IGNORED, wanted, cap, one_pass)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), losses, rtol=1e-5, atol=1e-5)
+        if not wanted:
+            assert torch.equal(guarded[:, 3 : 3 + v], logits)
+    precision = 1e-6 if logits.dtype == torch.float32 else torch.finfo(logits.dtype).eps
+    torch.testing.assert_close(guarded[:, 3 : 3 + v].double(), grad, rtol=precision, atol=1e-6)
+    assert (guarded[:, :3] == 7).all()
+    assert (guarded[:, 3 + v :] == 7).all()
+
+
 @with_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("one_pass", [32768, 16, 4])
 @pytest.mark.parametrize("v", [1, 2, 15, 16, 17, 63, *([100, 257] if EVERY_VARIANT else [])])
 @pytest.mark.parametrize("cap", [0.0, 2.5])
 def test_kernel(cap: float, v: int, one_pass: int, dtype: torch.dtype) -> None:
-    """Against softmax in float64, in one pass and block by block, with guard columns on both sides of each row."""
+    """In one pass and block by block."""
     for seed in range(3 if EVERY_VARIANT else 1):
-        logits, targets = rows_of_logits(5, v, seed, dtype)
-        wide = capped(logits.double(), cap)
-        losses = F.cross_entropy(wide, targets, reduction="none", ignore_index=IGNORED)
-        grad = wide.softmax(-1).scatter_add_(1, targets.clamp(min=0).unsqueeze(1), -torch.ones_like(wide[:, :1]))
-        grad[targets == IGNORED] = 0
-        grad *= slope(logits.double(), cap)
-        guarded = F.pad(logits, (3, 5), value=7.0)
-        for wanted in (False, True):
-            found = losses_and_gradient_by_kernel_(guarded[:, 3 : 3 + v], targets, IGNORED, wanted, cap, one_pass)
-            assert found.dtype == torch.float32
-            torch.testing.assert_close(found.double(), losses, rtol=1e-5, atol=1e-5)
-            if not wanted:
-                assert torch.equal(guarded[:, 3 : 3 + v], logits)
-        precision = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
-        torch.testing.assert_close(guarded[:, 3 : 3 + v].double(), grad, rtol=precision, atol=1e-6)
-        assert (guarded[:, :3] == 7).all()
-        assert (guarded[:, 3 + v :] == 7).all()
+        check_kernel(*rows_of_logits(5, v, seed, dtype), cap, one_pass)
+
+
+@with_triton
+@pytest.mark.parametrize("one_pass", [32768, 8])
+@pytest.mark.parametrize("cap", [0.5, 15.0, 30.0, 32.0, 33.0, 1e4])
+def test_kernel_with_small_caps_and_large(cap: float, one_pass: int) -> None:
+    """Also far beyond the cap, where the power that tanh is made of is 0 or infinite, and in rows that are level."""
+    logits, targets = rows_of_logits(6, 24, 0, torch.float32)
+    targets[:] = torch.arange(6, device=DEVICE)
+    logits[1] *= 30
+    logits[2, ::2], logits[2, 1::2] = 5e4, -5e4
+    logits[3], logits[4], logits[5] = 0.0, 5e4, -5e4
+    check_kernel(logits, targets, cap, one_pass)
 
 
 @with_triton
@@ -469,7 +486,8 @@ def test_kernel_on_vocabularies_in_use(v: int, cap: float) -> None:
     targets = torch.randint(0, v, (rows,), device=DEVICE)
     last = logits[-4:].double()
     losses = losses_and_gradient_by_kernel_(logits, targets, IGNORED, True, cap)
-    torch.testing.assert_close(losses[-4:].double(), F.cross_entropy(capped(last, cap), targets[-4:], reduction="none"))
+    expected_losses = F.cross_entropy(capped(last, cap), targets[-4:], reduction="none")
+    torch.testing.assert_close(losses[-4:].double(), expected_losses, rtol=1e-6, atol=0)
     grad = (capped(last, cap).softmax(-1) - F.one_hot(targets[-4:], v)) * slope(last, cap)
     torch.testing.assert_close(logits[-4:].double(), grad, rtol=2**-8, atol=1e-9)
 

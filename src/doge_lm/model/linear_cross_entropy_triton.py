@@ -1,21 +1,44 @@
 """A Triton kernel for the loss and its gradient where the logits of some tokens are at hand.
 
+Powers and logarithms are to the base 2, which is the GPU's own. With a small cap, no logit is far below it: powers are
+taken of the logit less the cap, and no row is searched for its largest.
+
 Shapes, the one legend of this file; a tensor's name ends in its shape where it helps:
 
-    R  tokens at a time        V  vocabulary
+    R  tokens at a time        V  vocabulary        BLOCK  logits of a row that a program reads at a time
 """
 # mypy: disable-error-code="no-untyped-def"
 # (Arguments of kernels are pointers and numbers of the GPU.)
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_operator import INTERPRETED
+
 ONE_PASS = 16384
 """The longest row that a program holds in registers. Of longer rows it reads a block at a time, twice; the second time
 out of the cache. On an H100, 8,192 rows of 32,768 in bfloat16: 0.41 ms in two blocks, 0.47 in registers (copying them
 takes 0.37)."""
+
+SMALL_CAP = 32.0
+"""Up to this cap c, e^(-2c) is far above the smallest float32, and rounding a logit less the cap costs under 1e-5."""
+
+PTX = not INTERPRETED and torch.version.hip is None
+"""Whether kernels may use instructions of NVIDIA's by name: Triton's division is twice as many as the reciprocal."""
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _reciprocal(x, PTX: tl.constexpr):
+    if PTX:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return 1.0 / x
 
 
 @triton.jit
@@ -29,23 +52,56 @@ def _tanh(x):
 
 
 @triton.jit
-def _logits(logits_ptr, v, V, CAP: tl.constexpr):
-    """The logits of tokens v, with a CAP CAP · tanh(logits / CAP), and the derivative of that; behind the row -inf."""
-    x = tl.load(logits_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
+def _logits(logits_ptr, v, inside, CAP: tl.constexpr, SMALL: tl.constexpr, PTX: tl.constexpr):
+    """The logits of tokens v, to the base 2 (in units of ln 2), and the derivative by what was read; -inf outside.
+
+    With a CAP they are CAP · tanh(logits / CAP), and with a SMALL one less the CAP: CAP · (tanh(x) - 1) is
+    -2 · CAP / (1 + exp(2x)).
+    """
+    x = tl.load(logits_ptr + v, mask=inside, other=float("-inf")).to(tl.float32)
     slope = 1.0
-    if CAP > 0:
+    if SMALL:
+        share = _reciprocal(1.0 + tl.exp2(x * (2 * _LOG2_E / CAP)), PTX)
+        x = tl.where(inside, share * (-2 * CAP * _LOG2_E), float("-inf"))
+        slope = 4.0 * (share - share * share)
+    elif CAP > 0:
         share = _tanh(x * (1.0 / CAP))
-        x = tl.where(v < V, CAP * share, float("-inf"))
+        x = tl.where(inside, share * (CAP * _LOG2_E), float("-inf"))
         slope = 1.0 - share * share
+    else:
+        x *= _LOG2_E
     return x, slope
 
 
 @triton.jit
+def _log_sum(logits_ptr, lane, V, CAP: tl.constexpr, SMALL: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr):
+    """The logarithm of the sum of a row's powers, all to the base 2, block by block."""
+    if SMALL:
+        powers = tl.zeros_like(lane).to(tl.float32)
+        for begin in range(0, V, lane.shape[0]):
+            v = begin + lane
+            powers += tl.exp2(_logits(logits_ptr, v, EVEN | (v < V), CAP, SMALL, PTX)[0])
+        return tl.log2(tl.sum(powers, axis=0))
+    top = -3.0e38  # finite, or a block of nothing but -inf would give NaN
+    total = 0.0
+    for begin in range(0, V, lane.shape[0]):
+        v = begin + lane
+        x = _logits(logits_ptr, v, EVEN | (v < V), CAP, SMALL, PTX)[0]
+        new_top = tl.maximum(top, tl.max(x, axis=0))
+        total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(x - new_top), axis=0)
+        top = new_top
+    return top + tl.log2(total)
+
+
+@triton.jit
 def _softmax_kernel(
-    logits_ptr, targets_ptr, losses_ptr, V, row_stride, ignore_index,
-    CAP: tl.constexpr, GRADIENT: tl.constexpr, ONE_PASS: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, targets_ptr, losses_ptr, V, row_stride, ignore_index, CAP: tl.constexpr, SMALL: tl.constexpr,
+    GRADIENT: tl.constexpr, ONE_PASS: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """The loss of one row; with GRADIENT, its gradient in place of the row's logits. ONE_PASS needs BLOCK >= V."""
+    """The loss of one row; with GRADIENT, its gradient in place of the row's logits.
+
+    ONE_PASS needs BLOCK >= V, EVEN that BLOCK divides V, SMALL a CAP up to SMALL_CAP.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
     target = tl.load(targets_ptr + row)
@@ -58,33 +114,34 @@ def _softmax_kernel(
                 tl.store(logits_ptr + v, tl.zeros((BLOCK,), logits_ptr.dtype.element_ty), mask=v < V)
     else:
         # Read before anything is written over it; the reductions below keep a program's threads in step.
-        chosen = tl.load(logits_ptr + target).to(tl.float32)
-        if CAP > 0:
-            chosen = CAP * _tanh(chosen * (1.0 / CAP))
+        chosen = _logits(logits_ptr, target, True, CAP, SMALL, PTX)[0]
         if ONE_PASS:
-            x, slope = _logits(logits_ptr, lane, V, CAP)
-            top = tl.max(x, axis=0)
-            powers = tl.exp(x - top)
+            x, slope = _logits(logits_ptr, lane, EVEN | (lane < V), CAP, SMALL, PTX)
+            top = 0.0 if SMALL else tl.max(x, axis=0)
+            powers = tl.exp2(x - top)
             total = tl.sum(powers, axis=0)
+            log_sum = top + tl.log2(total)
             if GRADIENT:
                 grad = (powers * (1 / total) - (lane == target).to(tl.float32)) * slope
-                tl.store(logits_ptr + lane, grad.to(logits_ptr.dtype.element_ty), mask=lane < V)
+                tl.store(logits_ptr + lane, grad.to(logits_ptr.dtype.element_ty), mask=EVEN | (lane < V))
         else:
-            top = -3.0e38  # finite, or a block of nothing but -inf would give NaN
-            total = 0.0
-            for begin in range(0, V, BLOCK):
-                v = begin + lane
-                x = _logits(logits_ptr, v, V, CAP)[0]
-                new_top = tl.maximum(top, tl.max(x, axis=0))
-                total = total * tl.exp(top - new_top) + tl.sum(tl.exp(x - new_top), axis=0)
-                top = new_top
+            log_sum = _log_sum(logits_ptr, lane, V, CAP, SMALL, EVEN, PTX)
             if GRADIENT:
                 for begin in range(0, V, BLOCK):
                     v = begin + lane
-                    x, slope = _logits(logits_ptr, v, V, CAP)
-                    grad = (tl.exp(x - top) * (1 / total) - (v == target).to(tl.float32)) * slope
-                    tl.store(logits_ptr + v, grad.to(logits_ptr.dtype.element_ty), mask=v < V)
-        tl.store(losses_ptr + row, top + tl.log(total) - chosen)
+                    x, slope = _logits(logits_ptr, v, EVEN | (v < V), CAP, SMALL, PTX)
+                    grad = (tl.exp2(x - log_sum) - (v == target).to(tl.float32)) * slope
+                    tl.store(logits_ptr + v, grad.to(logits_ptr.dtype.element_ty), mask=EVEN | (v < V))
+        tl.store(losses_ptr + row, (log_sum - chosen) * _LN_2)
+
+
+def variant(v: int, gradient: bool, cap: float, one_pass: int) -> tuple[dict[str, Any], dict[str, int]]:
+    """The constants that the kernel is compiled with for rows of v logits, and the options of its launch."""
+    whole = v <= one_pass
+    block = triton.next_power_of_2(v if whole else one_pass)
+    loss = {"CAP": cap, "SMALL": 0 < cap <= SMALL_CAP, "GRADIENT": gradient}
+    row = {"ONE_PASS": whole, "EVEN": v % block == 0, "BLOCK": block}
+    return {**loss, **row, "PTX": PTX}, {"num_warps": min(max(block // 1024, 4), 16)}
 
 
 def losses_and_gradient_by_kernel_(
@@ -98,11 +155,8 @@ def losses_and_gradient_by_kernel_(
     """As `linear_cross_entropy.losses_and_gradient_`; rows longer than `one_pass` are read twice, block by block."""
     (rows, v), losses_R = logits_RV.shape, logits_RV.new_empty(logits_RV.shape[0], dtype=torch.float32)
     if rows:
-        whole = v <= one_pass
-        block = triton.next_power_of_2(v if whole else one_pass)
-        warps = block // 1024
+        constants, options = variant(v, gradient, cap, one_pass)
         _softmax_kernel[(rows,)](
-            logits_RV, targets_R.contiguous(), losses_R, v, logits_RV.stride(0), ignore_index,
-            CAP=cap, GRADIENT=gradient, ONE_PASS=whole, BLOCK=block, num_warps=min(max(warps, 4), 16),
-        )  # fmt: skip
+            logits_RV, targets_R.contiguous(), losses_R, v, logits_RV.stride(0), ignore_index, **constants, **options
+        )
     return losses_R
