@@ -4,13 +4,19 @@
     python benchmarks/loss_kernel.py --instructions [--caps 0 15] [--one_pass 16384]
 
 Logits are `--rows` rows of `--vocab_size`, N(0, 6²) in bfloat16; times are medians in ms, less that of the copy which
-brings the logits back. The loss of the first rows is held to float64 (largest error), their gradient too (‖error‖ /
-‖gradient‖, beside that of the exact gradient rounded to bfloat16). `--instructions` needs no GPU: it compiles the
-kernel with its gradient for a Hopper GPU and counts, for each logit, the instructions in all and those of special
-functions. An H100 or H200 starts 128 instructions a clock and multiprocessor, of special functions 16.
+brings the logits back. A row up to `--one_pass` long is read once, a longer one twice, in blocks of that length. The
+loss of the first rows is held to float64 (largest error), their gradient too (‖error‖ / ‖gradient‖, beside that of the
+exact gradient rounded to bfloat16).
+
+`--instructions` needs no GPU: it compiles the kernel with its gradient for a Hopper GPU and counts the instructions,
+all of them and those of special functions, over the logits of a block that a thread has. Some are outside of the loops
+over the blocks: 6 to 8 of the 25 to 75 for two blocks. An H100 or H200 starts 128 instructions a clock and
+multiprocessor, of special functions 16; the counts depend on the version of Triton, which the JSON names.
 """
 
 import argparse
+import importlib.metadata
+import os
 import re
 import subprocess
 import tempfile
@@ -26,6 +32,8 @@ from doge_lm.errors import UserError
 
 SIGMA = 6.0
 CHECKED = 512
+LEAST_CAP, MOST_CAP = 1e-3, 1e6  # of a model (`final_logit_softcapping`)
+SHORTEST, LONGEST = 128, 2**20  # what a program reads at a time: a logit for each thread, and what Triton allows
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\w+)")
 
 
@@ -94,7 +102,9 @@ def count(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     signature = {"logits_ptr": "*bf16", "targets_ptr": "*i64", "losses_ptr": "*fp32"}
     signature |= dict.fromkeys(("V", "row_stride", "ignore_index"), "i32")
-    divisible = {(position,): [["tt.divisibility", 16]] for position in range(5)}
+    # As a launch finds them: pointers, and rows of such a length.
+    aligned = range(5) if args.vocab_size % 16 == 0 else range(3)
+    divisible = {(position,): [["tt.divisibility", 16]] for position in aligned}
     rows = []
     for cap in args.caps:
         for one_pass in args.one_pass:
@@ -115,22 +125,45 @@ def shown(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what the kernel is not for.
+
+    Raises:
+        UserError: names the flag.
+    """
+    for cap in args.caps:
+        if cap != 0 and not LEAST_CAP <= cap < MOST_CAP:
+            raise UserError(f"--caps {cap:g}: give 0 for none, or a number from {LEAST_CAP:g} to below {MOST_CAP:g}")
+    for one_pass in args.one_pass:
+        if not SHORTEST <= one_pass <= LONGEST or one_pass & (one_pass - 1):
+            raise UserError(f"--one_pass {one_pass}: give a power of two from {SHORTEST} to {LONGEST:,}")
+    if args.vocab_size < SHORTEST:
+        raise UserError(f"--vocab_size {args.vocab_size}: give at least {SHORTEST}")
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json {args.json}: there is no folder {args.json.parent}")
+    if args.instructions and os.environ.get("TRITON_INTERPRET", "0") != "0":
+        raise UserError("--instructions compiles the kernel: unset TRITON_INTERPRET, which has it interpreted")
+    if not args.instructions and not torch.cuda.is_available():
+        raise UserError("times need an NVIDIA GPU; without one, --instructions")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--caps", type=float, nargs="+", default=[0.0, 15.0], help="of the logits; 0: none")
     parser.add_argument("--one_pass", type=positive, nargs="+", default=[8192, 16384, 32768])
-    parser.add_argument("--rows", type=positive, default=8192)
+    parser.add_argument("--rows", type=positive, default=8192, help="tokens at a time (of the times alone)")
     parser.add_argument("--vocab_size", type=positive, default=32768)
     parser.add_argument("--instructions", action="store_true", help="count instead of time; needs no GPU")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if not args.instructions and not torch.cuda.is_available():
-        raise UserError("times need an NVIDIA GPU; without one, --instructions")
+    check_arguments(args)
     rows = count(args) if args.instructions else measure(args)
     heads = list(dict.fromkeys(head for row in rows for head in row))
     print(markdown([heads, *([shown(row.get(head, "-")) for head in heads] for row in rows)]))
     if args.json:
-        write_whole(args.json, {**circumstances(), "rows": rows})
+        about = {**circumstances(), "triton": importlib.metadata.version("triton"), "vocab_size": args.vocab_size}
+        device = {} if args.instructions else {"device": torch.cuda.get_device_name(), "tokens": args.rows}
+        write_whole(args.json, {**about, **device, "rows": rows})
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from doge_lm.errors import UserError
 
-pytest.importorskip("triton", reason="there is no Triton for this machine")
+triton = pytest.importorskip("triton", reason="there is no Triton for this machine")
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "loss_kernel.py"
@@ -29,11 +30,32 @@ def test_a_cap_costs_few_instructions(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--instructions", "--one_pass", "16384", "--json", str(path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    plain, capped = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["triton"] == triton.__version__
+    plain, capped = record["rows"]
     assert (plain["cap"], capped["cap"]) == (0, 15)
     assert 2 <= plain["special functions"] < 2.5
     assert 6 <= capped["special functions"] < 6.5
     assert 10 < plain["instructions"] < capped["instructions"] < 2 * plain["instructions"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--caps", "0", "nan"), "--caps nan: give 0 for none, or a number from 0.001 to below 1e+06"),
+        (("--caps", "-1"), "--caps -1: give 0"),
+        (("--one_pass", "3000"), "--one_pass 3000: give a power of two from 128 to 1,048,576"),
+        (("--one_pass", "64"), "--one_pass 64: give"),
+        (("--vocab_size", "1"), "--vocab_size 1: give at least 128"),
+        (("--json", "nowhere/out.json"), "there is no folder nowhere"),
+        (("--instructions",), "unset TRITON_INTERPRET"),
+    ],
+)
+def test_what_does_not_fit_is_refused(flags: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys, "argv", ["loss_kernel.py", *flags])
+    with pytest.raises(UserError, match=re.escape(message)):
+        loss_kernel.main()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -411,7 +411,10 @@ def rows_of_logits(rows: int, v: int, seed: int, dtype: torch.dtype) -> tuple[Te
 
 
 def check_kernel(logits: Tensor, targets: Tensor, cap: float, one_pass: int) -> None:
-    """The kernel against softmax in float64, with guard columns on both sides of each row."""
+    """The kernel against softmax in float64, with guard columns on both sides of each row.
+
+    What float32 loses grows with the cap: losses are held to 1e-5 up to a cap of 15, gradients to 1e-6 up to one of 5.
+    """
     v, wide = logits.shape[1], capped(logits.double(), cap)
     losses = F.cross_entropy(wide, targets, reduction="none", ignore_index=IGNORED)
     grad = wide.softmax(-1).scatter_add_(1, targets.clamp(min=0).unsqueeze(1), -torch.ones_like(wide[:, :1]))
@@ -421,10 +424,11 @@ def check_kernel(logits: Tensor, targets: Tensor, cap: float, one_pass: int) -> 
     for wanted in (False, True):
         found = losses_and_gradient_by_kernel_(guarded[:, 3 : 3 + v], targets, IGNORED, wanted, cap, one_pass)
         assert found.dtype == torch.float32
-        torch.testing.assert_close(found.double(), losses, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.double(), losses, rtol=1e-5, atol=1e-5 * max(1, cap / 15))
+        assert not (found < 0).any()
         if not wanted:
             assert torch.equal(guarded[:, 3 : 3 + v], logits)
-    precision = 1e-6 if logits.dtype == torch.float32 else torch.finfo(logits.dtype).eps
+    precision = 1e-6 * max(1, cap / 5) if logits.dtype == torch.float32 else torch.finfo(logits.dtype).eps
     torch.testing.assert_close(guarded[:, 3 : 3 + v].double(), grad, rtol=precision, atol=1e-6)
     assert (guarded[:, :3] == 7).all()
     assert (guarded[:, 3 + v :] == 7).all()
@@ -443,14 +447,15 @@ def test_kernel(cap: float, v: int, one_pass: int, dtype: torch.dtype) -> None:
 
 @with_triton
 @pytest.mark.parametrize("one_pass", [32768, 8])
-@pytest.mark.parametrize("cap", [0.5, 15.0, 30.0, 32.0, 33.0, 1e4])
+@pytest.mark.parametrize("cap", [0.0, 0.5, 15.0, 30.0, 32.0, 33.0, 1e4])
 def test_kernel_with_small_caps_and_large(cap: float, one_pass: int) -> None:
     """Also far beyond the cap, where the power that tanh is made of is 0 or infinite, and in rows that are level."""
-    logits, targets = rows_of_logits(6, 24, 0, torch.float32)
+    logits, targets = rows_of_logits(6, 23, 0, torch.float32)
     targets[:] = torch.arange(6, device=DEVICE)
     logits[1] *= 30
     logits[2, ::2], logits[2, 1::2] = 5e4, -5e4
     logits[3], logits[4], logits[5] = 0.0, 5e4, -5e4
+    logits[0, 0] = 200.0  # so sure of the target that rounding could bring the loss below 0
     check_kernel(logits, targets, cap, one_pass)
 
 
@@ -477,7 +482,7 @@ def test_kernel_reads_no_row_that_has_no_target() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cap", [0.0, 2.5])
+@pytest.mark.parametrize("cap", [0.0, 2.5, 15.0])
 @pytest.mark.parametrize("v", [32768, 50257, 128256])
 def test_kernel_on_vocabularies_in_use(v: int, cap: float) -> None:
     """Also more logits in one call than 32 bits count."""

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -264,6 +266,22 @@ def test_a_cpu_is_asked_whether_bfloat16_pays(monkeypatch, small, large, faster,
     monkeypatch.setattr(hardware_module, "matmul_rate", rate)
     assert bf16_is_faster(CPU.device) is faster
     assert set(sizes) == asked
+
+
+def test_a_cpu_is_not_taken_for_a_slow_one_because_it_was_busy_at_first(monkeypatch):
+    """The first five products take 12 ms, as where another process has the core, then 0.2 ms."""
+    now, calls = 0.0, 0
+
+    def synchronize(device):
+        nonlocal now, calls
+        calls += 1
+        if calls % 2 == 0:  # behind a product
+            now += 0.012 if calls <= 10 else 0.0002
+
+    monkeypatch.setattr(hardware_module, "matmul_rate", hardware_module.matmul_rate.__wrapped__)
+    monkeypatch.setattr(hardware_module, "synchronize", synchronize)
+    monkeypatch.setattr(hardware_module, "time", SimpleNamespace(perf_counter=lambda: now))
+    assert hardware_module.measure_matmul(CPU.device, torch.float32) == pytest.approx(2 * 1024**3 / 0.0002)
 
 
 def test_known_gpus_by_the_names_they_report():
