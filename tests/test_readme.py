@@ -258,7 +258,6 @@ SERVED = (
 
 RUNS = {
     "make demo": Run(
-        "DEMO_FLAGS='--steps 2'",
         makes=("demo/model/config.json", "demo/chat/config.json"),
         says="next:",
         after=check_demo,

@@ -27,7 +27,17 @@ def test_a_cap_costs_few_instructions(tmp_path: Path) -> None:
     """Of the special functions, those of a tanh in each of the two passes. Kernels must not be interpreted for it."""
     path = tmp_path / "counts.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), "--instructions", "--one_pass", "16384", "--json", str(path)]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--instructions",
+        "--one_pass",
+        "4096",
+        "--vocab_size",
+        "8192",
+        "--json",
+        str(path),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     record = json.loads(path.read_text(encoding="utf-8"))
