@@ -32,7 +32,6 @@ from doge_lm.errors import UserError
 
 SIGMA = 6.0
 CHECKED = 512
-LEAST_CAP, MOST_CAP = 1e-3, 1e6  # of a model (`final_logit_softcapping`)
 SHORTEST, LONGEST = 128, 2**20  # what a program reads at a time: a logit for each thread, and what Triton allows
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\w+)")
 
@@ -131,9 +130,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         UserError: names the flag.
     """
+    from doge_lm.model.configuration_doge import _NUMBERS  # noqa: PLC0415
+
+    least, _, most = _NUMBERS["final_logit_softcapping"]
     for cap in args.caps:
-        if cap != 0 and not LEAST_CAP <= cap < MOST_CAP:
-            raise UserError(f"--caps {cap:g}: give 0 for none, or a number from {LEAST_CAP:g} to below {MOST_CAP:g}")
+        if cap != 0 and not least <= cap < most:
+            raise UserError(f"--caps {cap:g}: give 0 for none, or a number from {least:g} to below {most:g}")
     for one_pass in args.one_pass:
         if not SHORTEST <= one_pass <= LONGEST or one_pass & (one_pass - 1):
             raise UserError(f"--one_pass {one_pass}: give a power of two from {SHORTEST} to {LONGEST:,}")

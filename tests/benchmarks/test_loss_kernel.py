@@ -27,17 +27,8 @@ def test_a_cap_costs_few_instructions(tmp_path: Path) -> None:
     """Of the special functions, those of a tanh in each of the two passes. Kernels must not be interpreted for it."""
     path = tmp_path / "counts.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--instructions",
-        "--one_pass",
-        "4096",
-        "--vocab_size",
-        "8192",
-        "--json",
-        str(path),
-    ]
+    sizes = ("--one_pass", "4096", "--vocab_size", "8192")
+    command = [sys.executable, str(SCRIPT), "--instructions", *sizes, "--json", str(path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     record = json.loads(path.read_text(encoding="utf-8"))
@@ -68,8 +59,8 @@ def test_what_does_not_fit_is_refused(flags: tuple[str, ...], message: str, monk
         loss_kernel.main()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_times_ask_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["loss_kernel.py"])
     with pytest.raises(UserError, match="times need an NVIDIA GPU; without one, --instructions"):
         loss_kernel.main()

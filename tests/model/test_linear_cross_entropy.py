@@ -492,7 +492,8 @@ def test_kernel_on_vocabularies_in_use(v: int, cap: float) -> None:
     last = logits[-4:].double()
     losses = losses_and_gradient_by_kernel_(logits, targets, IGNORED, True, cap)
     expected_losses = F.cross_entropy(capped(last, cap), targets[-4:], reduction="none")
-    torch.testing.assert_close(losses[-4:].double(), expected_losses, rtol=1e-6, atol=0)
+    bound = 1e-6 if cap == 15 else 1e-7
+    torch.testing.assert_close(losses[-4:].double(), expected_losses, rtol=bound, atol=bound)
     grad = (capped(last, cap).softmax(-1) - F.one_hot(targets[-4:], v)) * slope(last, cap)
     torch.testing.assert_close(logits[-4:].double(), grad, rtol=2**-8, atol=1e-9)
 
