@@ -473,6 +473,17 @@ def test_kernel_takes_logits_of_minus_infinity(cap: float, one_pass: int) -> Non
 
 
 @with_triton
+@pytest.mark.parametrize("cap", [0.0, 0.5, 15.0, 32.0, 50.0])
+def test_kernel_gives_no_loss_to_the_only_token(cap: float) -> None:
+    """Exactly: whatever its power is off by, the sum is off alike."""
+    logits = torch.linspace(-40, 40, 41, device=DEVICE).unsqueeze(1)
+    targets = torch.zeros(41, dtype=torch.int64, device=DEVICE)
+    losses = losses_and_gradient_by_kernel_(logits, targets, IGNORED, True, cap)
+    assert not losses.any()
+    assert not logits.any()
+
+
+@with_triton
 def test_kernel_reads_no_row_that_has_no_target() -> None:
     logits, targets = torch.full((2, 13), math.nan, device=DEVICE), torch.tensor([IGNORED, 13], device=DEVICE)
     losses = losses_and_gradient_by_kernel_(logits, targets, IGNORED, True)

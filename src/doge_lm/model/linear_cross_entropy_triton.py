@@ -31,7 +31,6 @@ PTX = not INTERPRETED and torch.version.hip is None
 """Whether a kernel may name an instruction of NVIDIA's: Triton's division takes three more than the reciprocal."""
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -56,14 +55,14 @@ def _logits(logits_ptr, v, inside, CAP: tl.constexpr, SMALL: tl.constexpr, PTX: 
     """The logits of tokens v, and the derivative by what was read; -inf outside.
 
     With a CAP they are CAP · tanh(logits / CAP), with a SMALL one less the CAP, in units of ln 2: CAP · (tanh(x) - 1)
-    is -2 · CAP / (1 + exp(2x)).
+    is -2 · CAP / (1 + exp(2x)), and the derivative that of tanh(x), 4 · (share - share²), without the 4.
     """
     x = tl.load(logits_ptr + v, mask=inside, other=float("-inf")).to(tl.float32)
     slope = 1.0
     if SMALL:
         share = _reciprocal(1.0 + tl.exp2(x * (2 * _LOG2_E / CAP)), PTX)
         x = tl.where(inside, share * (-2 * CAP * _LOG2_E), float("-inf"))
-        slope = 4.0 * (share - share * share)
+        slope = share - share * share
     elif CAP > 0:
         share = _tanh(x * (1.0 / CAP))
         x = tl.where(inside, CAP * share, float("-inf"))
@@ -75,6 +74,14 @@ def _logits(logits_ptr, v, inside, CAP: tl.constexpr, SMALL: tl.constexpr, PTX: 
 def _powers(x, top, SMALL: tl.constexpr):
     """e^(x - top), of what `_logits` gives."""
     return tl.exp2(x) if SMALL else tl.exp2((x - top) * _LOG2_E)
+
+
+@triton.jit
+def _gradient(powers, total, is_target, slope, SMALL: tl.constexpr):
+    """By what was read. With a SMALL cap, where the target has it all, its power is not 1 but as far off as the sum."""
+    if SMALL:
+        return (powers - tl.where(is_target, total, 0.0)) * (slope * (4 / total))
+    return (powers * (1 / total) - is_target.to(tl.float32)) * slope
 
 
 @triton.jit
@@ -125,7 +132,7 @@ def _softmax_kernel(
             powers = _powers(x, top, SMALL)
             total = tl.sum(powers, axis=0)
             if GRADIENT:
-                grad = (powers * (1 / total) - (lane == target).to(tl.float32)) * slope
+                grad = _gradient(powers, total, lane == target, slope, SMALL)
                 tl.store(logits_ptr + lane, grad.to(logits_ptr.dtype.element_ty), mask=EVEN | (lane < V))
         else:
             top, total = _sum_of_powers(logits_ptr, lane, V, CAP, SMALL, EVEN, PTX)
@@ -133,9 +140,9 @@ def _softmax_kernel(
                 for begin in range(0, V, BLOCK):
                     v = begin + lane
                     x, slope = _logits(logits_ptr, v, EVEN | (v < V), CAP, SMALL, PTX)
-                    grad = (_powers(x, top, SMALL) * (1 / total) - (v == target).to(tl.float32)) * slope
+                    grad = _gradient(_powers(x, top, SMALL), total, v == target, slope, SMALL)
                     tl.store(logits_ptr + v, grad.to(logits_ptr.dtype.element_ty), mask=EVEN | (v < V))
-        loss = (tl.log2(total) - chosen) * _LN_2 if SMALL else top - chosen + tl.log(total)
+        loss = tl.log(total / _powers(chosen, top, SMALL)) if SMALL else top - chosen + tl.log(total)
         tl.store(losses_ptr + row, tl.where(loss < 0, 0.0, loss))  # rounding alone can bring it below 0
 
 
