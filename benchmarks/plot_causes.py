@@ -312,8 +312,22 @@ PANELS = (
     Panel(
         "Tied, d = 384, 30M: a cap of logits",
         (
-            {"Llama": (286,), "30": (338,), "15": (336,)},
-            {"Doge, no experts": (284, 251), "30": (339,), "15": (337,)},
+            {"Llama": (286,), "30": (338,), "15": (336,), "10": (356,)},
+            {"Doge, no experts": (284, 251), "30": (339,), "15": (337,), "10": (357,)},
+        ),
+    ),
+    Panel(
+        "Capped at 15: T = 2,048, 60M; 300M",
+        (
+            {"Llama, T = 2,048": (363, 366, 368), "doge2_25M, T = 2,048": (362, 365, 367)},
+            {"Llama, 300M": (354,), "Doge, no experts, 300M": (355,), "248M, in Llama's time": (364,)},
+        ),
+    ),
+    Panel(
+        "30M: rates of keys, of inner values",
+        (
+            {"keys 0.3 times": (358,), "as the rest": (307,), "3 times": (359,)},
+            {"inner values 0.3 times": (360,), "as the rest": (284, 251), "3 times": (361,)},
         ),
     ),
     Panel(
@@ -339,7 +353,7 @@ PANELS = (
         ({"hard": (284, 251), "soft": (315,), "soft, then hard": (316,)},),
     ),
     Panel(
-        "Tied, d = 384, 30M: a loss for balance",
+        "Tied, 30M: a loss for balance",
         (
             {"two of 256": (307,), "balanced": (308,)},
             {"8 of 4,096": (266,), "balanced": (312,)},
