@@ -9,7 +9,7 @@ total of parameters of the Doge with the same settings, or with `equal_work=true
 among the settings makes the shared part of a Doge as wide as brings the total to the preset's (with tied embeddings,
 say, that of a Llama too), and `tokens=30e6` takes the place of --tokens. The protocol is the default under them: T =
 1,024, 64K tokens a step, cosine over 60M tokens, peak learning rate 3e-3, 1/√fan_in init. With `as_is=true` it gives
-way to the preset's own step, rates and starting values, for a --preset that is itself to be measured.
+way to the preset's own step, rates and starting values; which one is then to be said by --preset.
 Prints a table and appends each row to OUT/quality.jsonl. `--also_test DIR` scores the test rows of a second prepared
 set too, under `other_…`: text by which nothing was chosen.
 """
@@ -203,8 +203,12 @@ def check_numbers(row: str, changed: dict[str, str]) -> None:
     """Look through what the row alone knows.
 
     Raises:
-        UserError: if `tokens` or `sequences_per_step` is no positive number, or a flag neither true nor false.
+        UserError: if `tokens` or `sequences_per_step` is no positive number, a flag neither true nor false, or the
+            length, by which the steps are counted, is not given by its flag.
     """
+    for key in ("sequence_length", "train.sequence_length"):
+        if key in changed:
+            raise UserError(f"run {row!r}: give {key} as --sequence_length {changed[key]}")
     for key in ("tokens", "sequences_per_step"):
         number = above_zero(changed.get(key, "1"))
         if number is None or (key != "tokens" and number % 1):
@@ -231,6 +235,16 @@ def fitted_width(build: ModelBuilder, settings: Settings, total: int) -> int:
     if width < 1:
         raise UserError(f"fit: without the shared part the model has {counts[0]} parameters, more than {total}")
     return max(1, round(width / WIDTH_STEP)) * WIDTH_STEP
+
+
+def check_preset_is_named(row: str, changed: dict[str, str], preset: str | None) -> None:
+    """Refuse a row that measures a preset as it is, and does not say which.
+
+    Raises:
+        UserError: so.
+    """
+    if preset is None and changed.get("as_is") == "true":
+        raise UserError(f"run {row!r}: as_is=true measures a preset; say which by --preset NAME")
 
 
 def run_row(row: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -276,7 +290,8 @@ def run_row(row: str, args: argparse.Namespace) -> dict[str, Any]:
     pretrain.run(parser.parse_args(flags), build_model=build)
     seconds = time.perf_counter() - begun
     lines = [json.loads(line) for line in (place / "log" / LOG_NAME).read_text(encoding="utf-8").splitlines()]
-    figures = {"run": row, "seconds": round(seconds, 1), **summarize(lines)}
+    of_the_flags = {"preset": Path(args.preset).name, "sequence_length": args.sequence_length}
+    figures = {"run": row, **of_the_flags, "seconds": round(seconds, 1), **summarize(lines)}
     loaded = load_settings(args.preset, [f"{key}={value}" for key, value in settings.items()])
     model = build(loaded.model_config(), loaded.train)
     load_model(model, place / "model" / "model.safetensors")
@@ -442,7 +457,7 @@ def training_curve(lines: list[dict[str, Any]]) -> dict[int, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--preset", default=DEFAULT_PRESET)
+    parser.add_argument("--preset", help=f"(default: {DEFAULT_PRESET})")
     parser.add_argument("--dataset_path", required=True)
     parser.add_argument("--tokenizer_path", required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -455,7 +470,8 @@ def main() -> int:
     if args.output_dir.is_file():
         raise UserError(f"--output_dir {args.output_dir} is a file; name a folder")
     for row in args.runs:
-        parse_row(row)
+        check_preset_is_named(row, parse_row(row)[2], args.preset)
+    args.preset = args.preset or DEFAULT_PRESET
     if args.also_test is not None:
         check_other_set(args)
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,8 @@
     python benchmarks/quality_many.py ROWS.txt --processes 6 --output_dir OUT --seconds 550 --
         --dataset_path DIR --tokenizer_path DIR --micro_batch 64
 
-ROWS.txt has a RUN a line, in the order in which they begin; `#` opens a comment. What stands behind `--` is handed on.
+ROWS.txt has a RUN a line, in the order in which they begin; `#` opens a comment. A row of another preset or length has
+`--preset NAME` or `--sequence_length T` behind it. What stands behind `--` is handed on, ahead of a row's own flags.
 Each row runs in a process of its own, and its number names its folder under OUT: they count from the N of a comment
 `Numbers from N.`, or from --first. `--only 279 280` runs these alone. OUT/rows.jsonl has a line a row in the form of
 `benchmarks/results`: the figures of `quality.py`, or `unfinished`, with the curve up to there and the end of what the
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flags import positive, run_command
-from quality import DEFAULT_PRESET, OF_THE_ROW, UserError, parse_row, training_curve
+from quality import DEFAULT_PRESET, OF_THE_ROW, UserError, check_preset_is_named, parse_row, training_curve
 
 from doge_lm.data.sources import read_text
 from doge_lm.training.callbacks import LOG_NAME
@@ -29,18 +30,46 @@ from doge_lm.training.settings import load_settings
 
 QUALITY = Path(__file__).parent / "quality.py"
 POLL_SECONDS = 0.5
+FLAGS_OF_A_ROW = ("--preset", "--sequence_length")
+
+
+class Row(NamedTuple):
+    """A run, and the flags that stand behind it in the file."""
+
+    run: str
+    flags: list[str]
 
 
 class Started(NamedTuple):
     """A row that runs."""
 
     number: int
-    row: str
     process: subprocess.Popen[bytes]
 
 
-def read_rows(path: Path, preset: str) -> list[str]:
-    """The rows of a file, with the settings of each looked through before any begins.
+def read_row(line: str, preset: str | None) -> Row:
+    """A line of a file of rows, its settings looked through; `preset` is what was given for all rows.
+
+    Raises:
+        UserError: for an unknown form, setting, preset or flag.
+    """
+    run, *flags = line.split()
+    own = dict(zip(flags[::2], flags[1::2], strict=False))
+    if len(flags) % 2 or not set(own) <= set(FLAGS_OF_A_ROW):
+        raise UserError(
+            f"{' '.join(flags)!r}: behind a row may stand {' and '.join(FLAGS_OF_A_ROW)}, each with a value"
+        )
+    _, _, changed = parse_row(run)
+    preset = own.get("--preset", preset)
+    check_preset_is_named(run, changed, preset)
+    settings = [f"{key}={value}" for key, value in changed.items() if key not in OF_THE_ROW]
+    settings += [f"sequence_length={own[flag]}" for flag in own if flag == "--sequence_length"]
+    load_settings(preset or DEFAULT_PRESET, settings)
+    return Row(run, flags)
+
+
+def read_rows(path: Path, preset: str | None = None) -> list[Row]:
+    """The rows of a file, each looked through before any begins.
 
     Raises:
         UserError: for a file that cannot be read, or a row of an unknown form or setting; the message names its line.
@@ -51,11 +80,9 @@ def read_rows(path: Path, preset: str) -> list[str]:
         if not row:
             continue
         try:
-            _, _, changed = parse_row(row)
-            load_settings(preset, [f"{key}={value}" for key, value in changed.items() if key not in OF_THE_ROW])
+            rows.append(read_row(row, preset))
         except UserError as error:
             raise UserError(f"{path}, line {number}: {error}") from error
-        rows.append(row)
     if not rows:
         raise UserError(f"{path} has no row")
     return rows
@@ -76,13 +103,13 @@ def first_number(path: Path, given: int | None) -> int:
     return first
 
 
-def start(number: int, row: str, folder: Path, handed_on: list[str]) -> Started:
+def start(number: int, row: Row, folder: Path, handed_on: list[str]) -> Started:
     """Begin a row in a process of its own, which writes into OUT/NUMBER."""
     place = folder / str(number)
     place.mkdir(parents=True)
-    command = [sys.executable, str(QUALITY), *handed_on, "--output_dir", str(place), row]
+    command = [sys.executable, str(QUALITY), *handed_on, "--output_dir", str(place), *row.flags, row.run]
     with (place / "output.txt").open("wb") as output:
-        return Started(number, row, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
+        return Started(number, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
 
 
 def stop(_signal: int, _frame: object) -> None:
@@ -90,7 +117,7 @@ def stop(_signal: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def numbered(rows: list[str], first: int, only: list[int] | None) -> dict[int, str]:
+def numbered(rows: list[Row], first: int, only: list[int] | None) -> dict[int, Row]:
     """The rows by their numbers, or those of them that are asked for.
 
     Raises:
@@ -105,7 +132,7 @@ def numbered(rows: list[str], first: int, only: list[int] | None) -> dict[int, s
     return {number: row for number, row in known.items() if number in only}
 
 
-def run_all(rows: dict[int, str], processes: int, folder: Path, seconds: float, handed_on: list[str]) -> None:
+def run_all(rows: dict[int, Row], processes: int, folder: Path, seconds: float, handed_on: list[str]) -> None:
     """Run the rows, so many at a time; what runs when the time is over is killed, what waits does not begin."""
     end = time.monotonic() + seconds
     waiting = list(rows.items())
@@ -129,13 +156,13 @@ def complete_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
 
 
-def record(number: int, row: str, folder: Path) -> dict[str, Any]:
+def record(number: int, run: str, folder: Path) -> dict[str, Any]:
     """What is known of a row after its end."""
     place = folder / str(number)
     finished = place / "quality.jsonl"
     if finished.exists() and (figures := complete_lines(finished)):
         return {"row": number, **figures[0]}
-    found: dict[str, Any] = {"row": number, "run": row, "unfinished": True, "curve": {}}
+    found: dict[str, Any] = {"row": number, "run": run, "unfinished": True, "curve": {}}
     for log in place.glob(f"*/log/{LOG_NAME}"):
         found["curve"] = training_curve(complete_lines(log))
     if (place / "output.txt").exists():
@@ -160,7 +187,7 @@ def main() -> int:
     given, handed_on = split_flags(sys.argv[1:])
     args = parser.parse_args(given)
     preset_parser = argparse.ArgumentParser(add_help=False)
-    preset_parser.add_argument("--preset", default=DEFAULT_PRESET)
+    preset_parser.add_argument("--preset")
     listed = read_rows(args.rows, preset_parser.parse_known_args(handed_on)[0].preset)
     rows = numbered(listed, first_number(args.rows, args.first), args.only)
     if args.output_dir.is_file():
@@ -174,7 +201,7 @@ def main() -> int:
         run_all(rows, args.processes, args.output_dir, args.seconds, handed_on)
     except KeyboardInterrupt:
         interrupted = True
-    records = [record(number, row, args.output_dir) for number, row in rows.items()]
+    records = [record(number, row.run, args.output_dir) for number, row in rows.items()]
     with (args.output_dir / "rows.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(each) + "\n" for each in records)
     for each in records:

@@ -368,6 +368,7 @@ def test_a_row_of_each_architecture_runs(command: Command, tmp_path: Path) -> No
     lines = (tmp_path / "out" / "quality.jsonl").read_text(encoding="utf-8").splitlines()
     doge, llama, without, preset = map(json.loads, lines)
     assert doge["tokens"] == llama["tokens"] == 2 * 8 * 32
+    assert (doge["preset"], doge["sequence_length"]) == ("settings.yaml", 32)
     assert doge["eval_loss"] != llama["eval_loss"]
     assert len(doge["experts_used"]) == 2
     assert "experts_used" not in llama
@@ -392,6 +393,7 @@ def test_a_row_of_each_architecture_runs(command: Command, tmp_path: Path) -> No
         ("doge:tokens=-1", "tokens must be a positive number"),
         ("llama:sequences_per_step=1.5", "sequences_per_step must be a positive whole number"),
         ("doge:fit=yes", "fit must be true or false, not 'yes'"),
+        ("doge:train.sequence_length=64", "as --sequence_length 64"),
     ],
 )
 def test_what_a_row_alone_knows_is_looked_through(row: str, message: str) -> None:
@@ -408,6 +410,7 @@ def test_what_cannot_be_run_is_said_before_anything_is_trained(monkeypatch: pyte
     for flags, message in (
         (["--output_dir", str(file), "doge"], "is a file; name a folder"),
         (["--output_dir", str(tmp_path / "out"), "doge:tokens=100"], "100 tokens are 0 steps of 64 sequences of 1024"),
+        (["--output_dir", str(tmp_path / "out"), "doge:as_is=true"], "as_is=true measures a preset; say which"),
         (["--output_dir", str(tmp_path / "out"), "--also_test", str(other), "doge"], "another --max_len"),
     ):
         monkeypatch.setattr(sys, "argv", ["quality.py", *places, *flags])

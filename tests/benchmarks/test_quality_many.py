@@ -23,6 +23,8 @@ parser = argparse.ArgumentParser()
 parser.add_argument("run")
 parser.add_argument("--output_dir", type=pathlib.Path)
 parser.add_argument("--micro_batch", type=int)
+parser.add_argument("--preset")
+parser.add_argument("--sequence_length", type=int, default=0)
 args = parser.parse_args()
 log = args.output_dir / "a-name" / "log"
 log.mkdir(parents=True)
@@ -32,6 +34,8 @@ print("begun", flush=True)
 if "seed=0" in args.run:
     time.sleep(3600)
 row = {"run": args.run, "eval_loss": 3.5, "curve": {}, "micro_batch": args.micro_batch}
+if args.preset:
+    row |= {"preset": args.preset, "sequence_length": args.sequence_length}
 (args.output_dir / "quality.jsonl").write_text(json.dumps(row) + "\\n")
 """
 
@@ -65,6 +69,19 @@ def test_rows_run_side_by_side_and_what_is_cut_off_keeps_its_curve(command: Comm
     assert "9 unfinished doge:seed=0" in printed
     with pytest.raises(quality_many.UserError, match="is not empty"):
         command(quality_many, *flags)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_rows_own_flags_stand_above_those_for_all(command: Command, tmp_path: Path) -> None:
+    rows, place = tmp_path / "rows.txt", tmp_path / "out"
+    rows.write_text("doge:seed=1 --preset doge2_25M --sequence_length 64\nllama:seed=2  # as all\n", encoding="utf-8")
+    flags = [str(rows), "--first", "7", "--output_dir", str(place)]
+    command(quality_many, *flags, "--", "--preset", "doge_80M", "--sequence_length", "32")
+    found = [json.loads(line) for line in (place / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(row["run"], row["preset"], row["sequence_length"]) for row in found] == [
+        ("doge:seed=1", "doge2_25M", 64),
+        ("llama:seed=2", "doge_80M", 32),
+    ]
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -154,6 +171,11 @@ def test_what_never_began_has_no_curve(tmp_path: Path) -> None:
         ("doge@no_expert:seed=1", r"line 1: .*no_expert is no change of a doge"),
         ("doge:sede=1", r"line 1: .*seed"),
         ("doge:seed", r"line 1: .*'seed' is no KEY=VALUE"),
+        ("doge:seed=1 --preset", r"line 1: '--preset': behind a row may stand --preset and --sequence_length"),
+        ("doge:seed=1 --tokens 5", r"line 1: '--tokens 5': behind a row may stand"),
+        ("doge:seed=1 --preset no_such", r"line 1: .*no_such"),
+        ("doge:seed=1 --sequence_length x", r"line 1: .*sequence_length"),
+        ("doge:as_is=true", r"line 1: .*as_is=true measures a preset; say which by --preset NAME"),
         ("# nothing\n", "has no row"),
     ],
 )
@@ -161,7 +183,7 @@ def test_rows_are_looked_through_before_any_begins(tmp_path: Path, text: str, me
     rows = tmp_path / "rows.txt"
     rows.write_text(text, encoding="utf-8")
     with pytest.raises(quality_many.UserError, match=message):
-        quality_many.read_rows(rows, "doge_25M")
+        quality_many.read_rows(rows)
 
 
 def test_a_row_that_failed_says_what_it_wrote(tmp_path: Path) -> None:
@@ -174,4 +196,4 @@ def test_a_row_that_failed_says_what_it_wrote(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "rows").iterdir()), ids=lambda path: path.name)
 def test_the_recorded_files_can_be_read(path: Path) -> None:
-    assert quality_many.read_rows(path, "doge_25M")
+    assert quality_many.read_rows(path)

@@ -487,6 +487,22 @@ def test_kernel_gives_no_loss_to_the_only_token(cap: float, rounding: float) -> 
 
 
 @with_triton
+@pytest.mark.parametrize("one_pass", [32768, 4])
+@pytest.mark.parametrize("cap", [0.0, 15.0])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_kernel_takes_the_largest_numbers(sign: int, cap: float, one_pass: int) -> None:
+    """Of all rows of level logits the loss is log V, wherever they lie."""
+    logits = torch.full((2, 13), sign * torch.finfo(torch.float32).max, device=DEVICE)
+    logits[1, 7:] = 0.0
+    targets = torch.tensor([9, 3], device=DEVICE)
+    plain, kernel = logits.clone(), logits.clone()
+    losses = losses_and_gradient_(plain, targets, IGNORED, True, cap)
+    assert losses[0] == pytest.approx(math.log(13))
+    torch.testing.assert_close(losses_and_gradient_by_kernel_(kernel, targets, IGNORED, True, cap, one_pass), losses)
+    torch.testing.assert_close(kernel, plain)
+
+
+@with_triton
 def test_kernel_reads_no_row_that_has_no_target() -> None:
     logits, targets = torch.full((2, 13), math.nan, device=DEVICE), torch.tensor([IGNORED, 13], device=DEVICE)
     losses = losses_and_gradient_by_kernel_(logits, targets, IGNORED, True)

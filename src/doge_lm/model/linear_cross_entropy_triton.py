@@ -21,9 +21,9 @@ from .triton_operator import INTERPRETED
 
 ONE_PASS = 8192
 """The longest row that a program holds in registers. Of longer rows it reads a block at a time, twice; the second time
-out of the cache. On an H200, 8,192 rows of 32,768 in bfloat16: 0.33 ms in blocks of 8,192, 0.34 of 16,384, 0.39 in
-registers (copying them takes 0.26); with a cap of 15 0.44, 0.50 and 0.54. Rows of 16,384: 0.15 ms in two blocks, 0.25
-in registers; with a cap 0.23 and 0.28."""
+out of the cache. On an H200, 8,192 rows of 32,768 in bfloat16: 0.32 ms in blocks of 8,192, 0.33 of 16,384, 0.39 in
+registers (copying them takes 0.26); with a cap of 15 0.43, 0.49 and 0.54. On another, of 16,384: 0.15 ms in two blocks,
+0.25 in registers; with a cap 0.23 and 0.28."""
 
 SMALL_CAP = 32.0
 """Up to this cap c, e^(-2c) is far above the smallest float32. A loss is off by some 1e-6 at 15, by up to 2e-5 here."""
@@ -32,6 +32,7 @@ PTX = not INTERPRETED and torch.version.hip is None
 """Whether a kernel may name an instruction of NVIDIA's: Triton's division takes three more than the reciprocal."""
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
@@ -94,7 +95,7 @@ def _sum_of_powers(logits_ptr, lane, V, CAP: tl.constexpr, SMALL: tl.constexpr, 
             v = begin + lane
             powers += _powers(_logits(logits_ptr, v, EVEN | (v < V), CAP, SMALL, PTX)[0], 0.0, SMALL)
         return 0.0, tl.sum(powers, axis=0)
-    top = -1.0e38  # finite, or a block of nothing but -inf would give NaN
+    top = _LOWEST  # finite, or a block of nothing but -inf would give NaN
     total = 0.0
     for begin in range(0, V, lane.shape[0]):
         v = begin + lane
