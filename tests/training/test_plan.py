@@ -6,7 +6,7 @@ import torch
 from doge_lm.cli import main
 from doge_lm.errors import UserError
 from doge_lm.training import hardware as hardware_module
-from doge_lm.training.hardware import Hardware, bf16_is_faster, known_peak
+from doge_lm.training.hardware import Hardware, Peak, bf16_is_faster, known_peak
 from doge_lm.training.plan import count_model, estimate_memory, make_plan
 from doge_lm.training.presets import preset_paths
 from doge_lm.training.settings import load_settings
@@ -90,6 +90,15 @@ def test_without_experts_every_parameter_is_active():
     d, r, n, cross, vocabulary = 32, 16, 2, 64, 400
     assert counts.matmul == 2 * (3 * d * d + r * d + n * r + 2 * d * cross) + vocabulary * d
     assert counts.active == counts.total == counts.matmul + 2 * (n * d + 2 * d) + d + vocabulary * d
+
+
+@pytest.mark.parametrize(
+    ("flops", "shown"), [(1.3e9, "1.30 GFLOP/s"), (7e10, "0.07 TFLOP/s"), (9.89e14, "989.00 TFLOP/s")]
+)
+def test_the_speed_of_a_device_is_shown_in_digits_that_say_something(flops, shown, capsys, monkeypatch):
+    monkeypatch.setattr("doge_lm.training.run.peak_flops", lambda *_: Peak(flops, "asked"))
+    assert main(["train", "--config_path", "doge_tiny", "--dry_run"]) == 0
+    assert f"at the peak of the device ({shown}, asked)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", preset_paths())

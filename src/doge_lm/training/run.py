@@ -212,7 +212,9 @@ def _least_time(plan: Plan, peak: Peak) -> str:
     """The time that the whole work takes at the peak of the devices: no run is faster, and most are slower by far."""
     hours = plan.total_flops / (peak.flops * plan.world_size) / 3600
     time = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.1f} minutes"
-    return f"  at the peak of the device ({peak.flops / 1e12:,.2f} TFLOP/s, {peak.source}) the work takes {time}"
+    # A CPU without units for bfloat16 does a few GFLOP/s.
+    speed = f"{peak.flops / 1e12:,.2f} TFLOP/s" if peak.flops >= 1e10 else f"{peak.flops / 1e9:,.2f} GFLOP/s"
+    return f"  at the peak of the device ({speed}, {peak.source}) the work takes {time}"
 
 
 @contextmanager
