@@ -63,7 +63,8 @@ def read_row(line: str, preset: str | None) -> Row:
     preset = own.get("--preset", preset)
     check_preset_is_named(run, changed, preset)
     settings = [f"{key}={value}" for key, value in changed.items() if key not in OF_THE_ROW]
-    settings += [f"sequence_length={own[flag]}" for flag in own if flag == "--sequence_length"]
+    if "--sequence_length" in own:
+        settings.append(f"sequence_length={own['--sequence_length']}")
     load_settings(preset or DEFAULT_PRESET, settings)
     return Row(run, flags)
 
