@@ -195,10 +195,9 @@ class Machine:
                 "for the sockets of processes that read data; set TMPDIR to a shorter one, or dataloader_num_workers: 0"
             )
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        # `flash` breaks the compiled model apart; with other processes, gradients travel while a backward pass runs.
+        # `flash` breaks the compiled model apart.
         obstacles = {
             f"the device is {hardware.device}, and not an NVIDIA GPU": hardware.device.type != "cuda",
-            f"the run has {world_size} processes": world_size != 1,
             "the model is not compiled (torch_compile)": not compiled,
             f"attn_implementation is {train.attn_implementation}": train.attn_implementation.startswith("flash"),
         }
