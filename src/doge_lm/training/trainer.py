@@ -93,7 +93,7 @@ def training_arguments(
         accelerator_config={"non_blocking": cuda},
         remove_unused_columns=False,  # the collator reads columns that the model does not take
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # the model's only buffers are the frequencies of positions, which do not change
+        ddp_broadcast_buffers=False,  # frequencies of positions, which each process has of its own
         use_cpu=plan.hardware.device.type == "cpu",
         report_to="none",
         disable_tqdm=True,
