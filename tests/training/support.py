@@ -146,9 +146,9 @@ class World:
         ]
 
 
-def start(flags, launcher=()):
-    """`train.py` as a process of its own, as a user starts it."""
-    command = [sys.executable, *launcher, str(ROOT / "train.py"), *flags]
+def start(flags, launcher=(), script="train.py"):
+    """A script of the project as a process of its own, as a user starts it."""
+    command = [sys.executable, *launcher, str(ROOT / script), *flags]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", env=one_thread()
     )

@@ -26,8 +26,9 @@ from doge_lm.training.settings import FinetuneSettings, load_settings_of
 from doge_lm.training.tuning import load_base
 from tests.model.support import tiny_model
 
+from . import support
 from .conversations import LENGTH, TUNE, conversations, make_conversations
-from .support import log_lines, losses
+from .support import finish, log_lines, losses
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +166,20 @@ def test_adapters_are_trained_resumed_and_merged(base, data, tmp_path):
     # Of a run without adapters in the same place, none stays beside its model.
     assert tune(parts, base, data, "--overwrite", per_epoch_max_steps=1, num_train_epochs=1) == 0
     assert not (parts / "out" / "adapter").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_tune_as_one(base, data, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings = {"per_device_train_batch_size": "auto", "lora": {"rank": 4}}
+    assert tune(one, base, data, **settings) == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    output = finish(support.start(flags(two, base, data, **settings), launcher, "finetune.py"))
+    assert "2 sequences x 1 accumulated x 2 devices" in output
+    assert losses(two) == pytest.approx(losses(one), abs=2e-5)
+    merged = [load_file(place / "out" / "model.safetensors") for place in (one, two)]
+    for name, weight in merged[0].items():
+        torch.testing.assert_close(merged[1][name], weight, atol=1e-4, rtol=1e-4)
 
 
 def test_the_loss_is_that_of_trl(base, data, tmp_path):

@@ -4,6 +4,7 @@ import inspect
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -270,6 +271,8 @@ class DogeTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; the time of a lap begins here."""
+        # transformers gives it by this name, and PyTorch 2.13 has another as well.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         self._stopwatch.restart()
         return super().train(*args, **kwargs)
 
