@@ -7,6 +7,7 @@ values start" in RESULTS.md are a1 to a10. Losses compare within a panel, and th
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -20,7 +21,7 @@ import matplotlib.pyplot as plt
 from doge_lm.errors import UserError
 
 COLUMNS = 3
-COLOURS = ("tab:blue", "tab:orange", "tab:green")
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
 
 Row = int | str
 
@@ -42,7 +43,7 @@ PANELS = (
         ({"as published": (1,), "queries normed": (2,), "and 4 heads of 4 experts": (3,)},),
     ),
     Panel(
-        "Norms of attention's queries and keys",
+        "Norms of queries and keys",
         (
             {"Llama": (6,), "Llama, normed": (9,)},
             {"Doge, 4 heads of 4": (3,), "the same, normed": (10,)},
@@ -246,7 +247,7 @@ PANELS = (
                 "Llama σ 0.02": (230, 231, 232),
                 "σ 0.01": (293, 294, 295),
                 "12 layers": (332,),
-                "AdamW": (342,),
+                "AdamW": (371,),
                 "capped at 15": (348, 350, 352),
             },
             {
@@ -254,7 +255,9 @@ PANELS = (
                 "Doge, no experts": (233, 234, 235),
                 "all N(0, 0.02)": (309, 310, 311),
                 "12 layers": (333,),
+                "AdamW": (376,),
                 "capped at 15": (349, 351, 353),
+                "capped, linear value": (383, 384, 385),
                 "two of 256 experts": (236, 237, 238),
                 "no experts, 49.5M": (276, 277, 278),
             },
@@ -317,10 +320,25 @@ PANELS = (
         ),
     ),
     Panel(
-        "Capped at 15: T = 2,048, 60M; 300M",
+        "Tied, d = 384, 60M: AdamW alone, rates",
+        (
+            {"Llama 1e-3": (369,), "2e-3": (370,), "3e-3": (371,), "5e-3": (342,), "7e-3": (372,), "1e-2": (343,)},
+            {"Doge, no experts 2e-3": (374,), "3e-3": (375,), "5e-3": (376,)},
+            {"Llama 3e-3, decay 0.1": (373,)},
+        ),
+    ),
+    Panel(
+        "Capped at 15",
         (
             {"Llama, T = 2,048": (363, 366, 368), "doge2_25M, T = 2,048": (362, 365, 367)},
-            {"Llama, 300M": (354,), "Doge, no experts, 300M": (355,), "248M, in Llama's time": (364,)},
+            {"Llama, 120M": (377, 379, 381), "Doge, no experts, 120M": (378, 380, 382)},
+            {
+                "Llama, 300M": (354, 388),
+                "248M": (392,),
+                "Doge, no experts, 300M": (355, 389),
+                "248M, in Llama's time": (364, 393),
+            },
+            {"Llama of 80M, 60M": (386,), "Doge": (387,)},
         ),
     ),
     Panel(
@@ -349,14 +367,14 @@ PANELS = (
         ),
     ),
     Panel(
-        "Tied, d = 384, 30M: how the inner value is chosen",
+        "30M: how the inner value is chosen",
         ({"hard": (284, 251), "soft": (315,), "soft, then hard": (316,)},),
     ),
     Panel(
-        "Tied, 30M: a loss for balance",
+        "Tied, 30M: balance, and rank of the experts' sums",
         (
-            {"two of 256": (307,), "balanced": (308,)},
-            {"8 of 4,096": (266,), "balanced": (312,)},
+            {"two of 256, rank 3 to 12": (307,), "balanced, 5 to 55": (308,)},
+            {"8 of 4,096": (266,), "balanced, 48 to 113": (312,)},
         ),
     ),
     Panel(
@@ -369,7 +387,7 @@ PANELS = (
         ),
     ),
     Panel(
-        "What two of 256 experts cost, with Muon",
+        "What two of 256 experts cost",
         (
             {"no experts": (95,), "experts": (111,)},
             {"no experts, tied, 30M": (129,), "experts": (145,)},
@@ -423,10 +441,15 @@ def labelled_rows(choices: Sequence[str], known: Container[Row]) -> list[tuple[s
     return found
 
 
+def settings_of(panel: Panel) -> int:
+    """How many settings a panel has, each a line of it."""
+    return sum(map(len, panel.groups))
+
+
 def draw_panel(axes: Any, panel: Panel, losses: dict[Row, float]) -> None:
     """A line for each setting from above, with a point for each seed."""
     labels: list[str] = []
-    for colour, group in zip(COLOURS, panel.groups, strict=False):
+    for colour, group in zip(itertools.cycle(COLOURS), panel.groups, strict=False):
         for label, rows in group.items():
             found = [losses[row] for row in rows]
             axes.plot(found, [len(labels)] * len(found), "o", color=colour, markersize=5, alpha=0.8)
@@ -455,7 +478,8 @@ def main() -> int:
     except UserError as error:
         parser.error(str(error))
     lines = -(-len(PANELS) // COLUMNS)
-    figure, axes = plt.subplots(lines, COLUMNS, figsize=(14, 2.1 * lines), layout="constrained")
+    heights = [1.0 + 0.17 * max(map(settings_of, PANELS[at : at + COLUMNS])) for at in range(0, len(PANELS), COLUMNS)]
+    figure, axes = plt.subplots(lines, COLUMNS, figsize=(14, sum(heights)), height_ratios=heights, layout="constrained")
     for each, panel in zip(axes.flat, PANELS, strict=False):
         draw_panel(each, panel, losses)
     for unused in axes.flat[len(PANELS) :]:

@@ -207,6 +207,8 @@ def main() -> int:
         file.writelines(json.dumps(each) + "\n" for each in records)
     for each in records:
         print(f"{each['row']:5} {each.get('eval_loss', 'unfinished'):>10} {each['run']}")
+        if last := each.get("output", "").strip().rpartition("\n")[2]:
+            print(f"      {args.output_dir / str(each['row']) / 'output.txt'} ends with: {last}")
     if interrupted:
         return 130
     return 0 if any("eval_loss" in each for each in records) else 1

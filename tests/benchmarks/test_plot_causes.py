@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
 from tests.benchmarks.conftest import Command
@@ -21,6 +22,14 @@ def test_every_panel_is_drawn_from_recorded_rows(command: Command, tmp_path: Pat
     picture = tmp_path / "causes.png"
     command(plot_causes, str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_setting_of_a_panel_is_left_out() -> None:
+    groups = tuple({f"{group}{at}": (2 * group + at,) for at in range(2)} for group in range(7))
+    panel = plot_causes.Panel("more groups than colours", groups)
+    axes = plt.figure().subplots()
+    plot_causes.draw_panel(axes, panel, {row: float(row) for row in range(14)})
+    assert plot_causes.settings_of(panel) == len(axes.lines) == len(axes.get_yticks()) == 14
 
 
 def test_a_number_belongs_to_one_row(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import itertools
 import json
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -454,8 +455,12 @@ def test_cuda_graphs_change_no_loss(world, tmp_path):
 @pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_train_as_one(world, tmp_path, graphs):
-    """Over two micro-batches a step, of which only the last one's gradients travel."""
-    settings = {"bf16": True, "torch_compile": True, "eval_steps": 6, "model": {"hidden_dropout": 0.0}}
+    """Over two micro-batches a step, of which only the last one's gradients travel, and more of them than 1 MiB.
+
+    They travel in two parts then, and the compiled model is cut between them.
+    """
+    model = {"hidden_dropout": 0.0, "cross_domain_intermediate_size": 4096, "tie_word_embeddings": True}
+    settings = {"bf16": True, "torch_compile": True, "eval_steps": 6, "model": model}
     settings |= {"sequences_per_step": 32, "per_epoch_max_steps": 1, "num_train_epochs": 12, "logging_steps": 1}
     one, two = tmp_path / "one", tmp_path / "two"
     assert train(world, one, per_device_train_batch_size=16, cuda_graphs=False, **settings) == 0
@@ -463,6 +468,9 @@ def test_two_gpus_train_as_one(world, tmp_path, graphs):
     flags = world.flags(two, per_device_train_batch_size=8, cuda_graphs=graphs, **settings)
     output = finish(start(flags, launcher))
     assert "8 sequences x 2 accumulated x 2 devices" in output
+    found = re.search(r"parameters +([\d,]+) total", output)
+    assert found is not None
+    assert 4 * int(found[1].replace(",", "")) > 2**20
     assert losses(two) == pytest.approx(losses(one), abs=2e-3)
     assert len(losses(two)) == 12
 
