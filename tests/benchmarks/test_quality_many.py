@@ -67,6 +67,7 @@ def test_rows_run_side_by_side_and_what_is_cut_off_keeps_its_curve(command: Comm
         {"row": 10, "run": "doge:seed=3", **end},
     ]
     assert "9 unfinished doge:seed=0" in printed
+    assert "9/output.txt ends with: begun" in printed.replace("\\", "/")
     with pytest.raises(quality_many.UserError, match="is not empty"):
         command(quality_many, *flags)
 
