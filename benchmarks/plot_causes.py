@@ -477,9 +477,10 @@ def main() -> int:
                 raise UserError(f"{args.results} has no finished row {row}, which a panel names")
     except UserError as error:
         parser.error(str(error))
-    lines = -(-len(PANELS) // COLUMNS)
     heights = [1.0 + 0.17 * max(map(settings_of, PANELS[at : at + COLUMNS])) for at in range(0, len(PANELS), COLUMNS)]
-    figure, axes = plt.subplots(lines, COLUMNS, figsize=(14, sum(heights)), height_ratios=heights, layout="constrained")
+    figure, axes = plt.subplots(
+        len(heights), COLUMNS, figsize=(14, sum(heights)), height_ratios=heights, layout="constrained"
+    )
     for each, panel in zip(axes.flat, PANELS, strict=False):
         draw_panel(each, panel, losses)
     for unused in axes.flat[len(PANELS) :]:

@@ -6,8 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pytest
+from matplotlib.figure import Figure
 
 from tests.benchmarks.conftest import Command
 
@@ -27,7 +27,7 @@ def test_every_panel_is_drawn_from_recorded_rows(command: Command, tmp_path: Pat
 def test_no_setting_of_a_panel_is_left_out() -> None:
     groups = tuple({f"{group}{at}": (2 * group + at,) for at in range(2)} for group in range(7))
     panel = plot_causes.Panel("more groups than colours", groups)
-    axes = plt.figure().subplots()
+    axes = Figure().subplots()
     plot_causes.draw_panel(axes, panel, {row: float(row) for row in range(14)})
     assert plot_causes.settings_of(panel) == len(axes.lines) == len(axes.get_yticks()) == 14
 

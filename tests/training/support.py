@@ -18,6 +18,7 @@ from doge_lm.training.settings import parse_settings
 
 ROOT = Path(__file__).parents[2]
 LENGTH = 32
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 MODEL = {
     "vocab_size": 400,
     "hidden_size": 32,

@@ -28,7 +28,7 @@ from tests.model.support import tiny_model
 
 from . import support
 from .conversations import LENGTH, TUNE, conversations, make_conversations
-from .support import finish, log_lines, losses
+from .support import TWO_PROCESSES, finish, log_lines, losses
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +173,7 @@ def test_two_processes_tune_as_one(base, data, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     settings = {"per_device_train_batch_size": "auto", "lora": {"rank": 4}}
     assert tune(one, base, data, **settings) == 0
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    output = finish(support.start(flags(two, base, data, **settings), launcher, "finetune.py"))
+    output = finish(support.start(flags(two, base, data, **settings), TWO_PROCESSES, "finetune.py"))
     assert "2 sequences x 1 accumulated x 2 devices" in output
     assert losses(two) == pytest.approx(losses(one), abs=2e-5)
     merged = [load_file(place / "out" / "model.safetensors") for place in (one, two)]

@@ -26,6 +26,7 @@ from doge_lm.training.trainer import DogeTrainer
 from . import support
 from .support import (
     LENGTH,
+    TWO_PROCESSES,
     finish,
     log_lines,
     losses,
@@ -205,8 +206,7 @@ def test_two_processes_train_as_one(world, tmp_path):
     settings = {"per_device_train_batch_size": "auto", "num_train_epochs": 1, "logging_steps": 2}
     one, two = tmp_path / "one", tmp_path / "two"
     assert main(["train", *world.flags(one, model=model, **settings)]) == 0
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    output = finish(start(world.flags(two, model=model, **settings), launcher))
+    output = finish(start(world.flags(two, model=model, **settings), TWO_PROCESSES))
     assert "4 sequences x 1 accumulated x 2 devices" in output
     assert "broadcast_buffers" not in output  # a warning of PyTorch about a name that transformers uses
     checkpoint = list_checkpoints(two / "out")[-1]
@@ -464,9 +464,8 @@ def test_two_gpus_train_as_one(world, tmp_path, graphs):
     settings |= {"sequences_per_step": 32, "per_epoch_max_steps": 1, "num_train_epochs": 12, "logging_steps": 1}
     one, two = tmp_path / "one", tmp_path / "two"
     assert train(world, one, per_device_train_batch_size=16, cuda_graphs=False, **settings) == 0
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     flags = world.flags(two, per_device_train_batch_size=8, cuda_graphs=graphs, **settings)
-    output = finish(start(flags, launcher))
+    output = finish(start(flags, TWO_PROCESSES))
     assert "8 sequences x 2 accumulated x 2 devices" in output
     found = re.search(r"parameters +([\d,]+) total", output)
     assert found is not None

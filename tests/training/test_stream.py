@@ -13,7 +13,7 @@ from doge_lm.data import encoders, streaming
 from doge_lm.training.checkpoints import RunRecord, list_checkpoints
 from tests.conftest import needs_all
 
-from .support import LENGTH, finish, log_lines, losses, start
+from .support import LENGTH, TWO_PROCESSES, finish, log_lines, losses, start
 from .test_resume import wait_for_step
 
 STREAM = {"stream_test_rows": 6, "stream_workers": 1, "per_epoch_max_steps": 12, "num_train_epochs": 1}
@@ -101,8 +101,7 @@ def test_two_processes_train_as_one(world, text, tmp_path):
     settings = {**STREAM, "stream": str(text), "per_device_train_batch_size": "auto", "logging_steps": 2}
     one, two = tmp_path / "one", tmp_path / "two"
     assert main(["train", *world.flags(one, model={"hidden_dropout": 0.0}, **settings)]) == 0
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finish(start(world.flags(two, model={"hidden_dropout": 0.0}, **settings), launcher))
+    finish(start(world.flags(two, model={"hidden_dropout": 0.0}, **settings), TWO_PROCESSES))
     assert losses(two) == pytest.approx(losses(one), abs=2e-5)
 
 
